@@ -1,0 +1,71 @@
+"""The one way to refuse an argument: ``op: argument expected this, got that``."""
+
+from __future__ import annotations
+
+from typing import Any, Iterable
+
+import torch
+from torch import Tensor
+
+from fastproto import _settings
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32)
+
+
+def describe(value: Any) -> str:
+    """What an error message says of a value: dtype, shape and device of a tensor, type and value of the rest."""
+    if isinstance(value, Tensor):
+        return f"{_dtype_name(value.dtype)} {tuple(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def expect(holds: bool, op: str, argument: str, expected: str, got: Any) -> None:
+    """Raises ValueError unless ``holds``. ``got`` is described, unless it is a string, which is shown as it is."""
+    if not holds:
+        raise ValueError(f"{op}: {argument} expected {expected}, got {got if isinstance(got, str) else describe(got)}")
+
+
+def expect_type(value: Any, types: type | tuple[type, ...], op: str, argument: str, expected: str) -> None:
+    """Raises TypeError unless ``value`` is one of ``types``."""
+    if not isinstance(value, types):
+        raise TypeError(f"{op}: {argument} expected {expected}, got {describe(value)}")
+
+
+def expect_tensor(
+    value: Any,
+    op: str,
+    argument: str,
+    shape: tuple[int | str, ...],
+    dtypes: Iterable[torch.dtype] = FLOATS,
+    device: torch.device | None = None,
+) -> None:
+    """Raises TypeError for what is no tensor or has another dtype, ValueError for another shape or device.
+
+    A string in ``shape`` names a size that may be anything: ``("N", 128)`` is any number of rows of 128.
+    """
+    dtypes = tuple(dtypes)
+    if not isinstance(value, Tensor) or value.dtype not in dtypes:
+        names = " or ".join(_dtype_name(dtype) for dtype in dtypes)
+        raise TypeError(f"{op}: {argument} expected a {names} tensor {_shape_name(shape)}, got {describe(value)}")
+    fits = value.dim() == len(shape) and all(
+        isinstance(size, str) or size == actual for size, actual in zip(shape, value.shape)
+    )
+    if not fits or (device is not None and value.device != device):
+        where = f" on {device}" if device is not None else ""
+        raise ValueError(f"{op}: {argument} expected {_shape_name(shape)}{where}, got {describe(value)}")
+
+
+def reads_data(tensor: Tensor) -> bool:
+    """Whether checks that read this tensor's data run now: always on the CPU, on CUDA in debug, never under a compiler."""
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" or _settings.debug
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape_name(shape: tuple[int | str, ...]) -> str:
+    return "(" + ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "") + ")"

@@ -1,0 +1,45 @@
+"""Process-wide settings, and the one place that reads environment variables."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from typing import Iterator
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+
+debug: bool = os.environ.get("FASTPROTO_DEBUG", "0") == "1"
+forced_backend: str | None = None
+triton_interpreted: bool = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def set_debug(enabled: bool) -> None:
+    """Checks that read data (targets in range, boxes in order) run on CUDA too. They cost a host synchronisation each.
+
+    On the CPU they always run. ``FASTPROTO_DEBUG=1`` in the environment does the same from the start.
+    """
+    global debug
+    debug = bool(enabled)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Forces every op inside the ``with`` block to one backend: "reference", "cpp", "triton" or "cuda".
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: raised by the op that is called, where that backend cannot run it; the message says why.
+
+    Example:
+        >>> import fastproto
+        >>> with fastproto.backend("reference"):
+        ...     pass
+    """
+    global forced_backend
+    if name not in BACKENDS:
+        raise ValueError(f"backend: name expected one of {', '.join(BACKENDS)}, got {name!r}")
+    before, forced_backend = forced_backend, name
+    try:
+        yield
+    finally:
+        forced_backend = before

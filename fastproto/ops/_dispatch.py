@@ -1,0 +1,98 @@
+"""How an op finds the code that runs it: one name, several backends, the best that can run on the tensors' device.
+
+Every op is an ``Op`` made at the bottom of its file from one function per backend with one signature. Ops that need a
+schema (a compiled kernel behind them) pass one, and are then ``torch.ops.fastproto.<name>`` too, so that torch.compile
+sees a single node. Plain PyTorch references need none: the compiler looks into them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Callable
+
+import torch
+
+from fastproto import _native, _settings
+
+# First that can run wins. An op has a Triton or a CUDA kernel, seldom both; both come before the reference.
+PREFERENCE = {"cpu": ("cpp", "triton", "reference"), "cuda": ("triton", "cuda", "reference")}
+LIBRARY = torch.library.Library("fastproto", "DEF")
+OPS: dict[str, Op] = {}
+
+
+def unavailable(backend: str, device_type: str) -> str:
+    """Why a backend cannot run on a device type here; empty where it can."""
+    if backend == "reference":
+        return ""
+    if backend == "cpp":
+        return "it runs on CPU tensors only" if device_type != "cpu" else _native.cpp_error
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if device_type == "cpu" and not _settings.triton_interpreted:
+            return "it needs a CUDA device, or TRITON_INTERPRET=1 to be interpreted on the CPU"
+        return ""
+    return "it runs on CUDA tensors only" if device_type != "cuda" else _native.cuda_error
+
+
+class Op:
+    """One operation with its backends.
+
+    Args:
+        name: the name that all layers share: ops, reference, kernels, csrc, tests, bench.
+        schema: torch.library schema behind the name, e.g. ``"(Tensor x) -> Tensor"``; None for plain PyTorch.
+        implementations: one function per backend name, all with the schema's arguments in its order.
+    """
+
+    def __init__(self, name: str, schema: str | None = None, **implementations: Callable[..., Any]) -> None:
+        self.name = name
+        self.implementations = implementations
+        OPS[name] = self
+        if schema is None:
+            self._call = self._run
+        else:
+            LIBRARY.define(name + schema)
+            for key in ("CPU", "CUDA"):
+                LIBRARY.impl(name, self._run, key)
+            self._call = getattr(torch.ops.fastproto, name)
+
+    def fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorator: what the op returns by shape alone, for the compiler."""
+        torch.library.register_fake(f"fastproto::{self.name}", function, lib=LIBRARY)
+        return function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def _run(self, *args: Any) -> Any:
+        return self.implementations[self.choose(_device_type(args))](*args)
+
+    def choose(self, device_type: str) -> str:
+        """The backend that runs this op on a device type now.
+
+        Raises:
+            RuntimeError: ``fastproto.backend`` asks for one that cannot, with the reason.
+        """
+        forced = _settings.forced_backend
+        if forced is not None:
+            reason = self.why_not(forced, device_type)
+            if reason:
+                raise RuntimeError(f"{self.name}: backend {forced!r} cannot run on {device_type}: {reason}")
+            return forced
+        return next(name for name in PREFERENCE.get(device_type, ("reference",)) if not self.why_not(name, device_type))
+
+    def why_not(self, backend: str, device_type: str) -> str:
+        """Why a backend cannot run this op on a device type; empty where it can."""
+        if backend not in self.implementations:
+            return "this op has no such implementation"
+        return unavailable(backend, device_type)
+
+
+def _device_type(args: tuple[Any, ...]) -> str:
+    """Device type of the first tensor among the arguments, lists of tensors included."""
+    for value in args:
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+            value = value[0]
+        if isinstance(value, torch.Tensor):
+            return value.device.type
+    raise AssertionError("an op takes at least one tensor")

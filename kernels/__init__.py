@@ -1,0 +1,1 @@
+"""Triton kernels, installed as fastproto.kernels and imported on first use only."""
