@@ -16,6 +16,7 @@ from fastproto import _native, _settings
 
 # First that can run wins. An op has a Triton or a CUDA kernel, seldom both; both come before the reference.
 PREFERENCE = {"cpu": ("cpp", "triton", "reference"), "cuda": ("triton", "cuda", "reference")}
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # as in csrc/common/dtype.h
 LIBRARY = torch.library.Library("fastproto", "DEF")
 OPS: dict[str, Op] = {}
 

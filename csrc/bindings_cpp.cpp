@@ -1,0 +1,19 @@
+// _fastproto_C: the CPU kernels and their instruction set.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "common/isa.h"
+#include "crop_resize/bind.h"
+
+PYBIND11_MODULE(_fastproto_C, m) {
+  using namespace fastproto;
+  m.doc() = "CPU kernels of fastproto: pointers, sizes and strides in, nothing owned.";
+  m.def("isa", [] { return isa_name(current_isa()); });
+  m.def("set_isa", &set_isa);
+  m.def("supported_isas", [] {
+    std::vector<std::string> names;
+    for (Isa isa : supported_isas()) names.emplace_back(isa_name(isa));
+    return names;
+  });
+  bind_crop_resize<int>(m, [](const CropResize& args, int threads) { FASTPROTO_DISPATCH(crop_resize, args, threads); });
+}

@@ -1,0 +1,11 @@
+// _fastproto_cuda: the CUDA kernels. Imports without a driver.
+#include <pybind11/pybind11.h>
+
+#include "crop_resize/bind.h"
+
+PYBIND11_MODULE(_fastproto_cuda, m) {
+  using namespace fastproto;
+  m.doc() = "CUDA kernels of fastproto: device pointers, sizes, strides and a stream in, nothing owned.";
+  m.attr("arches") = FASTPROTO_ARCHES;
+  bind_crop_resize<uintptr_t>(m, [](const CropResize& args, uintptr_t stream) { crop_resize_cuda(args, stream); });
+}

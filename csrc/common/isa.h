@@ -1,0 +1,65 @@
+// Which instruction set the CPU kernels use. Every file under csrc/*/ whose name ends in _cpu.cpp is compiled once per
+// instruction set, in a namespace of that name (FASTPROTO_ISA); the choice falls at run time.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace fastproto {
+
+enum class Isa { baseline, avx2, avx512 };
+
+inline const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    default: return "baseline";
+  }
+}
+
+// From the narrowest to the widest that this CPU has. baseline is x86-64-v2, or whatever the platform's compiler targets.
+inline std::vector<Isa> supported_isas() {
+  std::vector<Isa> isas{Isa::baseline};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) {
+    isas.push_back(Isa::avx2);
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd")) {
+      isas.push_back(Isa::avx512);
+    }
+  }
+#endif
+  return isas;
+}
+
+// The one in use: the widest, unless set_isa asked for a narrower one.
+inline Isa& current_isa() {
+  static Isa isa = supported_isas().back();
+  return isa;
+}
+
+inline void set_isa(const std::string& name) {
+  for (Isa isa : supported_isas()) {
+    if (name == isa_name(isa)) {
+      current_isa() = isa;
+      return;
+    }
+  }
+  throw std::invalid_argument("isa: name expected an instruction set of this CPU, got '" + name + "'");
+}
+
+}  // namespace fastproto
+
+// Calls FUNCTION from the namespace of the instruction set in use.
+#if defined(__x86_64__)
+#define FASTPROTO_DISPATCH(FUNCTION, ...)                                            \
+  switch (::fastproto::current_isa()) {                                              \
+    case ::fastproto::Isa::avx512: ::fastproto::avx512::FUNCTION(__VA_ARGS__); break; \
+    case ::fastproto::Isa::avx2: ::fastproto::avx2::FUNCTION(__VA_ARGS__); break;     \
+    default: ::fastproto::baseline::FUNCTION(__VA_ARGS__);                            \
+  }
+#else
+#define FASTPROTO_DISPATCH(FUNCTION, ...) ::fastproto::baseline::FUNCTION(__VA_ARGS__)
+#endif
