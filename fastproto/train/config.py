@@ -1,0 +1,337 @@
+"""Every setting of a training run, once: these dataclasses are the command line, the recipes and config.yaml."""
+
+from __future__ import annotations
+
+import re
+from argparse import ArgumentError
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from fastproto._check import expect
+
+MethodName = Literal["simclr", "moco", "byol", "simsiam", "pcl", "spcl", "pauc"]
+CropName = Literal["random", "contrastive", "simc"]
+EncoderName = Literal["resnet-tiny", "resnet18", "resnet50"]
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+# Where a run computes and where its data lies may change between a run and its continuation; nothing else may.
+MACHINE = ("device", "data_root")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The backbone.
+
+    Args:
+        name: resnet-tiny is made for small images on a CPU; the others are torchvision's.
+        width: channels of resnet-tiny's stem.
+    """
+
+    name: EncoderName = "resnet18"
+    width: int = 32
+
+    def __post_init__(self) -> None:
+        _expect_at_least(1, "encoder", width=self.width)
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Projection head, and predictor for byol and simsiam.
+
+    Args:
+        hidden: units of the hidden layer.
+        dim: size D of the embedding.
+    """
+
+    hidden: int = 512
+    dim: int = 128
+
+    def __post_init__(self) -> None:
+        _expect_at_least(1, "head", hidden=self.hidden, dim=self.dim)
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """The two views of an image, and the boxes that guide their crops.
+
+    Args:
+        size: side of a view in pixels; null: the height of the data's images.
+        scale: least and greatest share of the image's area in a crop.
+        ratio: least and greatest aspect ratio of a crop.
+        alpha: of the Beta distribution that places guided crops: 1 uniform, less than 1 suppresses the centre.
+        augment: what follows the crop; "none" only resizes and normalises.
+        flip: probability of a horizontal flip.
+        box_threshold: share of the heat above which a pixel belongs to the box.
+        box_warmup: epochs before the first boxes are found (--crop contrastive).
+        box_interval: epochs from then on until they are found again.
+    """
+
+    size: int | None = None
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    alpha: float = 0.6
+    augment: Literal["simclr", "moco", "none"] = "simclr"
+    flip: float = 0.5
+    box_threshold: float = 0.1
+    box_warmup: int = 40
+    box_interval: int = 40
+
+    def __post_init__(self) -> None:
+        _expect_at_least(1, "views", box_interval=self.box_interval)
+        _expect_at_least(0, "views", box_warmup=self.box_warmup)
+
+
+@dataclass(frozen=True)
+class PrototypeConfig:
+    """Clustering of the training set, for pcl, spcl and pauc.
+
+    Args:
+        num: prototypes K, one number per prototype set; spcl takes one set.
+        warmup: epochs before the first clustering; until then the contrast is the whole loss.
+        interval: epochs between two clusterings.
+        n_iter: k-means iterations.
+        n_init: k-means starts, of which the best is kept.
+        whiten_dim: dimensions kept when spcl whitens its features by PCA; fewer where the features have fewer.
+        temperature: mean of the concentrations.
+    """
+
+    num: tuple[int, ...] = (512,)
+    warmup: int = 20
+    interval: int = 1
+    n_iter: int = 20
+    n_init: int = 1
+    whiten_dim: int = 256
+    temperature: float = 0.2
+
+    def __post_init__(self) -> None:
+        expect(len(self.num) > 0 and min(self.num) > 0, "prototypes", "num", "one or more numbers >= 1", self.num)
+        _expect_at_least(0, "prototypes", warmup=self.warmup)
+        _expect_at_least(1, "prototypes", interval=self.interval, n_iter=self.n_iter, n_init=self.n_init)
+        _expect_at_least(1, "prototypes", whiten_dim=self.whiten_dim)
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """The momentum branch, for moco, byol, pcl and pauc.
+
+    Args:
+        momentum: share of its own weights that the target keeps at a step.
+        momentum_end: the same at the last step, reached along a cosine.
+        queue: past keys M that serve as negatives (not byol).
+    """
+
+    momentum: float = 0.99
+    momentum_end: float = 0.99
+    queue: int = 4096
+
+    def __post_init__(self) -> None:
+        for name in ("momentum", "momentum_end"):
+            expect(0 <= getattr(self, name) <= 1, "target", name, "a number from 0 to 1", getattr(self, name))
+        _expect_at_least(1, "target", queue=self.queue)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the terms; a method takes those it has.
+
+    Args:
+        temperature: of the contrast; null: the paper's, 0.5 for simclr and spcl, 0.2 for moco, pcl and pauc.
+        contrast_weight: of NT-Xent or InfoNCE.
+        prototype_weight: of ProtoNCE (pcl, pauc) or the prototype cross-entropy (spcl).
+        metric_weight: of the siamese metric (spcl).
+        align_weight: of the alignment of batch prototypes (pauc).
+        uniform_weight: of the uniformity of batch prototypes (pauc).
+        correlation_weight: of the correlation of batch prototypes (pauc).
+        correlation: its form: "cross" between the two views, or "covariance" within each (pauc).
+    """
+
+    temperature: float | None = None
+    contrast_weight: float = 1.0
+    prototype_weight: float = 1.0
+    metric_weight: float = 1.0
+    align_weight: float = 1.0
+    uniform_weight: float = 1.0
+    correlation_weight: float = 1.0
+    correlation: Literal["cross", "covariance"] = "cross"
+
+    def __post_init__(self) -> None:
+        holds = self.temperature is None or self.temperature > 0
+        expect(holds, "loss", "temperature", "a number above 0, or null", self.temperature)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimiser, and a learning rate that rises linearly and falls along a cosine to 0.
+
+    Args:
+        name: sgd with momentum, or adamw.
+        lr: the highest learning rate.
+        momentum: of sgd.
+        weight_decay: of weight matrices and kernels; biases and norms are not decayed.
+        warmup: epochs until the learning rate is reached.
+    """
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.06
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "momentum", "weight_decay", "warmup"):
+            expect(getattr(self, name) >= 0, "optimizer", name, "a number >= 0", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run.
+
+    Args:
+        method: what is learnt from two views.
+        crop: random crops, crops guided by boxes found on the way, or by one central box.
+        data: digits, cifar10, cifar100 or imagefolder:PATH.
+        data_root: folder that holds the data set's files; null: ./data.
+        image_size: side to which an imagefolder's images are brought; the other data sets have a size of their own.
+        limit: train on so many images, spread evenly over the training set; null: on all.
+        epochs: passes over the training images.
+        batch_size: images in a step; what is left over at the end of an epoch waits for the next.
+        seed: of weights, order, views and clustering.
+        device: cpu, cuda, or auto for the best there is.
+        precision: of the network; weights stay in float32.
+        encoder: the backbone.
+        head: the heads on it.
+        views: crops and colours.
+        prototypes: clustering.
+        target: the momentum branch.
+        loss: temperature and weights.
+        optimizer: optimiser and learning rate.
+    """
+
+    method: MethodName = "pauc"
+    crop: CropName = "contrastive"
+    data: str = "digits"
+    data_root: str | None = None
+    image_size: int = 96
+    limit: int | None = None
+    epochs: int = 200
+    batch_size: int = 256
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+    prototypes: PrototypeConfig = field(default_factory=PrototypeConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        _expect_at_least(1, "config", epochs=self.epochs, image_size=self.image_size)
+        # One image has no other to be contrasted with, and batch normalisation no variance.
+        _expect_at_least(2, "config", batch_size=self.batch_size, **({"limit": self.limit} if self.limit else {}))
+
+
+def config_parser(prog: str = "fastproto train") -> ArgumentParser:
+    """The command-line options of a ``Config``; ``resolve`` reads what they parse."""
+    parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
+    parser.add_class_arguments(Config, None)
+    return parser
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str], defaults: Path | None = None) -> Namespace:
+    """What the arguments say; where they say nothing, the YAML file ``defaults``; where that says nothing, ``Config``.
+
+    Raises:
+        ValueError: an argument or an entry of the file that is unknown or has the wrong type, in one line.
+    """
+    parser.default_config_files = [] if defaults is None else [str(defaults)]
+    try:
+        return parser.parse_args(list(arguments))
+    except ArgumentError as error:
+        message = re.sub(r"\s*\n\s*", " ", str(error)).replace("Parser key ", "").replace("a typing.Literal", "one of ")
+        message = re.sub(r"<class '(\w+)'>", r"\1", message)
+        raise ValueError(f"{defaults}: {message}" if defaults else message) from error
+
+
+def resolve(parser: ArgumentParser, parsed: Namespace) -> Config:
+    """The configuration among what ``parse`` returned.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+    for group in (setting.name for setting in fields(Config) if is_dataclass(setting.default_factory)):
+        expect(isinstance(parsed[group], Namespace), "config", group, "settings by name", parsed[group])
+    parsed = parser.instantiate(parsed)
+    return Config(**{setting.name: parsed[setting.name] for setting in fields(Config)})
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe by its path, or by the name of one that comes with the package.
+
+    Raises:
+        ValueError: neither a file nor the name of a packaged recipe.
+    """
+    for path in (Path(name), RECIPES / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    packaged = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    raise ValueError(f"recipe: expected a YAML file or one of {packaged}, got {name!r}")
+
+
+def default_recipe(config: Config) -> Path | None:
+    """The packaged recipe for this method on this data, ``METHOD_DATA.yaml``, where there is one."""
+    path = RECIPES / f"{config.method}_{config.data}.yaml"
+    return path if path.is_file() else None
+
+
+def read_config(path: Path) -> Config:
+    """The configuration in a YAML file.
+
+    Raises:
+        ValueError: an entry that is unknown, of the wrong type or out of its range.
+    """
+    parser = config_parser()
+    return resolve(parser, parse(parser, [], path))
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as ``read_config`` reads it."""
+    return yaml.safe_dump(plain(config), sort_keys=False)
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The configuration as nested dicts of numbers, strings and lists."""
+    return {
+        name: {key: list(entry) if isinstance(entry, tuple) else entry for key, entry in value.items()}
+        if isinstance(value, dict)
+        else value
+        for name, value in asdict(config).items()
+    }
+
+
+def difference(before: Config, now: Config) -> str:
+    """The first setting in which two configurations differ, as ``name: before, now``; empty where a run may go on."""
+    for name, value in _settings(plain(before)):
+        other = dict(_settings(plain(now)))[name]
+        if value != other and name not in MACHINE:
+            return f"{name} {value!r}, now {other!r}"
+    return ""
+
+
+def _settings(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _settings(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _expect_at_least(least: float, group: str, **settings: float) -> None:
+    for name, value in settings.items():
+        expect(value >= least, group, name, f"a number >= {least}", value)
