@@ -69,7 +69,7 @@ def load(name: str, root: Path | None = None, *, image_size: int = 96) -> Datase
     if name in CIFAR:
         return _cifar(name, Path("data") if root is None else Path(root))
     known = isinstance(name, str) and len(name) > len(FOLDER) and name.startswith(FOLDER)
-    expect(known, "load", "name", f"digits, {', '.join(CIFAR)} or {FOLDER}PATH", name)
+    expect(known, "load", "name", f"digits, {', '.join(CIFAR)} or {FOLDER}PATH", repr(name))
     expect(image_size >= 1, "load", "image_size", "at least 1", image_size)
     return _image_folder(name, Path(name.removeprefix(FOLDER)), image_size)
 
