@@ -1,0 +1,58 @@
+"""What ``fastproto info`` prints: versions, devices, and for each op which backend runs it and why no other does."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import pkgutil
+import platform
+
+import torch
+
+import fastproto
+from fastproto import _native, _settings
+from fastproto import ops as _ops
+from fastproto.ops._dispatch import OPS, PREFERENCE
+
+PACKAGES = ("torch", "triton", "torchvision", "numpy", "lightning-fabric", "faiss-cpu", "faiss-gpu")
+
+
+def print_info() -> None:
+    """Prints the report to standard output."""
+    print("\n".join(info_lines()))
+
+
+def info_lines() -> list[str]:
+    """The report, line by line."""
+    for module in pkgutil.iter_modules(_ops.__path__):
+        importlib.import_module(f"fastproto.ops.{module.name}")
+    lines = [f"fastproto {fastproto.__version__}, Python {platform.python_version()}, {platform.machine()}"]
+    lines += [f"  {name:<18}{_version(name)}" for name in PACKAGES]
+    lines += ["", "devices", f"  {'cpu':<18}{_cpu()}"]
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    lines += [f"  {f'cuda:{i}':<18}{name}" for i, name in enumerate(devices)] or [f"  {'cuda':<18}none"]
+    lines += ["", "compiled modules", f"  {'_fastproto_C':<18}{_native.cpp_error or 'there'}"]
+    lines += [f"  {'_fastproto_cuda':<18}{_native.cuda_error or f'there, for sm_{_native.cuda.arches}'}"]  # type: ignore[union-attr]
+    lines += ["", f"ops (forced backend: {_settings.forced_backend or 'none'}, debug checks on CUDA: {_settings.debug})"]
+    for name in sorted(OPS):
+        op = OPS[name]
+        for device in ("cpu", "cuda") if devices else ("cpu",):
+            lines.append(f"  {name:<18}{device}: {op.choose(device)}")
+            lines += [
+                f"  {'':<18}    not {backend}: {op.why_not(backend, device)}"
+                for backend in PREFERENCE[device]
+                if op.why_not(backend, device)
+            ]
+    return lines
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu() -> str:
+    isa = f", {_native.cpp.isa()} of {', '.join(_native.cpp.supported_isas())}" if _native.cpp is not None else ""
+    return f"{torch.get_num_threads()} threads{isa}"

@@ -1,0 +1,122 @@
+"""The package in all the states a user meets: from an sdist, editable or not at all, run elsewhere or in the checkout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from try_wheel import environment
+
+ROOT = Path(__file__).parent.parent
+REPORT = """
+import fastproto, fastproto.kernels
+from fastproto import _native
+print(fastproto.__file__, fastproto.kernels.__file__, getattr(_native.cpp, "__file__", None), sep="\\n")
+"""
+pytestmark = pytest.mark.install
+
+
+def run(*command: str | Path, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "FASTPROTO_CUDA": "0", **environ}
+    env.pop("PYTHONPATH", None)
+    return subprocess.run([str(part) for part in command], cwd=cwd, env=env, text=True, capture_output=True)
+
+
+def pip(python: Path, *args: str | Path, cwd: Path, **environ: str) -> str:
+    done = run(python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-v", *args, cwd=cwd, **environ)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def where(python: Path, cwd: Path) -> list[str]:
+    """Where fastproto, its Triton kernels and its CPU module come from, seen by a Python started in cwd."""
+    done = run(python, "-c", REPORT, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh clone's files, as they are in the working tree."""
+    target = tmp_path_factory.mktemp("checkout")
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in ("fastproto", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, target / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target)
+    return target
+
+
+def test_not_installed(checkout):
+    package, kernels, native = where(Path(sys.executable), cwd=checkout)
+    assert Path(package).parent == checkout / "fastproto"
+    assert Path(kernels).parent == checkout / "kernels"
+    assert Path(native).parent != checkout
+
+
+def test_installed_from_an_sdist(checkout, tmp_path):
+    done = run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    python = environment(tmp_path / "venv")
+    pip(python, next(tmp_path.glob("*.tar.gz")), cwd=tmp_path)
+    package, kernels, native = where(python, cwd=tmp_path)
+    site = tmp_path / "venv" / "lib"
+    assert all(Path(path).is_relative_to(site) for path in (package, kernels, native))
+    package, kernels, native = where(python, cwd=checkout)
+    assert Path(package).parent == checkout / "fastproto"
+    assert Path(kernels).parent == checkout / "kernels"
+    assert Path(native).is_relative_to(site)
+
+
+def test_installed_editable(checkout, tmp_path):
+    python = environment(tmp_path / "venv")
+    pip(python, "--editable", checkout, cwd=tmp_path)
+    try:
+        for folder in (tmp_path, checkout):
+            package, kernels, native = where(python, cwd=folder)
+            assert Path(package).parent == checkout / "fastproto"
+            assert Path(kernels).parent == checkout / "kernels"
+            assert Path(native).parent == checkout
+    finally:
+        for built in checkout.glob("*.so"):
+            built.unlink()
+
+
+def test_without_a_compiler_the_reference_serves(checkout, tmp_path):
+    """No module is built, the install goes through and says so, and info names the reason."""
+    python = environment(tmp_path / "venv")
+    source = tmp_path / "source"
+    shutil.copytree(checkout, source, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    output = pip(python, source, cwd=tmp_path, CXX="missing-c++", CC="missing-cc", PATH=str(python.parent))
+    assert "_fastproto_C is left out" in output
+    used = "from fastproto import _native, info; print(*info.info_lines(), sep='\\n')"
+    borrowed = f"import sys; sys.modules['_fastproto_C'] = None; {used}"
+    done = run(python, "-c", borrowed, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "cpu: reference" in done.stdout
+    assert "not cpp: _fastproto_C is not there" in done.stdout
+
+
+def test_cuda_asked_for_without_nvcc_is_an_error(checkout, tmp_path):
+    for value, message in (("1", "no nvcc"), ("maybe", "FASTPROTO_CUDA expected 0, 1 or auto, got 'maybe'")):
+        done = run(
+            sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path, cwd=checkout,
+            FASTPROTO_CUDA=value, PATH="/nowhere", CXX="missing-c++",
+        )  # fmt: skip
+        assert done.returncode != 0
+        assert message in done.stdout + done.stderr
+
+
+def test_imports_need_neither_triton_nor_torchvision_nor_a_gpu(tmp_path):
+    code = """
+import sys
+for name in ("triton", "torchvision", "sklearn", "lightning_fabric", "faiss", "PIL", "tqdm"):
+    sys.modules[name] = None
+import fastproto, fastproto.losses, fastproto.cluster, fastproto.views, fastproto.cli
+"""
+    done = run(sys.executable, "-W", "error", "-c", code, cwd=ROOT, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,57 @@
+"""Installs a wheel into an environment of its own and uses it there: ``python tests/try_wheel.py dist/*.whl``.
+
+The environment borrows this one's packages (torch alone is gigabytes) but not its fastproto: a path that a .pth file
+adds is searched last, and the .pth files in it, which an editable install lives by, are not read.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import venv
+from pathlib import Path
+
+USE = """
+import torch, fastproto.kernels
+from fastproto import _native
+from fastproto.losses import NTXentLoss
+from fastproto.ops.crop_resize import crop_resize
+from fastproto.train.config import TrainConfig
+assert "site-packages" in fastproto.__file__ and "site-packages" in fastproto.kernels.__file__, fastproto.__file__
+assert _native.cpp is not None, _native.cpp_error
+assert "site-packages" in _native.cpp.__file__, _native.cpp.__file__
+z = torch.randn(8, 16, requires_grad=True)
+NTXentLoss()(z, torch.randn(8, 16)).backward()
+assert z.grad.isfinite().all()
+"""
+
+
+def environment(folder: Path) -> Path:
+    """A virtual environment that sees this one's packages; returns its Python."""
+    venv.create(folder, with_pip=True, symlinks=True)
+    python = folder / "bin" / "python"
+    site = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True)
+    shutil.rmtree(Path(site.strip(), "setuptools"), ignore_errors=True)  # Python 3.11 and before bring one that is too old
+    Path(site.strip(), "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+def main(wheel: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        python = environment(Path(folder) / "venv")
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel.resolve()], check=True)
+        subprocess.run([python, "-c", USE], check=True, cwd=folder)
+        info = subprocess.run([python, "-m", "fastproto", "info"], check=True, cwd=folder, text=True, capture_output=True)
+        recipes = subprocess.run(
+            [python, "-m", "fastproto", "train", "--help"], check=True, cwd=folder, text=True, capture_output=True
+        )
+        assert "crop_resize" in info.stdout and "cpu: cpp" in info.stdout, info.stdout
+        assert "--method" in recipes.stdout, recipes.stdout
+    print(f"{wheel.name}: installs, imports, computes")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
