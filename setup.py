@@ -1,8 +1,8 @@
 """Builds the two compiled modules without torch: _fastproto_C for the CPU, _fastproto_cuda where nvcc is found.
 
 FASTPROTO_CUDA=0 never builds for CUDA, 1 must, auto (the default) does where nvcc is on the PATH. FASTPROTO_CUDA_ARCHS
-names the architectures ("80;90;100"), the last also as PTX for what comes after. No GPU is looked for. A machine without
-a C++ compiler still installs: the build says so, and the PyTorch reference serves.
+names the architectures ("80;90;100"), the last also as PTX for what comes after. No GPU is looked for. A machine
+without a C++ compiler still installs: the build says so, and the PyTorch reference serves.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def expect_tensor(
         names = " or ".join(_dtype_name(dtype) for dtype in dtypes)
         raise TypeError(f"{op}: {argument} expected a {names} tensor {_shape_name(shape)}, got {describe(value)}")
     fits = value.dim() == len(shape) and all(
-        isinstance(size, str) or size == actual for size, actual in zip(shape, value.shape)
+        isinstance(size, str) or size == actual for size, actual in zip(shape, value.shape, strict=True)
     )
     if not fits or (device is not None and value.device != device):
         where = f" on {device}" if device is not None else ""
@@ -57,7 +58,7 @@ def expect_tensor(
 
 
 def reads_data(tensor: Tensor) -> bool:
-    """Whether checks that read this tensor's data run now: always on the CPU, on CUDA in debug, never under a compiler."""
+    """Whether checks that read this tensor's data run now: always on the CPU, on CUDA in debug, never in a compiler."""
     if torch.compiler.is_compiling():
         return False
     return tensor.device.type == "cpu" or _settings.debug

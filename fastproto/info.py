@@ -12,7 +12,7 @@ import torch
 import fastproto
 from fastproto import _native, _settings
 from fastproto import ops as _ops
-from fastproto.ops._dispatch import OPS, PREFERENCE
+from fastproto.ops._dispatch import OPS, PREFERENCE, Op
 
 PACKAGES = ("torch", "triton", "torchvision", "numpy", "lightning-fabric", "faiss-cpu", "faiss-gpu")
 
@@ -32,18 +32,25 @@ def info_lines() -> list[str]:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines += [f"  {f'cuda:{i}':<18}{name}" for i, name in enumerate(devices)] or [f"  {'cuda':<18}none"]
     lines += ["", "compiled modules", f"  {'_fastproto_C':<18}{_native.cpp_error or 'there'}"]
-    lines += [f"  {'_fastproto_cuda':<18}{_native.cuda_error or f'there, for sm_{_native.cuda.arches}'}"]  # type: ignore[union-attr]
-    lines += ["", f"ops (forced backend: {_settings.forced_backend or 'none'}, debug checks on CUDA: {_settings.debug})"]
+    arches = getattr(_native.cuda, "arches", "")
+    lines += [f"  {'_fastproto_cuda':<18}{_native.cuda_error or f'there, for sm_{arches}'}"]
+    forced = _settings.forced_backend or "none"
+    lines += ["", f"ops (forced backend: {forced}, debug checks on CUDA: {_settings.debug})"]
     for name in sorted(OPS):
         op = OPS[name]
         for device in ("cpu", "cuda") if devices else ("cpu",):
-            lines.append(f"  {name:<18}{device}: {op.choose(device)}")
-            lines += [
-                f"  {'':<18}    not {backend}: {op.why_not(backend, device)}"
-                for backend in PREFERENCE[device]
-                if op.why_not(backend, device)
-            ]
+            lines.append(f"  {name:<18}{device}: {op.choose(device)} ({_why(op, device)})")
     return lines
+
+
+def _why(op: Op, device: str) -> str:
+    """Why that backend: what stands behind it, and what keeps the others that the op has from running."""
+    if len(op.implementations) == 1:
+        return "its only implementation so far"
+    others = [backend for backend in PREFERENCE[device] if backend in op.implementations]
+    reasons = [f"not {backend}: {reason}" for backend in others if (reason := op.why_not(backend, device))]
+    able = " before ".join(backend for backend in others if not op.why_not(backend, device))
+    return "; ".join([able, *reasons])
 
 
 def _version(package: str) -> str:

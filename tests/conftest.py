@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
+from gpu_marker import pytest_collection_modifyitems as pytest_collection_modifyitems
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +13,7 @@ def _deterministic_and_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     empty = torch.empty
 
-    def poisoned(*args, **kwargs):  # noqa: ANN002, ANN003, ANN202
+    def poisoned(*args, **kwargs):
         out = empty(*args, **kwargs)
         if out.is_floating_point():
             out.fill_(float("nan"))

@@ -1,4 +1,4 @@
-"""The package in all the states a user meets: from an sdist, editable or not at all, run elsewhere or in the checkout."""
+"""The package as users meet it: from an sdist, editable or not installed, run elsewhere or in the checkout."""
 
 from __future__ import annotations
 

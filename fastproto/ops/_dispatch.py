@@ -8,7 +8,8 @@ sees a single node. Plain PyTorch references need none: the compiler looks into 
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 

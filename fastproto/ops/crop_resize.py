@@ -104,13 +104,13 @@ def crop_resize(
 ) -> Tensor:
     """Cuts crops out of images, resizes them bilinearly as torchvision's ``resized_crop`` does, and normalises them.
 
-    ``out[r, c] = (resize(image[index_r][c] cut to crop_r) / 255 − mean_c) / std_c``, mirrored where ``flip[r]``. The resized
-    values are exact to float32; torchvision rounds them to 8 bits, so the two lie within one 8-bit level of each other.
+    ``out[r, c] = (resize(image[index_r][c] cut to crop_r) / 255 − mean_c) / std_c``, mirrored where ``flip[r]``. The
+    resized values are exact to float32; torchvision rounds them to 8 bits, so the two lie within one level of it.
     There is no gradient: the pixels are integers.
 
     Args:
-        images: uint8, (N, C, H, W) or (N, H, W, C) with C ≤ 4, or a list of (C, H, W) of any sizes. A 4-D shape that can be
-            read both ways is (N, C, H, W).
+        images: uint8, (N, C, H, W) or (N, H, W, C) with C ≤ 4, or a list of (C, H, W) of any sizes. A 4-D shape that
+            can be read both ways is (N, C, H, W).
         crops: (R, 4) int32, each (top, left, height, width) in pixels, inside its image.
         size: output (h, w), or one number for both.
         index: (R,) int64, the image of each crop. Without it crop r is of image r mod N, so the views of
@@ -127,8 +127,8 @@ def crop_resize(
 
     Raises:
         TypeError: images that are not uint8 or crops that are not int32.
-        ValueError: wrong rank, channels, size, device or out, std with a zero, a crop that is empty or leaves its image, an
-            index outside the images (the last three read data: see :func:`fastproto.set_debug`).
+        ValueError: wrong rank, channels, size, device or out, std with a zero, a crop that is empty or leaves its
+            image, an index outside the images (the last three read data: see :func:`fastproto.set_debug`).
 
     Source: ContrastiveCrop, arXiv 2202.03278, and torchvision.transforms.v2.functional.resized_crop.
 

@@ -212,7 +212,7 @@ CROPS = torch.tensor([[0, 0, 8, 8]], dtype=torch.int32)
         (U8, CROPS, 8, {"index": torch.tensor([1, 1])}, ValueError, r"index expected \(1,\) on cpu"),
         (U8, CROPS, 8, {"flip": torch.tensor([1])}, TypeError, "flip expected a bool tensor"),
         (U8, CROPS, 8, {"out": torch.zeros(1, 3, 8, 9)}, ValueError, r"out expected \(1, 3, 8, 8\) on cpu"),
-        (U8, CROPS + 1, 8, {}, ValueError, r"crops\[0\] expected not empty and inside its image of \(8, 8\), got \(1, 1, 9, 9\)"),
+        (U8, CROPS + 1, 8, {}, ValueError, r"crops\[0\] expected .* inside its image of \(8, 8\), got \(1, 1, 9, 9\)"),
         (U8, CROPS * 0, 8, {}, ValueError, r"crops\[0\] expected not empty"),
         (U8, CROPS - 1, 8, {}, ValueError, r"crops\[0\] expected not empty and inside"),
         (U8[:0], CROPS, 8, {}, ValueError, "images expected at least one where there are crops"),

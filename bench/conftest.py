@@ -1,0 +1,18 @@
+"""Benchmarks: `python -m pytest bench --benchmark-only`. Result files are written at the end of each suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from gpu_marker import pytest_collection_modifyitems as pytest_collection_modifyitems
+from harness import Suite
+
+
+@pytest.fixture(scope="module")
+def suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
+    """The rows of one benchmark file, written to bench/results when it is through."""
+    suite = Suite(request.module.__name__.rsplit(".")[-1].removeprefix("bench_"))
+    yield suite
+    if suite.rows:
+        print(f"\nwrote {suite.write()}")

@@ -1,0 +1,195 @@
+"""How every benchmark measures: methods of one piece of work alternate in one run, and medians are kept.
+
+A row of a result file is one method on one piece of work. CUDA work is timed with events, CPU work with the wall clock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "torchvision", "lightly", "faiss-cpu", "kornia")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One thing to be done, by several methods.
+
+    Attributes:
+        name: a short name, unique in its suite.
+        shape: the sizes, in words.
+        dtype: of the result.
+        device: "cpu" or "cuda".
+        bytes: the fewest bytes that must move through memory: each input read once, each output written once.
+        flop: the floating-point operations that must be done.
+    """
+
+    name: str
+    shape: str
+    dtype: str
+    device: str
+    bytes: float = 0.0
+    flop: float = 0.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one piece of work, as it stands in a result file."""
+
+    work: str
+    method: str
+    shape: str
+    dtype: str
+    device: str
+    median_ms: float
+    spread_ms: float  # between the quartiles
+    rounds: int
+    ours_is_faster: float  # median of this method over fastproto's
+    floor_ms: float
+    share_of_floor: float
+    peak_extra_mib: float
+
+
+@dataclass
+class Suite:
+    """Collects the rows of one benchmark file and writes them."""
+
+    name: str
+    rows: list[Row] = field(default_factory=list)
+
+    def compare(self, work: Work, methods: dict[str, Callable[[], object]], seconds: float = 4.0) -> None:
+        """Times the methods in turns until ``seconds`` are over; the first is ours."""
+        for method in methods.values():
+            method()
+        times: dict[str, list[float]] = {name: [] for name in methods}
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < seconds or len(next(iter(times.values()))) < 5:
+            for name, method in methods.items():
+                times[name].append(_time_ms(method, work.device))
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        ours = next(iter(medians.values()))
+        floor_ms = max(work.bytes / bandwidth(work.device), work.flop / peak_flops(work.device)) * 1e3
+        for name, values in times.items():
+            low, _, high = statistics.quantiles(values, n=4)
+            row = Row(
+                work=work.name, method=name, shape=work.shape, dtype=work.dtype, device=device_name(work.device),
+                median_ms=medians[name], spread_ms=high - low, rounds=len(values), ours_is_faster=medians[name] / ours,
+                floor_ms=floor_ms, share_of_floor=floor_ms / medians[name],
+                peak_extra_mib=_peak_extra_mib(methods[name], work.device),
+            )  # fmt: skip
+            self.rows.append(row)
+            print(f"\n{row.work:<24}{row.method:<28}{row.median_ms:10.3f} ms   x{row.ours_is_faster:<8.2f}"
+                  f"floor {row.share_of_floor:6.1%}   {row.peak_extra_mib:8.1f} MiB", end="")  # fmt: skip
+
+    def write(self) -> Path:
+        """Writes bench/results/MACHINE/SUITE.json, one file per kind of device that was measured."""
+        path = RESULTS / re.sub(r"[^a-z0-9]+", "-", self.rows[0].device.lower()).strip("-") / f"{self.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**_environment(), "rows": [asdict(row) for row in self.rows]}, indent=1) + "\n")
+        return path
+
+
+def device_name(device: str) -> str:
+    """What the machine calls its processor, with the number of threads for a CPU."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (found := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
+        model = found[1]
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    isa = "avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "baseline"
+    return f"{model} {torch.get_num_threads()} threads {isa}"
+
+
+_measured: dict[tuple[str, str], float] = {}
+
+
+def bandwidth(device: str) -> float:
+    """Bytes a second of a large copy, bytes read plus bytes written, measured once a run."""
+    if (device, "bandwidth") not in _measured:
+        source = torch.ones(1 << (29 if device == "cuda" else 26), device=device)
+        target = torch.empty_like(source)
+        best = min(_time_ms(lambda: target.copy_(source), device) for _ in range(10))
+        _measured[device, "bandwidth"] = 2 * source.nbytes / best * 1e3
+    return _measured[device, "bandwidth"]
+
+
+def peak_flops(device: str) -> float:
+    """Operations a second of a large matrix product (float32 on a CPU, bfloat16 on a GPU), measured once a run."""
+    if (device, "flops") not in _measured:
+        size, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+        x = torch.randn(size, size, device=device, dtype=dtype)
+        best = min(_time_ms(lambda: x @ x, device) for _ in range(5))
+        _measured[device, "flops"] = 2 * size**3 / best * 1e3
+    return _measured[device, "flops"]
+
+
+def _time_ms(method: Callable[[], object], device: str) -> float:
+    if device == "cpu":
+        begin = time.perf_counter()
+        method()
+        return (time.perf_counter() - begin) * 1e3
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    method()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _peak_extra_mib(method: Callable[[], object], device: str) -> float:
+    """How far one call raises the memory in use, its result included. On a CPU: peak resident memory."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        method()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    if not Path("/proc/self/clear_refs").exists():
+        return float("nan")
+    ctypes.CDLL(None).malloc_trim(0)  # gives back what earlier calls left in the allocator
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is in use
+    before = _status_kib("VmRSS")
+    method()
+    return (_status_kib("VmHWM") - before) / 1024
+
+
+def _status_kib(key: str) -> int:
+    found = re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1])
+
+
+def _environment() -> dict[str, object]:
+    def of(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    ceilings = {f"{device}_{what}": value for (device, what), value in _measured.items()}
+    return {
+        "schema": 1,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit,
+        "python": platform.python_version(),
+        "versions": {name: of(name) for name in PACKAGES if of(name)},
+        "measured_ceilings": ceilings,
+    }

@@ -1,0 +1,71 @@
+"""Renders bench/results/ as Markdown: ``python bench/report.py`` prints, ``--readme`` writes into README.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- results: written by bench/report.py -->", "<!-- end of results -->"
+KEYS = {
+    "work", "method", "shape", "dtype", "device", "median_ms", "spread_ms", "rounds", "ours_is_faster", "floor_ms",
+    "share_of_floor", "peak_extra_mib",
+}  # fmt: skip
+
+
+def load() -> list[dict]:
+    """Every row of every result file, with the file's suite, commit and versions.
+
+    Raises:
+        ValueError: a file that is not of schema 1 or a row with other keys.
+    """
+    rows = []
+    for path in sorted(RESULTS.glob("*/*.json")):
+        content = json.loads(path.read_text())
+        if content.get("schema") != 1:
+            raise ValueError(f"{path}: schema expected 1, got {content.get('schema')}")
+        for row in content["rows"]:
+            if set(row) != KEYS:
+                raise ValueError(f"{path}: row keys differ from the schema: {sorted(set(row) ^ KEYS)}")
+            rows.append({**row, "suite": path.stem, "commit": content["commit"], "torch": content["versions"]["torch"]})
+    return rows
+
+
+def markdown(rows: list[dict]) -> str:
+    """One table line per piece of work: ours, the best other, and the memory of both."""
+    lines = [
+        "| op | work | fastproto | best other | extra memory: ours, other |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    works = dict.fromkeys((row["suite"], row["work"], row["device"]) for row in rows)
+    for suite, work, device in works:
+        mine = [row for row in rows if (row["suite"], row["work"], row["device"]) == (suite, work, device)]
+        ours = mine[0]
+        others = [row for row in mine if not row["method"].startswith("fastproto")]
+        best = min(others, key=lambda row: row["median_ms"])
+        lines.append(
+            f"| {suite} | {ours['shape']}, {ours['dtype']} | {ours['median_ms']:.2f} ms | {best['method']} "
+            f"{best['median_ms']:.2f} ms ({best['median_ms'] / ours['median_ms']:.1f}×) | "
+            f"{ours['peak_extra_mib']:.0f}, {best['peak_extra_mib']:.0f} MiB |"
+        )
+    places = dict.fromkeys((row["device"], row["torch"], row["commit"]) for row in rows)
+    lines += ["", "Measured on " + "; ".join(f"{d}, torch {t}, commit {c}" for d, t, c in places) + "."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    table = markdown(load())
+    if not parser.parse_args().readme:
+        print(table)
+        return
+    text = README.read_text()
+    head, rest = text.split(BEGIN)
+    README.write_text(f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()
