@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastproto._check import INTEGERS, expect, expect_tensor, expect_type
+from fastproto._check import expect, expect_type
 
 MAX_VIEWS = 4096
 _WORD = 0xFFFFFFFF
@@ -52,9 +52,8 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     return c0, c1, c2, c3
 
 
-def expect_key(op: str, sample_ids: Tensor, views: int, seed: int, epoch: int) -> None:
+def expect_key(op: str, views: int, seed: int, epoch: int) -> None:
     """Refuses what ``random_bits`` cannot be keyed with, in the name of a public function."""
-    expect_tensor(sample_ids, op, "sample_ids", ("N",), INTEGERS)
     for argument, value, low, high in (
         ("views", views, 1, MAX_VIEWS),
         ("seed", seed, 0, 2**64 - 1),
@@ -135,9 +134,10 @@ def _table(distribution: str, parameters: tuple[float, ...], device: torch.devic
 
 
 def _beta_quantiles(alpha: float) -> np.ndarray:
-    """Quantiles of Beta(alpha, alpha) at the nodes, by integrating its density up to 1/2 and inverting; the rest by symmetry.
+    """Quantiles of Beta(alpha, alpha) at the nodes: the density integrated up to 1/2 and inverted, the rest by symmetry.
 
-    For alpha < 1 the density t^(alpha-1) (1-t)^(alpha-1) is infinite at 0; in s = t^alpha it is (1-t)^(alpha-1) / alpha.
+    For alpha < 1 the density t^(alpha-1) (1-t)^(alpha-1) is infinite at 0; in s = t^alpha it is smooth there:
+    (1-t)^(alpha-1) / alpha.
     """
     power = min(alpha, 1.0)
     edges = np.linspace(0.0, 0.5**power, (1 << 16) + 1)

@@ -1,0 +1,66 @@
+"""localize: the box of an image where an encoder's feature map is warm.
+
+See fastproto/reference/localize.py for the formula.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastproto._check import expect, expect_tensor, expect_type
+from fastproto.ops._dispatch import Op
+from fastproto.reference import localize as reference
+
+_op = Op("localize", reference=reference.localize)
+
+
+def localize(
+    feature_map: Tensor,  # (N, C, h, w) float
+    threshold: float = 0.1,
+    image_size: tuple[int, int] | None = None,
+) -> Tensor:  # (N, 4)
+    """Boxes around the part of each image where the channel sum of its feature map is high.
+
+    The sum is scaled to [0, 1] per image and resized bilinearly to the image; the box is the first and last row and
+    column with a value above ``threshold``, divided by the image's size. The last row counts as itself: a box that
+    reaches the image's lower edge ends at (H - 1) / H. A constant map, or one with NaN, gives the whole image,
+    (0, 0, 1, 1). No gradient flows into the map.
+
+    Args:
+        feature_map: (N, C, h, w), float32, float64, float16 or bfloat16 (summed in float32 at least): the last
+            convolutional stage of an encoder in eval mode, on images without augmentation.
+        threshold: in [0, 1).
+        image_size: (height, width) of the images, at which the edges are found. None: the map's own size, which saves
+            the resizing; the edges are then places of the map, coarser and without the blur of the resizing.
+
+    Returns:
+        (N, 4) float32 fractions (h0, w0, h1, w1), for ``sample_crops`` and ``BoxBank``.
+
+    Raises:
+        TypeError: an argument is of another type or dtype.
+        ValueError: the map has another rank or an empty one of C, h, w; threshold or image_size out of range.
+
+    Source:
+        Peng et al., Crafting Better Contrastive Views for Siamese Representation Learning, arXiv 2202.03278,
+        section 3.2; the edges as the authors' code takes them.
+
+    Example:
+        >>> import torch
+        >>> from fastproto.views import localize
+        >>> feature_map = torch.zeros(1, 8, 4, 4)
+        >>> feature_map[:, :, 1:3, 2] = 1.0
+        >>> localize(feature_map)
+        tensor([[0.2500, 0.5000, 0.5000, 0.5000]])
+        >>> localize(feature_map, image_size=(32, 32))
+        tensor([[0.1562, 0.4062, 0.8125, 0.8125]])
+    """
+    expect_tensor(feature_map, "localize", "feature_map", ("N", "C", "h", "w"))
+    expect(min(feature_map.shape[1:]) > 0, "localize", "feature_map", "C, h, w of at least 1", feature_map)
+    expect_type(threshold, (int, float), "localize", "threshold", "a number")
+    expect(0 <= threshold < 1, "localize", "threshold", "a number in [0, 1)", threshold)
+    if image_size is None:
+        image_size = (feature_map.shape[2], feature_map.shape[3])
+    expect_type(image_size, (tuple, list), "localize", "image_size", "(H, W) or None")
+    good = len(image_size) == 2 and all(isinstance(size, int) and size > 0 for size in image_size)
+    expect(good, "localize", "image_size", "two positive ints (H, W)", image_size)
+    return _op(feature_map, float(threshold), *image_size)

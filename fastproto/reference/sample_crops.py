@@ -1,0 +1,84 @@
+"""Crops of RandomResizedCrop whose centre lies in a box, in plain PyTorch.
+
+    A = H W U(scale),  r = exp U(log ratio),  w = round sqrt(A r),  h = round sqrt(A / r)
+    the first of 10 tries with 0 < w <= W and 0 < h <= H
+    top = a0 + int((a1 - a0) u),  a0, a1 = clamp(int(H box) - h//2, 0, H - h),  u ~ Beta(alpha, alpha);  left likewise
+    after 10 failures RandomResizedCrop's centre crop
+
+Every operation is correctly rounded (float64 products, quotients of two tensors, square root, round), and none is a
+product followed by a sum in floating point, so every device and compiler gives the same bits. A quotient by a Python
+number is avoided: on CUDA it is a product with the reciprocal.
+
+Letters: N samples, V views, T tries.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastproto._random import Stream, quantile, random_bits
+
+TRIES = 10
+
+
+def sample_crops(
+    sample_ids: Tensor,  # (N,) integer
+    sizes: Tensor,  # (N, 2) int64: height, width
+    boxes: Tensor,  # (N, 4) float: h0, w0, h1, w1
+    area_table: Tensor,
+    aspect_table: Tensor,
+    centre_table: Tensor,
+    ratio: tuple[float, float],
+    views: int,
+    seed: int,
+    epoch: int,
+) -> Tensor:  # (V·N, 4) int32: top, left, height, width
+    bits_vnd = random_bits(sample_ids, Stream.CROP, 2 * TRIES + 2, views=views, seed=seed, epoch=epoch)
+    area_draw_vnt = quantile(bits_vnd[..., :TRIES], area_table)
+    aspect_vnt = quantile(bits_vnd[..., TRIES : 2 * TRIES], aspect_table)
+    centre_vn2 = quantile(bits_vnd[..., 2 * TRIES :], centre_table)
+
+    height_n, width_n = sizes.unbind(1)
+    area_vnt = (height_n * width_n)[:, None] * area_draw_vnt
+    tried_w_vnt = torch.round(torch.sqrt(area_vnt * aspect_vnt)).long()
+    tried_h_vnt = torch.round(torch.sqrt(area_vnt / aspect_vnt)).long()
+    fits_vnt = (
+        (tried_w_vnt > 0) & (tried_w_vnt <= width_n[:, None]) & (tried_h_vnt > 0) & (tried_h_vnt <= height_n[:, None])
+    )
+    first_vn1 = fits_vnt.to(torch.uint8).argmax(dim=-1, keepdim=True)
+    h_vn = tried_h_vnt.gather(-1, first_vn1).squeeze(-1)
+    w_vn = tried_w_vnt.gather(-1, first_vn1).squeeze(-1)
+    h0_n, w0_n, h1_n, w1_n = boxes.double().unbind(1)
+    top_vn = _start(height_n, h_vn, h0_n, h1_n, centre_vn2[..., 0])
+    left_vn = _start(width_n, w_vn, w0_n, w1_n, centre_vn2[..., 1])
+
+    centre_h_n, centre_w_n = _centre_crop(height_n, width_n, *ratio)
+    any_vn = fits_vnt.any(dim=-1)
+    crops_vn4 = torch.stack(
+        [
+            torch.where(any_vn, top_vn, (height_n - centre_h_n) // 2),
+            torch.where(any_vn, left_vn, (width_n - centre_w_n) // 2),
+            torch.where(any_vn, h_vn, centre_h_n),
+            torch.where(any_vn, w_vn, centre_w_n),
+        ],
+        dim=-1,
+    )
+    return crops_vn4.flatten(0, 1).int()
+
+
+def _start(length: Tensor, crop: Tensor, box0: Tensor, box1: Tensor, draw: Tensor) -> Tensor:
+    """First row (or column) of a crop whose centre is drawn between two fractions of the length."""
+    # The reach is negative only for a try that fits nowhere, whose position nobody reads.
+    reach = length - crop
+    low = torch.minimum(((length * box0).long() - crop // 2).clamp(min=0), reach)
+    high = torch.minimum(((length * box1).long() - crop // 2).clamp(min=0), reach)
+    return low + ((high - low) * draw).long()
+
+
+def _centre_crop(height: Tensor, width: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Height and width of the largest centred crop whose aspect ratio is inside the bounds."""
+    aspect = width.double() / height.double()
+    crop_h = torch.round(width.double() / torch.full_like(aspect, low)).long().clamp(min=1)
+    crop_w = torch.round(height.double() * high).long().clamp(min=1)
+    return torch.where(aspect < low, crop_h, height), torch.where(aspect > high, crop_w, width)

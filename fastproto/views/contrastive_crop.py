@@ -1,0 +1,150 @@
+"""ContrastiveCrop for batches on any device: crop, flip, change the colours, normalise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastproto._check import INTEGERS, expect, expect_tensor
+from fastproto._random import Stream, expect_key, random_bits
+from fastproto.ops.crop_resize import crop_resize
+from fastproto.ops.photometric import photometric
+from fastproto.ops.sample_crops import expect_crop_options, sample_crops
+from fastproto.views.photometric import expect_jitter, sample_photometric
+
+AUGMENTS = ("simclr", "moco", "none")
+
+# Below, a blur of up to 2 pixels would leave little of the image: SimCLR blurs ImageNet, not CIFAR.
+BLUR_ABOVE = 64
+
+
+class ContrastiveCrop(nn.Module):
+    """Turns a batch of images into several augmented views of each, keyed by sample, so that every run repeats them.
+
+    Each view is cropped by ``sample_crops``, resized by ``crop_resize``, flipped with probability 1/2, changed in colour
+    and normalised. The same (seed, epoch, sample id) gives the same draws in any batch, worker and rank. The module
+    holds no weights and takes nothing from torch's random generators.
+
+    Args:
+        size: height and width of the views, or one number for both.
+        scale: least and greatest share of the image's area that a crop takes.
+        ratio: least and greatest width / height of a crop.
+        alpha: of the Beta distribution of a crop's place in the box: 1 uniform, below it avoids the middle. 0.6 in the
+            paper, 0.1 in the released settings for small images.
+        views: views of each image.
+        augment: "simclr": colour jitter with probability 0.8, gray 0.2, and at sizes above 64 blur of sigma 0.1 to 2
+            with probability 0.5; "moco": MoCo v2's, the same with the blur at every size; "none": crop and flip alone.
+        jitter: strengths of brightness, contrast, saturation and hue.
+        mean: one number per channel that is subtracted from the values in [0, 1] at the end; None: none is.
+        std: one number per channel to divide by after that; None: nothing is divided.
+        seed: key of the whole run.
+
+    Shape:
+        images: (N, C, H, W) uint8; C 1 or 3, with ``augment="none"`` up to 4
+        sample_ids: (N,) int64 or int32, the samples' places in the data set
+        boxes: (N, 4) fractions (h0, w0, h1, w1), e.g. of a ``BoxBank``; one such tuple for all, e.g. ``SIMC_BOX``; None
+        output: ``views`` tensors (N, C, h, w) float32
+
+    Raises:
+        TypeError, ValueError: from the constructor for options out of range; from ``forward`` for images that are not
+            uint8 (N, C, H, W), ids or boxes that do not fit them or lie on another device, boxes outside [0, 1] or
+            inverted.
+
+    Source:
+        Peng et al., Crafting Better Contrastive Views for Siamese Representation Learning, arXiv 2202.03278, section 3;
+        colours: SimCLR, arXiv 2002.05709, appendix A, and MoCo v2, arXiv 2003.04297.
+
+    Example:
+        >>> import torch
+        >>> from fastproto.views import ContrastiveCrop
+        >>> crop = ContrastiveCrop(24, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+        >>> images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+        >>> view0, view1 = crop(images, torch.arange(8), epoch=3)
+        >>> view0.shape
+        torch.Size([8, 3, 24, 24])
+    """
+
+    def __init__(
+        self,
+        size: int | tuple[int, int],
+        *,
+        scale: tuple[float, float] = (0.2, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        alpha: float = 0.6,
+        views: int = 2,
+        augment: str = "simclr",
+        jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1),
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        op = "ContrastiveCrop"
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        good = len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)
+        expect(good, op, "size", "a positive int or two", size)
+        expect_crop_options(op, scale, ratio, alpha)
+        expect_key(op, views, seed, epoch=0)
+        expect(augment in AUGMENTS, op, "augment", "one of " + ", ".join(AUGMENTS), augment)
+        expect_jitter(op, jitter)
+        for argument, values in (("mean", mean), ("std", std)):
+            expect(values is None or len(values) > 0, op, argument, "one number per channel or None", values)
+        expect(std is None or min(std) > 0, op, "std", "positive numbers", std)
+        self.size = (sides[0], sides[1])
+        self.scale, self.ratio, self.alpha = scale, ratio, alpha
+        self.views, self.augment, self.jitter, self.seed = views, augment, jitter, seed
+        self.mean, self.std = mean, std
+
+    def forward(
+        self,
+        images: Tensor,  # (N, C, H, W) uint8
+        sample_ids: Tensor,  # (N,) integer
+        boxes: Tensor | tuple[float, float, float, float] | None = None,  # (N, 4)
+        epoch: int = 0,
+    ) -> tuple[Tensor, ...]:  # views × (N, C, h, w) float32
+        self._expect_images(images, sample_ids)
+        views, seed = self.views, self.seed
+        crops = sample_crops(
+            sample_ids,
+            (images.shape[2], images.shape[3]),
+            boxes=boxes,
+            scale=self.scale,
+            ratio=self.ratio,
+            alpha=self.alpha,
+            views=views,
+            seed=seed,
+            epoch=epoch,
+        )
+        flip = random_bits(sample_ids, Stream.FLIP, 1, views=views, seed=seed, epoch=epoch).flatten() < 1 << 31
+        if self.augment == "none":
+            out = crop_resize(images, crops, self.size, flip=flip, mean=self.mean, std=self.std)
+        else:
+            blur_p = 0.5 if self.augment == "moco" or min(self.size) > BLUR_ABOVE else 0.0
+            parameters = sample_photometric(
+                sample_ids, jitter=self.jitter, blur_p=blur_p, views=views, seed=seed, epoch=epoch
+            )
+            out = photometric(crop_resize(images, crops, self.size, flip=flip), **parameters)
+            self._normalize(out)
+        return out.unflatten(0, (views, len(images))).unbind()
+
+    def _normalize(self, out: Tensor) -> None:
+        # Number by number and in place: nothing is copied from the host, and nothing is allocated.
+        for channel in range(out.shape[1]):
+            if self.mean is not None:
+                out[:, channel] -= self.mean[channel]
+            if self.std is not None:
+                out[:, channel] /= self.std[channel]
+
+    def _expect_images(self, images: Tensor, sample_ids: Tensor) -> None:
+        op = "ContrastiveCrop"
+        expect_tensor(images, op, "images", ("N", "C", "H", "W"), (torch.uint8,))
+        rows, channels, height, width = images.shape
+        good = 1 <= channels <= 4 if self.augment == "none" else channels in (1, 3)
+        expect(good, op, "images", "1 to 4 channels" if self.augment == "none" else "1 or 3 channels", images)
+        expect(height > 0 and width > 0, op, "images", "H and W of at least 1", images)
+        expect_tensor(sample_ids, op, "sample_ids", (rows,), INTEGERS, images.device)
+        for argument, values in (("mean", self.mean), ("std", self.std)):
+            good = values is None or len(values) == channels
+            expect(good, op, argument, f"{channels} numbers, one per channel of images", values)

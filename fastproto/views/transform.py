@@ -1,0 +1,101 @@
+"""ContrastiveCrop for a DataLoader whose workers transform one image at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastproto._check import describe, expect, expect_tensor, expect_type
+from fastproto.views.boxes import BoxBank
+from fastproto.views.contrastive_crop import ContrastiveCrop
+
+
+class ContrastiveCropTransform(nn.Module):
+    """The views of ``ContrastiveCrop`` for a single image, for data sets whose images are decoded in workers.
+
+    The boxes and the epoch lie in shared memory: what the training process sets between two epochs reaches workers that
+    were started before, those of ``persistent_workers=True`` too. Set both before the loader's next ``iter``, which
+    starts to prefetch.
+
+    Args:
+        size: height and width of the views, or one number for both.
+        boxes: a ``BoxBank`` on the CPU, moved into shared memory here; None crops from the whole image.
+        options: those of ``ContrastiveCrop``: scale, ratio, alpha, views, augment, jitter, mean, std, seed.
+
+    Shape:
+        image: PIL image (gray or converted to RGB) or uint8 tensor (C, H, W)
+        sample_id: the image's place in the data set, which the data set's ``__getitem__`` is called with
+        output: ``views`` tensors (C, h, w) float32
+
+    Raises:
+        TypeError, ValueError: as ``ContrastiveCrop``; for an image of another kind, dtype or rank; a sample_id that is
+            no int or not in the bank; a bank that is not on the CPU.
+
+    Source:
+        Peng et al., Crafting Better Contrastive Views for Siamese Representation Learning, arXiv 2202.03278, section 3.
+
+    Example:
+        >>> import torch
+        >>> from fastproto.views import BoxBank, ContrastiveCropTransform
+        >>> class Images(torch.utils.data.Dataset):
+        ...     def __init__(self, images, transform):
+        ...         self.images, self.transform = images, transform
+        ...     def __len__(self):
+        ...         return len(self.images)
+        ...     def __getitem__(self, sample_id):
+        ...         return self.transform(self.images[sample_id], sample_id), sample_id
+        >>> boxes = BoxBank(6)
+        >>> transform = ContrastiveCropTransform(24, boxes=boxes, alpha=0.1)
+        >>> images = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
+        >>> loader = torch.utils.data.DataLoader(Images(images, transform), batch_size=3)
+        >>> transform.set_epoch(1)
+        >>> (view0, view1), sample_ids = next(iter(loader))
+        >>> view0.shape
+        torch.Size([3, 3, 24, 24])
+    """
+
+    epoch: Tensor
+
+    def __init__(self, size: int | tuple[int, int], *, boxes: BoxBank | None = None, **options: Any) -> None:
+        super().__init__()
+        expect_type(boxes, (BoxBank, type(None)), "ContrastiveCropTransform", "boxes", "a BoxBank or None")
+        if boxes is not None:
+            on_cpu = boxes.boxes.device.type == "cpu"
+            expect(on_cpu, "ContrastiveCropTransform", "boxes", "a BoxBank on the CPU", boxes.boxes)
+        self.crop = ContrastiveCrop(size, **options)
+        self.boxes = boxes
+        self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
+        self.share_memory()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch that keys the draws, in all workers."""
+        self.epoch.fill_(epoch)
+
+    def forward(
+        self,
+        image: Any,  # PIL image or (C, H, W) uint8
+        sample_id: int,
+    ) -> tuple[Tensor, ...]:  # views × (C, h, w) float32
+        expect_type(sample_id, int, "ContrastiveCropTransform", "sample_id", "an int")
+        ids = torch.tensor([sample_id])
+        boxes = None if self.boxes is None else self.boxes.lookup(ids)
+        views = self.crop(_to_tensor(image)[None], ids, boxes, int(self.epoch))
+        return tuple(view[0] for view in views)
+
+
+def _to_tensor(image: Any) -> Tensor:
+    """A PIL image or tensor as a uint8 tensor (C, H, W)."""
+    if isinstance(image, Tensor):
+        expect_tensor(image, "ContrastiveCropTransform", "image", ("C", "H", "W"), (torch.uint8,))
+        # torchvision's image class would otherwise come out on the other side.
+        return image.as_subclass(Tensor)
+    # Known by its methods, so that neither PIL nor torchvision is imported here.
+    if not (hasattr(image, "mode") and hasattr(image, "convert")):
+        raise TypeError(
+            f"ContrastiveCropTransform: image expected a PIL image or a uint8 tensor (C, H, W), got {describe(image)}"
+        )
+    pixels = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)
