@@ -1,0 +1,36 @@
+"""assign: the nearest centre of every row, without the N x K matrix of distances."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastproto._check import expect, expect_tensor
+from fastproto.ops._dispatch import Op
+from fastproto.reference import assign as reference
+
+METRICS = ("l2", "ip")
+
+
+def assign(
+    x: Tensor,  # (N, D) float
+    centers: Tensor,  # (K, D) float
+    metric: str = "l2",
+) -> tuple[Tensor, Tensor]:
+    """Labels (N,) int64 and distances (N,) float32: squared L2 to the nearest centre, or the largest inner product.
+
+    Ties go to the lowest index. Exact: a label differs from the float64 one only where two distances differ by less
+    than float32 rounding. Rows of NaN get a distance of NaN and no useful label. Not differentiable.
+
+    Raises:
+        TypeError: ``x`` or ``centers`` is no float tensor.
+        ValueError: shapes, devices or ``metric`` do not fit.
+    """
+    expect(metric in METRICS, "assign", "metric", '"l2" or "ip"', metric)
+    expect_tensor(x, "assign", "x", ("N", "D"))
+    expect_tensor(centers, "assign", "centers", ("K", x.shape[1]), device=x.device)
+    expect(centers.numel() > 0, "assign", "centers", "at least one centre of at least one dimension", centers)
+    labels, distance = _op(x, centers, metric)
+    return labels, distance
+
+
+_op = Op("assign", reference=reference.assign)

@@ -1,0 +1,109 @@
+"""update against a loop over rows in float64 numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastproto.ops.update import update
+from fastproto.reference import update as reference
+
+
+def oracle(x: Tensor, labels: Tensor, k: int, weights: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    sums, counts = np.zeros((k, x.shape[1])), np.zeros(k)
+    for n, label in enumerate(labels.tolist()):
+        if label >= 0:
+            weight = 1.0 if weights is None else float(weights[n])
+            sums[label] += weight * x[n].double().numpy()
+            counts[label] += weight
+    return sums, counts
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 1), (33, 507, 24), (300, 10, 130), (100, 1, 96), (0, 5, 3)])
+def test_matches_the_formula(n: int, k: int, d: int, dtype: torch.dtype, weighted: bool) -> None:
+    x = torch.randn(n, d).to(dtype)
+    labels = torch.randint(-1, k, (n,))
+    weights = torch.rand(n) if weighted else None
+    sums, counts = update(x, labels, k, weights)
+    expected_sums, expected_counts = oracle(x, labels, k, weights)
+    assert sums.dtype == counts.dtype == torch.float64
+    np.testing.assert_allclose(sums.numpy(), expected_sums, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(counts.numpy(), expected_counts, rtol=1e-12, atol=1e-12)
+
+
+def test_ignored_rows_do_not_count_even_if_they_are_nan() -> None:
+    x = torch.randn(33, 24)
+    x[3] = torch.nan
+    labels = torch.randint(5, (33,))
+    labels[3] = -1
+    kept = torch.arange(33) != 3
+    for one, other in zip(update(x, labels, 5), update(x[kept], labels[kept], 5), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_long_sum_of_half_precision_does_not_saturate() -> None:
+    sums, counts = update(torch.ones(100_000, 1, dtype=torch.float16), torch.zeros(100_000, dtype=torch.int64), 1)
+    assert sums.item() == counts.item() == 100_000
+
+
+def test_same_bits_for_any_run_threads_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, labels, weights = torch.randn(50_000, 17), torch.randint(7, (50_000,)), torch.rand(50_000)
+    before = torch.get_num_threads()
+    results = []
+    for threads, chunk in ((1, 1 << 22), (1, 1 << 22), (3, 1 << 22), (2, 17 * 999)):
+        torch.set_num_threads(threads)
+        monkeypatch.setattr(reference, "CHUNK_ELEMENTS", chunk)
+        results.append(update(x, labels, 7, weights))
+    torch.set_num_threads(before)
+    for sums, counts in results[1:]:
+        assert torch.equal(sums, results[0][0])
+        assert torch.equal(counts, results[0][1])
+
+
+def test_any_strides_and_int32_labels() -> None:
+    x, labels = torch.randn(24, 66), torch.randint(5, (66,))
+    expected = update(x.T[::2].contiguous(), labels[::2].contiguous(), 5)
+    for one, other in zip(expected, update(x.T[::2], labels[::2].int(), 5), strict=True):
+        assert torch.equal(one, other)
+    sums, _ = update(torch.ones(1, 24).expand(33, -1), torch.zeros(33, dtype=torch.int64), 1)
+    assert sums.eq(33).all()
+
+
+def test_no_gradient() -> None:
+    sums, _ = update(torch.randn(4, 3, requires_grad=True), torch.zeros(4, dtype=torch.int64), 1)
+    assert not sums.requires_grad
+
+
+def test_bad_input() -> None:
+    x, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, -1, 0])
+    with pytest.raises(TypeError, match=r"update: x expected a float32 .* got int64 \(5, 3\) on cpu"):
+        update(x.long(), labels, 3)
+    with pytest.raises(TypeError, match=r"update: labels expected a int64 or int32 tensor \(5,\), got float32 \(5,\)"):
+        update(x, labels.float(), 3)
+    with pytest.raises(ValueError, match=r"update: labels expected \(5,\) on cpu, got int64 \(4,\) on cpu"):
+        update(x, labels[:4], 3)
+    with pytest.raises(ValueError, match=r"update: labels expected -1 \.\.\. 1, got -1 \.\.\. 2"):
+        update(x, labels, 2)
+    with pytest.raises(ValueError, match=r"update: labels expected -1 \.\.\. 4, got -3 \.\.\. 0"):
+        update(x, labels - 2, 5)
+    with pytest.raises(ValueError, match=r"update: weights expected \(5,\) on cpu, got float32 \(5, 1\) on cpu"):
+        update(x, labels, 3, torch.ones(5, 1))
+    with pytest.raises(ValueError, match="update: num_clusters expected at least 1, got int 0"):
+        update(x, labels, 0)
+    with pytest.raises(ValueError, match="update: x expected at least one dimension"):
+        update(x[:, :0], labels, 3)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_with_the_same_bits_each_run() -> None:
+    x, labels, weights = torch.randn(50_000, 24), torch.randint(-1, 7, (50_000,)), torch.rand(50_000)
+    expected = update(x, labels, 7, weights)
+    first = update(x.cuda(), labels.cuda(), 7, weights.cuda())
+    again = update(x.cuda(), labels.cuda(), 7, weights.cuda())
+    for one, other, on_cpu in zip(first, again, expected, strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one.cpu(), on_cpu)
