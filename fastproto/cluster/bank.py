@@ -1,0 +1,139 @@
+"""PrototypeBank: the prototypes of a data set at several granularities, and which of them each sample belongs to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastproto._check import INTEGERS, expect, expect_tensor, reads_data
+from fastproto.cluster._rows import Rows
+from fastproto.cluster.concentration import TEMPERATURE
+from fastproto.cluster.kmeans import KMeans
+
+
+class PrototypeBank(nn.Module):
+    """Prototype sets of one data set, clustered anew by ``update`` and read batch by batch by ``lookup``.
+
+    Args:
+        num_samples: rows of the data set, M.
+        dim: dimension of the features, D.
+        num_prototypes: K of each of the G sets, or one K.
+        temperature: mean of the concentration of each set.
+        **kmeans: options of ``KMeans``. Set g is clustered with ``seed`` + g. With a ``process_group`` every rank
+            gives ``update`` its own rows, which in rank order make up the data set.
+
+    Everything is a buffer, moves with ``.to`` and is saved by ``state_dict``. Before the first update all assignments
+    are -1, which losses ignore, and the prototypes are 0.
+
+    Raises:
+        TypeError: an option that ``KMeans`` does not have.
+        ValueError: a size below 1, more prototypes than samples, an option that is none.
+
+    Example:
+        >>> import torch
+        >>> from fastproto.cluster import PrototypeBank
+        >>> bank = PrototypeBank(100, 8, num_prototypes=(4, 10), n_iter=5)
+        >>> bank.update(torch.randn(100, 8))
+        >>> prototypes, assignments, concentration = bank.lookup(torch.tensor([3, 14, 15]))
+        >>> [tuple(p.shape) for p in prototypes], [tuple(a.shape) for a in assignments]
+        ([(4, 8), (10, 8)], [(3,), (3,)])
+
+    Source: Li et al., "Prototypical Contrastive Learning of Unsupervised Representations" (arXiv 2005.04966), section
+    3.2 and algorithm 1.
+    """
+
+    num_updates: Tensor
+
+    def __init__(
+        self,
+        num_samples: int,
+        dim: int,
+        num_prototypes: int | tuple[int, ...] | list[int],
+        temperature: float = TEMPERATURE,
+        **kmeans: Any,
+    ) -> None:
+        super().__init__()
+        op = "PrototypeBank"
+        sizes = (num_prototypes,) if isinstance(num_prototypes, int) else tuple(num_prototypes)
+        expect(num_samples >= 1, op, "num_samples", "at least 1", num_samples)
+        expect(dim >= 1, op, "dim", "at least 1", dim)
+        expect(bool(sizes), op, "num_prototypes", "at least one size", sizes)
+        for size in sizes:
+            expect(1 <= size <= num_samples, op, "num_prototypes", f"1 ... num_samples = {num_samples}", size)
+        expect(temperature > 0, op, "temperature", "above 0", temperature)
+        self.num_samples, self.dim, self.num_prototypes, self.temperature = num_samples, dim, sizes, temperature
+        self.seed, self.kmeans_options = kmeans.pop("seed", 0), kmeans
+        for index in range(len(sizes)):
+            self._kmeans(index)
+
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+        for index, size in enumerate(sizes):
+            self.register_buffer(f"prototypes_{index}", torch.zeros(size, dim))
+            self.register_buffer(f"assignments_{index}", torch.full((num_samples,), -1))
+            self.register_buffer(f"concentration_{index}", torch.full((size,), float(temperature)))
+
+    @property
+    def ready(self) -> bool:
+        """Whether there was an update, here or in the state that was loaded. Reads one number from the device."""
+        return bool(self.num_updates > 0)
+
+    @torch.no_grad()
+    def update(
+        self,
+        features: Tensor,  # (M, D) float
+    ) -> None:
+        """Clusters the features of the whole data set, row i those of sample i, once per set.
+
+        Raises:
+            TypeError: ``features`` is no float tensor.
+            ValueError: ``features`` is not (num_samples, dim), or a row holds NaN or infinity.
+        """
+        op = "PrototypeBank.update"
+        expect_tensor(features, op, "features", ("M", self.dim))
+        rows = Rows(features, group=self.kmeans_options.get("process_group"))
+        expect(rows.total == self.num_samples, op, "features", f"{self.num_samples} rows in all", f"{rows.total}")
+        for index in range(len(self.num_prototypes)):
+            kmeans = self._kmeans(index).fit(features)
+            assignments = torch.zeros(rows.total, dtype=torch.int64, device=features.device)
+            assignments[rows.offset : rows.offset + rows.local] = kmeans.labels_
+            rows.sum(assignments)
+            self._buffer("assignments", index).copy_(assignments)
+            self._buffer("prototypes", index).copy_(F.normalize(kmeans.cluster_centers_, dim=1))
+            # Concentration is proportional to its temperature.
+            self._buffer("concentration", index).copy_(kmeans.concentration_ * (self.temperature / TEMPERATURE))
+        self.num_updates += 1
+
+    def lookup(
+        self,
+        sample_ids: Tensor,  # (N,) int64 or int32
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Prototypes (K, D), assignments (N,) of these samples and concentration (K,), each a list over the sets.
+
+        Raises:
+            TypeError: ``sample_ids`` is no integer tensor.
+            ValueError: ``sample_ids`` is not (N,) on the bank's device, or (where data is read) out of range.
+        """
+        op = "PrototypeBank.lookup"
+        expect_tensor(sample_ids, op, "sample_ids", ("N",), INTEGERS, self.num_updates.device)
+        if sample_ids.numel() and reads_data(sample_ids):
+            low, high = (int(value) for value in sample_ids.aminmax())
+            inside = low >= 0 and high < self.num_samples
+            expect(inside, op, "sample_ids", f"0 ... {self.num_samples - 1}", f"{low} ... {high}")
+        sets = range(len(self.num_prototypes))
+        return (
+            [self._buffer("prototypes", index) for index in sets],
+            [self._buffer("assignments", index)[sample_ids] for index in sets],
+            [self._buffer("concentration", index) for index in sets],
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.num_samples}, {self.dim}, num_prototypes={self.num_prototypes}, temperature={self.temperature}"
+
+    def _kmeans(self, index: int) -> KMeans:
+        return KMeans(self.num_prototypes[index], seed=self.seed + index, **self.kmeans_options)
+
+    def _buffer(self, name: str, index: int) -> Tensor:
+        return self.get_buffer(f"{name}_{index}")

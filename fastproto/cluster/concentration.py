@@ -1,0 +1,78 @@
+"""Concentration: how tightly a cluster's members lie around its centre, as the temperature of its prototype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastproto._check import INTEGERS, expect, expect_tensor
+from fastproto.ops.update import expect_labels, update
+
+TEMPERATURE = 0.2
+ALPHA = 10.0
+CHUNK_ELEMENTS = 1 << 22
+
+
+@torch.no_grad()
+def concentration(
+    x: Tensor,  # (N, D) float
+    labels: Tensor,  # (N,) int64 or int32, -1 = belongs nowhere
+    centers: Tensor,  # (K, D) float
+    temperature: float = TEMPERATURE,
+    alpha: float = ALPHA,
+) -> Tensor:
+    """Concentration φ (K,) of every cluster: small where many members lie close to their centre.
+
+    With Z_k members v around centre c_k, as k-means left it:
+        φ_k = Σ_v ||v - c_k|| / (Z_k · log(Z_k + alpha)),   Z_k ≤ 1 → the largest φ,
+    clipped to the 10th ... 90th percentile and scaled so that the mean is ``temperature``. A cluster whose members all
+    coincide would get 0, which no loss can divide by: nothing falls below a thousandth of the temperature, and where
+    every φ is 0 all are the temperature.
+
+    Returns:
+        (K,) float32, or float64 for float64 rows. Not differentiable.
+
+    Raises:
+        TypeError: an argument is no tensor of the right dtype.
+        ValueError: shapes, devices or options do not fit, or a label is outside -1 ... K - 1.
+
+    Example:
+        >>> import torch
+        >>> from fastproto.cluster import concentration
+        >>> x = torch.tensor([[0.0], [0.2], [5.0], [9.0]])
+        >>> concentration(x, torch.tensor([0, 0, 1, 1]), torch.tensor([[0.1], [7.0]]))
+        tensor([0.0489, 0.3511])
+
+    Source: Li et al., "Prototypical Contrastive Learning of Unsupervised Representations" (arXiv 2005.04966),
+    section 3.3; percentiles and mean as in the authors' code.
+    """
+    op = "concentration"
+    expect_tensor(x, op, "x", ("N", "D"))
+    expect_tensor(centers, op, "centers", ("K", x.shape[1]), device=x.device)
+    expect(centers.numel() > 0, op, "centers", "at least one centre of at least one dimension", centers)
+    expect_tensor(labels, op, "labels", (x.shape[0],), INTEGERS, x.device)
+    expect(temperature > 0, op, "temperature", "above 0", temperature)
+    expect(alpha >= 0, op, "alpha", "at least 0", alpha)
+    expect_labels(labels, centers.shape[0], op)
+    phi = from_radii(*radius_sums(x, labels, centers), temperature, alpha)
+    return phi if x.dtype == torch.float64 else phi.float()
+
+
+def radius_sums(x: Tensor, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_v ||v - c_k|| and the number of members of every cluster: two (K,) float64 to add over chunks and ranks."""
+    chunk = max(1, CHUNK_ELEMENTS // x.shape[1])
+    pairs = zip(x.split(chunk), labels.split(chunk), strict=True)
+    parts = [(x_nd.double() - centers[label_n.clamp(min=0)].double()).norm(dim=1) for x_nd, label_n in pairs]
+    sums, counts = update(torch.cat(parts)[:, None], labels, centers.shape[0])
+    return sums[:, 0], counts
+
+
+def from_radii(radii: Tensor, counts: Tensor, temperature: float = TEMPERATURE, alpha: float = ALPHA) -> Tensor:
+    """Concentration (K,) float64 from what ``radius_sums`` gives for all rows."""
+    several = counts > 1
+    phi = torch.where(several, radii / (counts * (counts + alpha).log()), 0.0)
+    phi = torch.where(several, phi, phi.max())
+    phi = phi.clamp(phi.quantile(0.1), phi.quantile(0.9))
+    # Dividing by the smallest normal number instead of 0 leaves 0, which the next line then sees.
+    phi = temperature * phi / phi.mean().clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.where(phi.max() > 0, phi.clamp(min=1e-3 * temperature), temperature)

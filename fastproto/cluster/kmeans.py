@@ -1,0 +1,295 @@
+"""KMeans, the estimator, and kmeans_assign, its nearest-centre search alone."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastproto._check import expect, expect_tensor, reads_data
+from fastproto.cluster import init as start
+from fastproto.cluster._lloyd import Step, assign_all, faiss_lloyd, lloyd, unit
+from fastproto.cluster._rows import Array, Rows, check_rows, check_weights
+from fastproto.ops.assign import METRICS, assign
+
+PRECISIONS = ("exact", "fast")
+ENGINES = ("fastproto", "faiss")
+EMPTY = ("split", "keep")
+
+
+def kmeans_assign(
+    x: Tensor,  # (N, D) float
+    centers: Tensor,  # (K, D) float
+    *,
+    metric: str = "l2",
+    precision: str = "exact",
+) -> tuple[Tensor, Tensor]:
+    """The nearest centre of every row; the N x K matrix of distances is never held at once.
+
+    Args:
+        x: rows of float32, float64, float16 or bfloat16, computed in at least float32.
+        centers: on the device of ``x``.
+        metric: "l2" for the smallest squared distance, "ip" for the largest inner product.
+        precision: "exact": a label differs from the float64 one only where two distances differ by less than float32
+            rounding. "fast" permits an approximation; in this version there is none, and it gives the same bits.
+
+    Returns:
+        Labels (N,) int64, ties to the lowest index, and distances (N,) float32: squared L2 or the inner product.
+        Not differentiable.
+
+    Raises:
+        TypeError: ``x`` or ``centers`` is no float tensor.
+        ValueError: shapes, devices or options do not fit, or (where data is read) a row holds NaN or infinity.
+
+    Example:
+        >>> import torch
+        >>> from fastproto.cluster import kmeans_assign
+        >>> kmeans_assign(torch.tensor([[0.0], [2.0], [5.0]]), torch.tensor([[1.0], [4.0]]))
+        (tensor([0, 0, 1]), tensor([1., 1., 1.]))
+
+    Source: Lloyd, "Least squares quantization in PCM", 1982, section 2: the assignment step.
+    """
+    op = "kmeans_assign"
+    expect(metric in METRICS, op, "metric", '"l2" or "ip"', metric)
+    expect(precision in PRECISIONS, op, "precision", '"exact" or "fast"', precision)
+    expect_tensor(x, op, "x", ("N", "D"))
+    expect_tensor(centers, op, "centers", ("K", x.shape[1]), device=x.device)
+    expect(centers.numel() > 0, op, "centers", "at least one centre of at least one dimension", centers)
+    if reads_data(x):
+        Rows(x).check_finite(op)
+        expect(bool(centers.isfinite().all()), op, "centers", "finite centres", "NaN or infinity")
+    return assign(x, centers, metric)
+
+
+class KMeans:
+    """k-means by Lloyd's iterations, as an estimator.
+
+    Each iteration assigns every row to its nearest centre and moves every centre to the mean of its rows:
+        minimise  J = Σ_n w_n ||x_n - c_label(n)||²,    or with ``spherical`` maximise  J = Σ_n w_n <x_n, c_label(n)>
+    over unit centres. The N x K matrix of distances is never held at once. The same seed gives the same bits, whatever
+    the run or the number of threads.
+
+    Args:
+        n_clusters: K.
+        n_iter: iterations at most. Fitting ends early where an iteration leaves every centre as it was.
+        n_init: fits from different starts; the one with the best objective over the training rows is kept.
+        init: "random" (rows without replacement, weights not regarded), "k-means++", or centres (K, D), from which
+            there is one fit whatever ``n_init``.
+        spherical: inner product instead of squared distance, centres normalised after each iteration. The rows are
+            taken as they are; normalise them for cosine similarity.
+        tol: ends a fit once the objective changes by no more than this share of it from one iteration to the next.
+        max_points_per_cluster: trains on that many rows per cluster, drawn without replacement, if there are more.
+            All rows are assigned afterwards.
+        empty: "split" gives a cluster without rows half of a large one, as faiss does; "keep" leaves its centre.
+        seed: of everything drawn, at least 0.
+        precision: "exact", or "fast", which permits an approximate search; in this version both give the same bits.
+        engine: "fastproto", or "faiss" to run the same iterations on an installed faiss: on the CPU, all training rows
+            in memory as float32, ``empty="split"``, no process group. Starts and subsets are fastproto's either way.
+            Weights do not count in faiss's objective.
+        chunk_rows: rows computed at a time; by default all, or 64 MiB where they have to be copied to be computed.
+        device: where to compute; by default where the rows lie. Rows elsewhere (a CPU tensor larger than the memory of
+            a GPU, a memory map) are streamed there chunk by chunk.
+        process_group: ranks that cluster together. Each keeps its rows, which in rank order make up the whole; sums
+            and counts, and the rows that are starts, cross. Every rank gets the centres of one process on all rows.
+        progress: shows a tqdm bar.
+
+    Attributes:
+        cluster_centers_: (K, D) float32, or float64 for float64 rows, on the device of the computation.
+        labels_: (N,) int64, ties to the lowest index, where the rows lie. Of this rank's rows.
+        inertia_: objective J of all rows and the final centres.
+        counts_: (K,) int64, rows of each cluster.
+        concentration_: (K,), see ``fastproto.cluster.concentration``, at its default temperature.
+        n_iter_: iterations of the kept fit.
+        history_: list of the objective that each of its iterations found, before moving the centres; training rows.
+
+    Raises:
+        TypeError: rows that are no float tensor or array.
+        ValueError: an option that is none, more clusters than rows, rows of NaN or infinity, negative weights.
+
+    Example:
+        >>> import torch
+        >>> from fastproto.cluster import KMeans
+        >>> x = torch.cat([torch.randn(50, 2), torch.randn(50, 2) + 100])
+        >>> kmeans = KMeans(2, n_init=3).fit(x)
+        >>> kmeans.counts_
+        tensor([50, 50])
+        >>> kmeans.predict(torch.tensor([[99.0, 101.0]])) == kmeans.labels_[-1]
+        tensor([True])
+
+    Source: Lloyd, "Least squares quantization in PCM", 1982; starts by Arthur and Vassilvitskii, SODA 2007; defaults
+    and empty clusters as in faiss.
+    """
+
+    def __init__(
+        self,
+        n_clusters: int,
+        *,
+        n_iter: int = 20,
+        n_init: int = 1,
+        init: str | Array = "random",
+        spherical: bool = False,
+        tol: float = 0.0,
+        max_points_per_cluster: int | None = None,
+        empty: str = "split",
+        seed: int = 0,
+        precision: str = "exact",
+        engine: str = "fastproto",
+        chunk_rows: int | None = None,
+        device: torch.device | str | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        progress: bool = False,
+    ) -> None:
+        op = "KMeans"
+        for name, value in (
+            ("n_clusters", n_clusters),
+            ("n_iter", n_iter),
+            ("n_init", n_init),
+            ("max_points_per_cluster", 1 if max_points_per_cluster is None else max_points_per_cluster),
+            ("chunk_rows", 1 if chunk_rows is None else chunk_rows),
+        ):
+            expect(isinstance(value, (int, np.integer)) and value >= 1, op, name, "an integer of at least 1", value)
+        expect(isinstance(seed, (int, np.integer)) and seed >= 0, op, "seed", "an integer of at least 0", seed)
+        expect(tol >= 0, op, "tol", "at least 0", tol)
+        if isinstance(init, str):
+            expect(init in start.METHODS, op, "init", '"random", "k-means++" or centres (K, D)', init)
+        else:
+            start.given_centers(init, op, n_clusters, "D")
+        expect(empty in EMPTY, op, "empty", '"split" or "keep"', empty)
+        expect(precision in PRECISIONS, op, "precision", '"exact" or "fast"', precision)
+        expect(engine in ENGINES, op, "engine", '"fastproto" or "faiss"', engine)
+        if engine == "faiss":
+            expect(empty == "split", op, "empty", '"split" for engine "faiss"', empty)
+            expect(process_group is None, op, "process_group", 'None for engine "faiss"', process_group)
+        self.n_clusters, self.n_iter, self.n_init, self.init = n_clusters, n_iter, n_init, init
+        self.spherical, self.tol, self.max_points_per_cluster = spherical, tol, max_points_per_cluster
+        self.empty, self.seed, self.precision, self.engine = empty, seed, precision, engine
+        self.chunk_rows, self.device, self.process_group, self.progress = chunk_rows, device, process_group, progress
+
+    def fit(self, x: Array, sample_weight: Array | None = None) -> KMeans:
+        """Finds the centres of ``x`` (N, D), then assigns all rows to them.
+
+        Args:
+            x: float tensor, array or memory map; float16 and bfloat16 are computed in float32 at least.
+            sample_weight: (N,) float, at least 0: a row of weight 2 counts as two rows.
+        """
+        rows, self.cluster_centers_, self.history_ = self.find_centers(x, sample_weight, "KMeans.fit")
+        self.n_iter_ = len(self.history_)
+        self.labels_, self.inertia_, self.counts_, self.concentration_ = assign_all(
+            rows, self.cluster_centers_, self.spherical
+        )
+        return self
+
+    def predict(self, x: Array) -> Tensor:
+        """Labels (N,) int64 of the nearest centres, where ``x`` (N, D) lies."""
+        rows = self._fitted_rows(x, "KMeans.predict")
+        centers, metric = self.cluster_centers_.to(rows.device), "ip" if self.spherical else "l2"
+        labels = torch.empty(rows.local, dtype=torch.int64, device=rows.home)
+        for here, chunk, _ in rows.chunks():
+            labels[here] = assign(chunk, centers, metric)[0].to(rows.home)
+        return labels
+
+    def fit_predict(self, x: Array, sample_weight: Array | None = None) -> Tensor:
+        """``fit``, then ``labels_``."""
+        return self.fit(x, sample_weight).labels_
+
+    def transform(self, x: Array) -> Tensor:
+        """Euclidean distances (N, K) from every row to every centre, where ``x`` (N, D) lies."""
+        rows = self._fitted_rows(x, "KMeans.transform")
+        dtype = torch.promote_types(rows.dtype, self.cluster_centers_.dtype)
+        centers = self.cluster_centers_.to(rows.device, dtype)
+        distances = torch.empty(rows.local, self.n_clusters, dtype=dtype, device=rows.home)
+        for here, chunk, _ in rows.chunks():
+            # The matrix product that cdist would use loses the digits of distances small beside the rows.
+            exact = torch.cdist(chunk.to(dtype), centers, compute_mode="donot_use_mm_for_euclid_dist")
+            distances[here] = exact.to(rows.home)
+        return distances
+
+    def find_centers(self, x: Array, sample_weight: Array | None, op: str) -> tuple[Rows, Tensor, list[float]]:
+        """``fit`` without the assignment of all rows: the rows, the centres, the objective at each iteration."""
+        rows = self._rows(x, op, sample_weight)
+        centers, history = self._train(self._training_rows(rows), op)
+        return rows, centers, history
+
+    def _rows(self, x: Array, op: str, sample_weight: Array | None) -> Rows:
+        check_rows(x, op)
+        weights = check_weights(sample_weight, op, x.shape[0])
+        rows = Rows(x, weights, device=self.device, chunk_rows=self.chunk_rows, group=self.process_group)
+        expect(rows.total >= self.n_clusters, op, "x", f"at least n_clusters = {self.n_clusters} rows", f"{rows.total}")
+        if not isinstance(x, Tensor) or reads_data(x):
+            rows.check_finite(op)
+        if weights is not None:
+            weight = float(rows.gather(weights.sum().to(rows.device)).sum())
+            expect(weight > 0, op, "sample_weight", "a sum above 0", weight)
+        return rows
+
+    def _fitted_rows(self, x: Array, op: str) -> Rows:
+        if not hasattr(self, "cluster_centers_"):
+            raise RuntimeError(f"{op}: call fit first")
+        check_rows(x, op, self.cluster_centers_.shape[1])
+        rows = Rows(x, device=self.device, chunk_rows=self.chunk_rows)
+        if not isinstance(x, Tensor) or reads_data(x):
+            rows.check_finite(op)
+        return rows
+
+    def _training_rows(self, rows: Rows) -> Rows:
+        most = rows.total if self.max_points_per_cluster is None else self.n_clusters * self.max_points_per_cluster
+        if rows.total <= most:
+            return rows
+        drawn = np.random.default_rng([self.seed, 0]).choice(rows.total, size=most, replace=False)
+        return rows.subset(np.sort(drawn))
+
+    def _train(self, rows: Rows, op: str) -> tuple[Tensor, list[float]]:
+        """The best centres of ``n_init`` fits to the rows, and the objective at each iteration towards them."""
+        if self.engine == "faiss":
+            expect(rows.device.type == "cpu", op, "engine", '"fastproto" on a GPU', self.engine)
+            step = faiss_lloyd(rows, self.spherical)
+        else:
+            step = lloyd(rows, self.spherical, keep_empty=self.empty == "keep")
+        runs = self.n_init if isinstance(self.init, str) else 1
+        fits = []
+        with self._progress(runs) as bar:
+            for run in range(runs):
+                centers, history = self._iterate(step, self._start(rows, run, op), rows, op, bar)
+                objective = assign_all(rows, centers, self.spherical).objective if runs > 1 else 0.0
+                fits.append((-objective if self.spherical else objective, run, centers, history))
+        _, _, centers, history = min(fits)
+        return centers, history
+
+    def _start(self, rows: Rows, run: int, op: str) -> Tensor:
+        rng = np.random.default_rng([self.seed, 1 + run])
+        if not isinstance(self.init, str):
+            centers = start.given_centers(self.init, op, self.n_clusters, rows.dim).to(rows.device, rows.dtype)
+        elif self.init == "random":
+            centers = start.random_centers(rows, self.n_clusters, rng)
+        else:
+            centers = start.plus_plus_centers(rows, self.n_clusters, rng, self.spherical)
+        return unit(centers) if self.spherical else centers
+
+    def _iterate(self, step: Step, centers: Tensor, rows: Rows, op: str, bar: Any) -> tuple[Tensor, list[float]]:
+        history: list[float] = []
+        for _ in range(self.n_iter):
+            before = centers
+            centers, objective = step(before)
+            if not math.isfinite(objective):
+                rows.check_finite(op)
+                expect(False, op, "x", "distances that float32 can hold", "larger ones")
+            history.append(objective)
+            if bar is not None:
+                bar.set_postfix_str(f"objective {objective:.6g}", refresh=False)
+                bar.update()
+            settled = len(history) > 1 and abs(history[-2] - objective) <= self.tol * abs(history[-2])
+            if torch.equal(before, centers) or (self.tol > 0 and settled):
+                break
+        return centers, history
+
+    def _progress(self, runs: int) -> Any:
+        if not self.progress:
+            return nullcontext()
+        from tqdm import tqdm
+
+        return tqdm(total=runs * self.n_iter, desc=f"k-means, {self.n_clusters} clusters", unit="iteration")
