@@ -1,0 +1,24 @@
+"""Contrastive and prototypical losses. Inputs are not normalised (N, D) tensors, outputs scalar means."""
+
+from fastproto.losses import functional
+from fastproto.losses.contrast import InfoNCELoss, NTXentLoss
+from fastproto.losses.cosine import NegativeCosineSimilarity
+from fastproto.losses.distribution import AlignmentLoss, CorrelationLoss, UniformityLoss
+from fastproto.losses.pauc import PAUCLoss
+from fastproto.losses.proto_nce import ProtoNCELoss
+from fastproto.losses.siamese import SiameseMetricLoss
+from fastproto.losses.spcl import SPCLLoss
+
+__all__ = [
+    "AlignmentLoss",
+    "CorrelationLoss",
+    "InfoNCELoss",
+    "NTXentLoss",
+    "NegativeCosineSimilarity",
+    "PAUCLoss",
+    "ProtoNCELoss",
+    "SPCLLoss",
+    "SiameseMetricLoss",
+    "UniformityLoss",
+    "functional",
+]

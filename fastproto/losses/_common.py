@@ -1,0 +1,46 @@
+"""What the losses share: unit rows, reductions, and the checks of arguments that several of them take."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastproto._check import FLOATS, expect, expect_tensor, expect_type
+
+
+def widen(x: Tensor) -> Tensor:
+    """At least float32: where sums and norms of half precision inputs are taken."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows scaled to length 1; a zero row stays zero."""
+    return F.normalize(widen(x), dim=1)
+
+
+def reduce_rows(loss: Tensor, reduction: str, counted: Tensor | None = None) -> Tensor:
+    """The mean over the rows that count (0 where none does), the sum, or the rows themselves.
+
+    ``counted`` is how many rows the mean is over, a tensor or by default all.
+    """
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / (max(loss.shape[0], 1) if counted is None else counted.clamp(min=1))
+
+
+def expect_reduction(reduction: str, op: str) -> None:
+    expect(reduction in ("mean", "sum", "none"), op, "reduction", '"mean", "sum" or "none"', repr(reduction))
+
+
+def expect_temperature(temperature: float, op: str) -> None:
+    expect_type(temperature, (float, int), op, "temperature", "a number")
+    expect(abs(temperature) >= 1e-8, op, "temperature", "a magnitude of at least 1e-8", temperature)
+
+
+def expect_views(x0: Tensor, x1: Tensor, op: str, names: tuple[str, str]) -> None:
+    """Two (N, D) tensors of one shape on one device."""
+    expect_tensor(x0, op, names[0], ("N", "D"))
+    expect_tensor(x1, op, names[1], tuple(x0.shape), FLOATS, x0.device)

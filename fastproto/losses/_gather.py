@@ -1,0 +1,58 @@
+"""Losses over the batch of all processes: local anchors against gathered candidates.
+
+Why the gradients come out right: with W ranks of n rows each, rank r computes L_r, the mean over its own rows, and
+the loss of the whole batch is L = (1/W) Σ_r L_r. A row z of rank r is an anchor in L_r and a candidate in every L_s, so
+the backward pass of the gather sums over ranks, and autograd gives rank r Σ_s dL_s/dz = W · dL/dz for its rows. DDP
+averages parameter gradients: (1/W) Σ_r (W · dL/dz_r) · dz_r/dθ = dL/dθ, as in one process with all rows.
+Nothing is to be scaled as long as every rank has as many rows. Where some rows do not count, the sum over the local ones
+is divided by the count of all ranks and multiplied by W.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of processes; (0, 1) without a process group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows (n, …) of all ranks in rank order (W·n, …). Every rank gives the same shape."""
+    return rows if rank_and_world()[1] == 1 else _GatherRows.apply(rows)
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum over ranks, without a gradient."""
+    if rank_and_world()[1] == 1:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def from_first_rank(value: Tensor) -> Tensor:
+    """What rank 0 has, on every rank; written into ``value``."""
+    if rank_and_world()[1] > 1:
+        dist.broadcast(value, src=0)
+    return value
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(rank_and_world()[1])]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        rank, world = rank_and_world()
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.tensor_split(world)[rank]

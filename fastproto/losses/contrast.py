@@ -1,0 +1,286 @@
+"""Contrast within a batch and against a queue: NT-Xent (SimCLR) and InfoNCE (MoCo)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastproto._check import FLOATS, INTEGERS, expect, expect_tensor
+from fastproto.losses._common import expect_reduction, expect_temperature, expect_views, reduce_rows, unit
+from fastproto.losses._gather import gather_rows, rank_and_world
+from fastproto.ops.contrast import contrast, expect_index
+
+
+def nt_xent(
+    out0: Tensor,  # (N, D) float
+    out1: Tensor,  # (N, D) float
+    assignments: Tensor | None = None,  # (N,) int
+    *,
+    temperature: float = 0.5,
+    gather_distributed: bool = False,
+    reduction: str = "mean",
+    ignore_index: int = -1,
+) -> Tensor:
+    """Contrasts the two views of every image with all other views in the batch.
+
+        x = [unit(out0); unit(out1)],  L_i = log Σ_{j ∈ A(i)} exp(<x_i, x_j> / τ) - <x_i, x_{i±N}> / τ
+
+    A(i) holds all rows but i. With ``assignments`` it also leaves out the rows whose sample shares i's prototype,
+    except the other view of i: false negatives leave.
+
+    Args:
+        out0, out1: embeddings of the two views (N, D), not normalised.
+        assignments: prototype of each sample (N,), or ``ignore_index`` for a sample that shares none.
+        temperature: τ.
+        gather_distributed: candidates are the views of all ranks, anchors the local ones; DDP's mean of the gradients
+            equals one process on the whole batch. Every rank has the same N.
+        reduction: "mean" or "sum" over the 2N local rows, or "none" for the rows (2N,), view 0 first.
+        ignore_index: the assignment of samples without a prototype.
+
+    Returns:
+        The loss, at least float32; 0 for an empty batch.
+
+    Raises:
+        TypeError: something is no tensor, or of another dtype.
+        ValueError: shapes or devices do not fit, |τ| < 1e-8, an unknown reduction, or a negative assignment that is not
+            ``ignore_index``.
+
+    Example:
+        >>> out0, out1 = torch.eye(2), torch.eye(2)
+        >>> nt_xent(out0, out1, temperature=1.0)
+        tensor(0.5514)
+
+    Source: SimCLR, arXiv 2002.05709, Eq. 1.
+    """
+    expect_views(out0, out1, "nt_xent", ("out0", "out1"))
+    expect_temperature(temperature, "nt_xent")
+    expect_reduction(reduction, "nt_xent")
+    n, device = out0.shape[0], out0.device
+
+    features = torch.cat([unit(out0), unit(out1)])
+    keys = gather_rows(features) if gather_distributed else features
+    first = rank_and_world()[0] * 2 * n if gather_distributed else 0
+    rows = torch.arange(first, first + 2 * n, device=device)
+    key_groups = torch.arange(keys.shape[0], device=device)
+    if assignments is not None:
+        expect_tensor(assignments, "nt_xent", "assignments", (n,), INTEGERS, device)
+        expect_index(assignments, "nt_xent", "assignments", None, ignore_index)
+        prototypes = torch.cat([assignments, assignments]).long()
+        if gather_distributed:
+            prototypes = gather_rows(prototypes)
+        # A row without a prototype is alone in a group of its own, below all prototypes.
+        key_groups = torch.where(prototypes == ignore_index, -1 - key_groups, prototypes)
+    groups = key_groups[first : first + 2 * n]
+    targets = rows.roll(n)
+    loss = contrast(features, keys, targets, scale=1 / temperature, groups=groups, key_groups=key_groups).loss
+    return reduce_rows(loss, reduction)
+
+
+def info_nce(
+    query: Tensor,  # (N, D) float
+    key: Tensor,  # (N, D) float
+    queue: Tensor | None = None,  # (M, D) float
+    *,
+    temperature: float = 0.2,
+    reduction: str = "mean",
+) -> Tensor:
+    """Contrasts every query with its own key against a queue of other keys.
+
+        L_i = log Σ_{y ∈ {k_i, queue}} exp(<q_i, y> / τ) - <q_i, k_i> / τ,  all rows scaled to length 1
+
+    Without a queue the other keys of the batch are the negatives. Keys and queue are constants: they get no gradient.
+
+    Args:
+        query, key: embeddings of the two views (N, D), not normalised.
+        queue: earlier keys (M, D), not normalised; M may be 0.
+        temperature: τ.
+        reduction: "mean", "sum", or "none" for the rows (N,).
+
+    Returns:
+        The loss, at least float32; 0 for an empty batch.
+
+    Raises:
+        TypeError: something is no tensor, or of another dtype.
+        ValueError: shapes or devices do not fit, |τ| < 1e-8, or an unknown reduction.
+
+    Example:
+        >>> query, queue = torch.eye(2), torch.tensor([[0.0, -1.0]])
+        >>> info_nce(query, query, queue, temperature=1.0, reduction="none")
+        tensor([0.3133, 0.1269])
+
+    Source: MoCo, arXiv 1911.05722, Eq. 1.
+    """
+    expect_views(query, key, "info_nce", ("query", "key"))
+    expect_temperature(temperature, "info_nce")
+    expect_reduction(reduction, "info_nce")
+    key = unit(key.detach())
+    if queue is None:
+        rows = torch.arange(query.shape[0], device=query.device)
+        loss = contrast(unit(query), key, rows, scale=1 / temperature).loss
+    else:
+        expect_tensor(queue, "info_nce", "queue", ("M", query.shape[1]), FLOATS, query.device)
+        loss = _against_queue(unit(query), key, unit(queue.detach()), temperature)
+    return reduce_rows(loss, reduction)
+
+
+def _against_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """Row losses (N,) of unit queries that see their own key and the queue (M, D), but not each other's keys."""
+    n, device = query.shape[0], query.device
+    keys = torch.cat([key, queue])
+    in_queue = (torch.arange(keys.shape[0], device=device) >= n).long()
+    rows = torch.arange(n, device=device)
+    groups = torch.zeros_like(rows)
+    return contrast(query, keys, rows, scale=1 / temperature, groups=groups, key_groups=in_queue).loss
+
+
+class NTXentLoss(nn.Module):
+    """Contrasts the two views of every image with all other views in the batch, or with a memory bank.
+
+        L_i = log Σ_{j ∈ A(i)} exp(<x_i, x_j> / τ) - <x_i, x_{t(i)}> / τ,  mean over i
+
+    Without a bank, A(i) is as in :func:`fastproto.losses.functional.nt_xent`. With a bank, row i of ``out0`` sees its
+    own row of ``out1`` (with a gradient, unlike in :class:`InfoNCELoss`) and the bank. The bank starts with random unit
+    rows. After each use in training, where ``out0`` requires a gradient, the unit rows of ``out1`` replace its oldest
+    rows; evaluation leaves it alone. What would go past the end of the bank is dropped, and the next batch starts at
+    the front, as in lightly.
+
+    Args:
+        temperature: τ.
+        memory_bank_size: 0 for none, (M, D) for a bank of M rows, or M alone: D is then taken from the first batch.
+        gather_distributed: contrast with the views of all ranks, so that DDP's mean of the gradients equals one process
+            on the whole batch; with a bank, enqueue those of all ranks. Every rank has the same N.
+
+    Attributes:
+        bank: the bank (M, D), a buffer, or None.
+        bank_ptr: the next row to be written, a buffer (), or None.
+
+    Shape:
+        out0, out1: (N, D), not normalised. assignments: (N,), only without a bank; -1 for none. Output: scalar.
+
+    Raises:
+        ValueError: |τ| < 1e-8, a bad bank size, shapes that do not fit, or assignments with a bank.
+        TypeError: something is no tensor, or of another dtype.
+
+    Example:
+        >>> loss_fn = NTXentLoss(temperature=0.1)
+        >>> out0, out1 = torch.eye(4), torch.eye(4)
+        >>> loss_fn(out0, out1)
+        tensor(0.0003)
+
+    Source: SimCLR, arXiv 2002.05709, Eq. 1; the bank: MoCo, arXiv 1911.05722, section 3.1.
+    """
+
+    bank: Tensor | None
+    bank_ptr: Tensor | None
+
+    def __init__(
+        self, temperature: float = 0.5, memory_bank_size: int | Sequence[int] = 0, gather_distributed: bool = False
+    ) -> None:
+        super().__init__()
+        expect_temperature(temperature, "NTXentLoss")
+        size = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
+        valid = len(size) in (1, 2) and all(isinstance(entry, int) and entry >= 0 for entry in size)
+        valid = valid and (size[-1] > 0 or size[0] == 0)
+        expect(valid, "NTXentLoss", "memory_bank_size", "0, M or (M, D)", memory_bank_size)
+        self.temperature = temperature
+        self.memory_bank_size = memory_bank_size
+        self.gather_distributed = gather_distributed
+        self._bank_rows = size[0]
+        self.register_buffer("bank", None)
+        self.register_buffer("bank_ptr", None)
+        if size[0] > 0 and len(size) == 2:
+            self._start_bank(size[1], torch.device("cpu"))
+
+    def forward(self, out0: Tensor, out1: Tensor, assignments: Tensor | None = None) -> Tensor:
+        if self._bank_rows == 0:
+            return nt_xent(
+                out0,
+                out1,
+                assignments,
+                temperature=self.temperature,
+                gather_distributed=self.gather_distributed,
+            )
+        expect_views(out0, out1, "NTXentLoss", ("out0", "out1"))
+        got = "a tensor" if assignments is not None else ""
+        expect(assignments is None, "NTXentLoss", "assignments", "None with a memory bank, whose rows have none", got)
+        if self.bank is None:
+            self._start_bank(out0.shape[1], out0.device)
+        assert self.bank is not None
+        expect_tensor(out0, "NTXentLoss", "out0", ("N", self.bank.shape[1]), FLOATS, self.bank.device)
+        query, key = unit(out0), unit(out1)
+        loss = reduce_rows(_against_queue(query, key, self.bank, self.temperature), "mean")
+        if query.requires_grad:
+            self._enqueue(key.detach())
+        return loss
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature}, memory_bank_size={self.memory_bank_size}, "
+            f"gather_distributed={self.gather_distributed}"
+        )
+
+    def _start_bank(self, dim: int, device: torch.device) -> None:
+        self.bank = F.normalize(torch.randn(self._bank_rows, dim, device=device), dim=1)
+        self.bank_ptr = torch.zeros((), dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def _enqueue(self, key: Tensor) -> None:
+        assert self.bank is not None
+        assert self.bank_ptr is not None
+        batch = gather_rows(key) if self.gather_distributed else key
+        # No host reads the pointer. Rows past the end wrap around, and write back what is there.
+        position = self.bank_ptr + torch.arange(min(batch.shape[0], self._bank_rows), device=batch.device)
+        slots = position % self._bank_rows
+        rows = batch[: len(slots)].to(self.bank.dtype)
+        rows = torch.where((position < self._bank_rows)[:, None], rows, self.bank[slots])
+        self.bank.index_copy_(0, slots, rows)
+        end = self.bank_ptr + batch.shape[0]
+        self.bank_ptr.copy_(torch.where(end < self._bank_rows, end, 0))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        # A bank of M rows that has seen no batch takes the shape of the saved one.
+        saved = state_dict.get(prefix + "bank")
+        if self.bank is None and self._bank_rows > 0 and saved is not None:
+            self.bank, self.bank_ptr = saved.clone(), torch.zeros_like(state_dict[prefix + "bank_ptr"])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class InfoNCELoss(nn.Module):
+    """Contrasts every query with its own key against a queue of other keys, or the other keys of the batch.
+
+        L_i = log Σ_{y ∈ {k_i, queue}} exp(<q_i, y> / τ) - <q_i, k_i> / τ,  mean over i
+
+    Keys and queue get no gradient.
+
+    Args:
+        temperature: τ.
+
+    Shape:
+        query, key: (N, D), queue: (M, D), none of them normalised. Output: scalar.
+
+    Raises:
+        ValueError: |τ| < 1e-8, or shapes that do not fit.
+        TypeError: something is no tensor, or of another dtype.
+
+    Example:
+        >>> loss_fn = InfoNCELoss(temperature=0.1)
+        >>> loss_fn(torch.eye(4), torch.eye(4), queue=torch.ones(1, 4))
+        tensor(0.0067)
+
+    Source: MoCo, arXiv 1911.05722, Eq. 1; MoCo v2, arXiv 2003.04297 (τ 0.2).
+    """
+
+    def __init__(self, temperature: float = 0.2) -> None:
+        super().__init__()
+        expect_temperature(temperature, "InfoNCELoss")
+        self.temperature = temperature
+
+    def forward(self, query: Tensor, key: Tensor, queue: Tensor | None = None) -> Tensor:
+        return info_nce(query, key, queue, temperature=self.temperature)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}"

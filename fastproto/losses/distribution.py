@@ -1,0 +1,355 @@
+"""How points are spread on the sphere: alignment, uniformity, and the correlation of dimensions.
+
+All take plain features, or the rows of :func:`batch_prototypes` with their mask.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastproto._check import INTEGERS, expect, expect_tensor, expect_type
+from fastproto.losses._common import expect_reduction, expect_views, reduce_rows, unit, widen
+from fastproto.ops.contrast import expect_index
+
+# Barlow Twins' weight of the off-diagonal entries, arXiv 2103.03230.
+OFF_DIAGONAL = 0.0051
+# Added to a variance before its root, so that a constant dimension standardises to 0.
+VARIANCE_EPS = 1e-8
+
+
+class BatchPrototypes(NamedTuple):
+    """What :func:`batch_prototypes` gives: one row per sample (N, D), and a mask (N,) with each prototype once."""
+
+    prototypes: Tensor
+    mask: Tensor
+
+
+def batch_prototypes(features: Tensor, assignments: Tensor, *, ignore_index: int = -1) -> BatchPrototypes:
+    """The prototypes that a batch itself spans, with a gradient to all of its members.
+
+        p_y = unit( mean of unit(x_j) over the rows j with assignment y )
+
+    Shapes do not depend on the data or on the number of prototypes K: row i holds p_y of its own assignment, so rows of
+    one prototype are equal, and ``mask`` is true at the first row of each prototype present.
+
+    Args:
+        features: (N, D), not normalised.
+        assignments: (N,), non-negative, or ``ignore_index``: such a row is in no prototype, is 0 and not in the mask.
+        ignore_index: the assignment of rows without a prototype.
+
+    Returns:
+        BatchPrototypes(prototypes, mask): (N, D) of at least float32, and (N,) bool.
+
+    Raises:
+        TypeError: something is no tensor, or of another dtype.
+        ValueError: shapes or devices do not fit, or a negative assignment that is not ``ignore_index``.
+
+    Example:
+        >>> features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]])
+        >>> batch_prototypes(features, torch.tensor([7, 7, 3]))
+        BatchPrototypes(prototypes=tensor([[0.7071, 0.7071],
+                [0.7071, 0.7071],
+                [0.0000, 1.0000]]), mask=tensor([ True, False,  True]))
+
+    Source: our reading of PAUC, arXiv 2210.10194.
+    """
+    expect_tensor(features, "batch_prototypes", "features", ("N", "D"))
+    expect_tensor(assignments, "batch_prototypes", "assignments", (features.shape[0],), INTEGERS, features.device)
+    expect_index(assignments, "batch_prototypes", "assignments", None, ignore_index)
+    assigned_n = assignments != ignore_index
+    same_nn = (assignments[:, None] == assignments) & assigned_n
+    x_nd = unit(_masked(features, assigned_n))
+    # A product and no scatter: sums in a fixed order. Their count cancels in unit().
+    with torch.autocast(features.device.type, enabled=False):
+        prototypes = unit(same_nn.to(x_nd.dtype) @ x_nd)
+    first_n = ~same_nn.tril(-1).any(1) & assigned_n
+    return BatchPrototypes(_masked(prototypes, assigned_n), first_n)
+
+
+def alignment(
+    x0: Tensor,  # (N, D) float
+    x1: Tensor,  # (N, D) float
+    *,
+    alpha: float = 2,
+    mask: Tensor | None = None,  # (N,) bool
+    reduction: str = "mean",
+) -> Tensor:
+    """How far the two views of a sample are apart on the sphere.
+
+        L_i = ||unit(x0_i) - unit(x1_i)||^alpha
+
+    Args:
+        x0, x1: (N, D), not normalised.
+        alpha: alpha >= 1.
+        mask: the rows that count (N,) bool; by default all.
+        reduction: "mean" over the rows that count, "sum", or "none" for the rows (N,), 0 where masked.
+
+    Returns:
+        The loss, at least float32; 0 where no row counts.
+
+    Raises:
+        TypeError: something is no tensor, or of another dtype.
+        ValueError: shapes or devices do not fit, alpha < 1, or an unknown reduction.
+
+    Example:
+        >>> alignment(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 3.0]]))
+        tensor(2.0000)
+
+    Source: Wang and Isola, arXiv 2005.10242, section 4.1.
+    """
+    expect_views(x0, x1, "alignment", ("x0", "x1"))
+    expect_reduction(reduction, "alignment")
+    expect_alpha(alpha, "alignment")
+    mask = _mask_of(x0, mask, "alignment")
+    difference = unit(_masked(x0, mask)) - unit(_masked(x1, mask))
+    return reduce_rows(torch.linalg.vector_norm(difference, dim=1) ** alpha, reduction, mask.sum())
+
+
+def uniformity(x: Tensor, *, t: float = 2, mask: Tensor | None = None) -> Tensor:
+    """How unevenly points cover the sphere: the logarithm of their mean Gaussian potential.
+
+        L = log mean_{i≠j} exp(-t · ||unit(x_i) - unit(x_j)||²)
+
+    Args:
+        x: (N, D), not normalised.
+        t: t > 0.
+        mask: the rows that count (N,) bool; by default all.
+
+    Returns:
+        The loss, a scalar of at least float32; 0 where fewer than two rows count.
+
+    Raises:
+        TypeError: something is no tensor, or of another dtype.
+        ValueError: shapes or devices do not fit, or t is not positive.
+
+    Example:
+        >>> uniformity(torch.tensor([[1.0, 0.0], [-3.0, 0.0]]))
+        tensor(-8.)
+
+    Source: Wang and Isola, arXiv 2005.10242, section 4.1.
+    """
+    expect_tensor(x, "uniformity", "x", ("N", "D"))
+    expect_t(t, "uniformity")
+    mask = _mask_of(x, mask, "uniformity")
+    x_nd = unit(_masked(x, mask))
+    pair_nn = (mask[:, None] & mask).fill_diagonal_(False)
+    pairs = pair_nn.sum()
+    with torch.autocast(x.device.type, enabled=False):
+        square_n = x_nd.square().sum(1)
+        distance_nn = square_n[:, None] + square_n - 2 * (x_nd @ x_nd.T)
+    potential_nn = torch.where(pair_nn, -t * distance_nn, -math.inf)
+    # A log-sum-exp over nothing has no gradient: without a pair it is over zeros, and dropped.
+    potential_nn = torch.where(pairs > 0, potential_nn, 0)
+    loss = potential_nn.flatten().logsumexp(0) - pairs.clamp(min=1).log()
+    return torch.where(pairs > 0, loss, 0)
+
+
+def cross_correlation(x0: Tensor, x1: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """How far the cross-correlation of two views is from the identity.
+
+        R = Z0ᵀ Z1 / N,  Z the rows standardised per dimension
+        L = Σ_a (1 - R_aa)² + 0.0051 · Σ_{a≠b} R_ab²
+
+    Rows are not scaled to length 1. A dimension that is constant has R_ab = 0.
+
+    Args:
+        x0, x1: (N, D).
+        mask: the rows that count (N,) bool; by default all.
+
+    Returns:
+        The loss, a scalar of at least float32; 0 where fewer than two rows count.
+
+    Raises:
+        TypeError: something is no tensor, or of another dtype.
+        ValueError: shapes or devices do not fit.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
+        >>> cross_correlation(x, -x)
+        tensor(8.)
+
+    Source: Barlow Twins, arXiv 2103.03230, Eq. 1.
+    """
+    expect_views(x0, x1, "cross_correlation", ("x0", "x1"))
+    mask = _mask_of(x0, mask, "cross_correlation")
+    count = mask.sum().clamp(min=1)
+    z0, z1 = _standardise(x0, mask, count), _standardise(x1, mask, count)
+    with torch.autocast(x0.device.type, enabled=False):
+        r_dd = z0.T @ z1 / count
+    diagonal = r_dd.diagonal()
+    off_diagonal = r_dd.square().sum() - diagonal.square().sum()
+    return torch.where(mask.sum() > 1, (1 - diagonal).square().sum() + OFF_DIAGONAL * off_diagonal, 0)
+
+
+def covariance(x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """How much the dimensions of a set of points vary together.
+
+        L = (1/D) · Σ_{a≠b} Cov(x)_ab²,  Cov over N - 1
+
+    Rows are not scaled to length 1.
+
+    Args:
+        x: (N, D).
+        mask: the rows that count (N,) bool; by default all.
+
+    Returns:
+        The loss, a scalar of at least float32; 0 where fewer than two rows count.
+
+    Raises:
+        TypeError: something is no tensor, or of another dtype.
+        ValueError: shapes or devices do not fit.
+
+    Example:
+        >>> covariance(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        tensor(4.)
+
+    Source: VICReg, arXiv 2105.04906, section 4.
+    """
+    expect_tensor(x, "covariance", "x", ("N", "D"))
+    mask = _mask_of(x, mask, "covariance")
+    centred = _centre(x, mask, mask.sum().clamp(min=1))
+    with torch.autocast(x.device.type, enabled=False):
+        covariance_dd = centred.T @ centred / (mask.sum() - 1).clamp(min=1)
+    return (covariance_dd.square().sum() - covariance_dd.diagonal().square().sum()) / max(x.shape[1], 1)
+
+
+def expect_alpha(alpha: float, op: str) -> None:
+    # Below 1 the gradient is infinite where two views agree.
+    expect_type(alpha, (float, int), op, "alpha", "a number")
+    expect(alpha >= 1, op, "alpha", "at least 1", alpha)
+
+
+def expect_t(t: float, op: str, argument: str = "t") -> None:
+    expect_type(t, (float, int), op, argument, "a number")
+    expect(t > 0, op, argument, "a positive number", t)
+
+
+def expect_kind(kind: str, op: str, argument: str = "kind") -> None:
+    expect(kind in ("cross", "covariance"), op, argument, '"cross" or "covariance"', repr(kind))
+
+
+def _mask_of(x: Tensor, mask: Tensor | None, op: str) -> Tensor:
+    if mask is None:
+        return torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+    expect_tensor(mask, op, "mask", (x.shape[0],), (torch.bool,), x.device)
+    return mask
+
+
+def _masked(x: Tensor, mask: Tensor) -> Tensor:
+    """Rows that do not count become 0, so that not even a NaN in them reaches the others."""
+    return torch.where(mask[:, None], x, 0)
+
+
+def _centre(x: Tensor, mask: Tensor, count: Tensor) -> Tensor:
+    """Rows that count minus their mean; the others are 0."""
+    x = _masked(widen(x), mask)
+    return _masked(x - x.sum(0) / count, mask)
+
+
+def _standardise(x: Tensor, mask: Tensor, count: Tensor) -> Tensor:
+    centred = _centre(x, mask, count)
+    return centred / (centred.square().sum(0) / count + VARIANCE_EPS).sqrt()
+
+
+class AlignmentLoss(nn.Module):
+    """Distance of the two views of a sample on the sphere: mean ||unit(x0) - unit(x1)||^alpha.
+
+    Args:
+        alpha: alpha >= 1.
+
+    Shape:
+        x0, x1: (N, D), not normalised. mask: (N,) bool, the rows that count. Output: scalar.
+
+    Raises:
+        ValueError: alpha < 1, or shapes that do not fit.
+        TypeError: something is no tensor, or of another dtype.
+
+    Example:
+        >>> AlignmentLoss()(torch.eye(2), torch.eye(2))
+        tensor(0.)
+
+    Source: Wang and Isola, arXiv 2005.10242, section 4.1.
+    """
+
+    def __init__(self, alpha: float = 2) -> None:
+        super().__init__()
+        expect_alpha(alpha, "AlignmentLoss")
+        self.alpha = alpha
+
+    def forward(self, x0: Tensor, x1: Tensor, mask: Tensor | None = None) -> Tensor:
+        return alignment(x0, x1, alpha=self.alpha, mask=mask)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}"
+
+
+class UniformityLoss(nn.Module):
+    """Logarithm of the mean Gaussian potential: log mean_{i≠j} exp(-t · ||unit(x_i) - unit(x_j)||²).
+
+    Args:
+        t: t > 0.
+
+    Shape:
+        x: (N, D), not normalised. mask: (N,) bool, the rows that count. Output: scalar, 0 for fewer than two rows.
+
+    Raises:
+        ValueError: t is not positive, or shapes that do not fit.
+        TypeError: something is no tensor, or of another dtype.
+
+    Example:
+        >>> UniformityLoss()(torch.eye(3))
+        tensor(-4.)
+
+    Source: Wang and Isola, arXiv 2005.10242, section 4.1.
+    """
+
+    def __init__(self, t: float = 2) -> None:
+        super().__init__()
+        expect_t(t, "UniformityLoss")
+        self.t = t
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return uniformity(x, t=self.t, mask=mask)
+
+    def extra_repr(self) -> str:
+        return f"t={self.t}"
+
+
+class CorrelationLoss(nn.Module):
+    """Correlation of dimensions: ``functional.cross_correlation`` of two views, or the mean of their ``covariance``.
+
+    Args:
+        kind: "cross" or "covariance".
+
+    Shape:
+        x0, x1: (N, D). mask: (N,) bool, the rows that count. Output: scalar, 0 for fewer than two rows.
+
+    Raises:
+        ValueError: an unknown kind, or shapes that do not fit.
+        TypeError: something is no tensor, or of another dtype.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> CorrelationLoss("covariance")(x, 2 * x)
+        tensor(34.)
+
+    Source: Barlow Twins, arXiv 2103.03230, Eq. 1; VICReg, arXiv 2105.04906, section 4.
+    """
+
+    def __init__(self, kind: str = "cross") -> None:
+        super().__init__()
+        expect_kind(kind, "CorrelationLoss")
+        self.kind = kind
+
+    def forward(self, x0: Tensor, x1: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.kind == "cross":
+            return cross_correlation(x0, x1, mask=mask)
+        expect_views(x0, x1, "CorrelationLoss", ("x0", "x1"))
+        return (covariance(x0, mask=mask) + covariance(x1, mask=mask)) / 2
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind!r}"

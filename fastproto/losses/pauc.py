@@ -1,0 +1,146 @@
+"""PAUC: alignment, uniformity and correlation of prototypes beside InfoNCE and ProtoNCE."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastproto.losses._common import expect_temperature, expect_views
+from fastproto.losses.contrast import InfoNCELoss
+from fastproto.losses.distribution import (
+    AlignmentLoss,
+    CorrelationLoss,
+    UniformityLoss,
+    batch_prototypes,
+    expect_kind,
+    expect_t,
+)
+from fastproto.losses.proto_nce import Concentrations, Tensors, proto_nce
+
+
+class PAUCTerms(NamedTuple):
+    """The unweighted terms of :class:`PAUCLoss`, each a scalar."""
+
+    info_nce: Tensor
+    proto_nce: Tensor
+    align: Tensor
+    uniform: Tensor
+    correlation: Tensor
+
+
+class PAUCLoss(nn.Module):
+    """Prototypical contrast with alignment, uniformity and correlation of the prototypes.
+
+        L = InfoNCE + ProtoNCE + λ_a · align + λ_u · uniform + λ_c · correlation
+
+    The last three are of the prototypes p, p' that the two views of the batch span (``functional.batch_prototypes`` of
+    query and key), each prototype once:
+
+        align   = mean_y ||p_y - p'_y||²
+        uniform = ½ Σ_views log mean_{y≠y'} exp(-t · ||p_y - p_y'||²)
+        correlation: CorrelationLoss of p and p'
+
+    and 0 where fewer than two prototypes are in the batch. With several prototype sets they are means over the sets, as
+    ProtoNCE is. InfoNCE sends no gradient into the keys; the batch prototypes do, unless the keys are detached.
+
+    Only the abstract of the paper is public to us: the terms are our reading of it, the weights no tuned ones.
+
+    Args:
+        temperature: τ of InfoNCE.
+        align_weight, uniform_weight, correlation_weight: λ_a, λ_u, λ_c.
+        uniform_t: t.
+        correlation: "cross" or "covariance".
+
+    Shape:
+        query, key: (N, D). prototypes: (K, D). assignments: (N,), -1 for rows without a prototype. concentration: a
+        number or (K,). queue: (M, D). Prototypes, assignments and concentration may be lists, one entry per set.
+        Nothing needs to be normalised. Output: scalar.
+
+    Raises:
+        ValueError: |τ| < 1e-8, t ≤ 0, an unknown correlation, shapes or numbers of sets that do not fit, an assignment
+            out of range, or φ that is not positive.
+        TypeError: something is no tensor, or of another dtype.
+
+    Example:
+        >>> loss_fn = PAUCLoss(temperature=0.2)
+        >>> query, key, prototypes = torch.randn(8, 4), torch.randn(8, 4), torch.randn(3, 4)
+        >>> assignments = torch.tensor([0, 1, 2, 0, 1, 2, 0, -1])
+        >>> loss = loss_fn(query, key, prototypes, assignments, 0.2, queue=torch.randn(16, 4))
+        >>> loss_fn.forward_components(query, key, prototypes, assignments, 0.2)._fields
+        ('info_nce', 'proto_nce', 'align', 'uniform', 'correlation')
+
+    Source: PAUC, arXiv 2210.10194; its parts: MoCo, arXiv 1911.05722; PCL, arXiv 2005.04966; Wang and Isola,
+    arXiv 2005.10242; Barlow Twins, arXiv 2103.03230; VICReg, arXiv 2105.04906.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.2,
+        align_weight: float = 1.0,
+        uniform_weight: float = 1.0,
+        correlation_weight: float = 1.0,
+        uniform_t: float = 2.0,
+        correlation: str = "cross",
+    ) -> None:
+        super().__init__()
+        expect_temperature(temperature, "PAUCLoss")
+        expect_t(uniform_t, "PAUCLoss", "uniform_t")
+        expect_kind(correlation, "PAUCLoss", "correlation")
+        self.align_weight = align_weight
+        self.uniform_weight = uniform_weight
+        self.correlation_weight = correlation_weight
+        self.info_nce = InfoNCELoss(temperature)
+        self.align = AlignmentLoss()
+        self.uniform = UniformityLoss(uniform_t)
+        self.correlation = CorrelationLoss(correlation)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        prototypes: Tensors,
+        assignments: Tensors,
+        concentration: Concentrations,
+        queue: Tensor | None = None,
+    ) -> Tensor:
+        terms = self.forward_components(query, key, prototypes, assignments, concentration, queue)
+        return (
+            terms.info_nce
+            + terms.proto_nce
+            + self.align_weight * terms.align
+            + self.uniform_weight * terms.uniform
+            + self.correlation_weight * terms.correlation
+        )
+
+    def forward_components(
+        self,
+        query: Tensor,
+        key: Tensor,
+        prototypes: Tensors,
+        assignments: Tensors,
+        concentration: Concentrations,
+        queue: Tensor | None = None,
+    ) -> PAUCTerms:
+        """The unweighted terms, for logging or for weights of one's own."""
+        expect_views(query, key, "PAUCLoss", ("query", "key"))
+        info_nce = self.info_nce(query, key, queue)
+        nce = proto_nce(query, prototypes, assignments, concentration)
+        sets = [assignments] if isinstance(assignments, Tensor) else assignments
+        align, uniform, correlation = torch.stack([self._of_prototypes(query, key, labels) for labels in sets]).mean(0)
+        return PAUCTerms(info_nce, nce, align, uniform, correlation)
+
+    def extra_repr(self) -> str:
+        return (
+            f"align_weight={self.align_weight}, uniform_weight={self.uniform_weight}, "
+            f"correlation_weight={self.correlation_weight}"
+        )
+
+    def _of_prototypes(self, query: Tensor, key: Tensor, assignments: Tensor) -> Tensor:
+        """Alignment, uniformity and correlation (3,) of the prototypes that the batch spans."""
+        p0, mask = batch_prototypes(query, assignments)
+        p1, _ = batch_prototypes(key, assignments)
+        uniform = (self.uniform(p0, mask) + self.uniform(p1, mask)) / 2
+        terms = torch.stack([self.align(p0, p1, mask), uniform, self.correlation(p0, p1, mask)])
+        return torch.where(mask.sum() > 1, terms, 0)

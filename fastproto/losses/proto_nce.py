@@ -1,0 +1,254 @@
+"""ProtoNCE: rows against prototypes, each with a concentration of its own (PCL)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastproto._check import FLOATS, INTEGERS, expect, expect_tensor, expect_type, reads_data
+from fastproto.losses._common import expect_reduction, reduce_rows, unit
+from fastproto.losses._gather import from_first_rank, gather_rows, rank_and_world, sum_over_ranks
+from fastproto.ops.contrast import Contrast, contrast, expect_index
+
+# One prototype set, or one entry per set.
+Tensors = Tensor | Sequence[Tensor]
+Concentrations = float | Tensor | Sequence[float | Tensor]
+
+
+class ProtoNCEStats(NamedTuple):
+    """What ``return_stats`` adds, each (N,), on the device and without a gradient; see ops.contrast.contrast."""
+
+    lse: Tensor
+    entropy: Tensor
+    top1: Tensor
+    positive_logit: Tensor
+
+
+def proto_nce(
+    features: Tensor,  # (N, D) float
+    prototypes: Tensors,  # (K, D) float
+    assignments: Tensors,  # (N,) int
+    concentration: Concentrations = 0.1,  # (K,) float
+    *,
+    bias: Tensors | None = None,  # (K,) float
+    normalize: bool = True,
+    num_negatives: int | None = None,
+    generator: torch.Generator | None = None,
+    gather_distributed: bool = False,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    return_stats: bool = False,
+) -> Tensor | Any:  # Any: a pair with return_stats; a union would have every caller narrow it
+    """Softmax cross-entropy of features against prototypes.
+
+        L_i = log Σ_j exp(<v_i, c_j> / φ_j + b_j) - <v_i, c_y> / φ_y - b_y,  y the prototype of row i
+
+    Args:
+        features: (N, D).
+        prototypes: (K, D), frozen or with a gradient.
+        assignments: the prototype of each row (N,), or ``ignore_index``.
+        concentration: φ > 0, one number or (K,), with a gradient where it asks for one.
+        bias: b (K,), with a gradient where it asks for one.
+        normalize: scale the rows of features and prototypes to length 1.
+        num_negatives: r, to sum only over the batch's distinct positives and r other prototypes, drawn uniformly
+            without replacement in each call; None sums over all K.
+        generator: draws the negatives; on the features' device. By default torch's own.
+        gather_distributed: the mean is over the counted rows of all ranks and the positives are those of all ranks, so
+            DDP's mean of the gradients equals one process on the whole batch; negatives are drawn on rank 0. Every
+            rank has the same N. "sum" and "none" are of the local rows.
+        ignore_index: the assignment of rows that do not count.
+        reduction: "mean" over the rows that count, "sum", or "none" for the rows (N,), 0 where ignored.
+        return_stats: also return ProtoNCEStats(lse, entropy, top1, positive_logit), each (N,).
+
+    ``prototypes``, ``assignments`` and ``concentration`` (and ``bias``) may be sequences, one entry per prototype set;
+    one number as concentration then holds for all sets. The loss is the mean over sets, the stats are a list.
+
+    Returns:
+        The loss, at least float32; 0 where no row counts. With ``return_stats`` the pair (loss, stats).
+
+    Raises:
+        TypeError: something is no tensor, or of another dtype.
+        ValueError: shapes, devices or numbers of sets do not fit, an assignment is out of range, φ is not positive
+            (tensors are read on the CPU, on CUDA with ``fastproto.set_debug(True)``), or an unknown reduction.
+
+    Example:
+        >>> features, prototypes = torch.eye(2), torch.eye(2)
+        >>> proto_nce(features, prototypes, torch.tensor([0, 1]), torch.tensor([0.5, 1.0]))
+        tensor(0.2201)
+        >>> loss, stats = proto_nce(features, prototypes, torch.tensor([0, -1]), return_stats=True)
+        >>> stats.top1
+        tensor([ 0, -1])
+
+    Source: PCL, arXiv 2005.04966, Eq. 11.
+    """
+    expect_tensor(features, "proto_nce", "features", ("N", "D"))
+    expect_reduction(reduction, "proto_nce")
+    fits = num_negatives is None or (isinstance(num_negatives, int) and num_negatives >= 0)
+    expect(fits, "proto_nce", "num_negatives", "None or an integer of at least 0", num_negatives)
+    v = unit(features) if normalize else features
+    losses, stats = [], []
+    for keys, labels, phi, b in _sets(prototypes, assignments, concentration, bias):
+        _expect_set(features, keys, labels, phi, b, ignore_index)
+        targets = torch.where(labels == ignore_index, -1, labels).long()
+        if num_negatives is None:
+            rows = contrast(v, unit(keys) if normalize else keys, targets, scale=_inverse(phi), bias=b)
+        else:
+            batch = gather_rows(targets) if gather_distributed else targets
+            kept, kept_bias = _sample_keys(batch, keys.shape[0], num_negatives, generator, gather_distributed)
+            rows = _contrast_kept(v, keys, targets, phi, b, normalize, kept, kept_bias)
+        losses.append(_reduce(rows.loss, targets, reduction, gather_distributed))
+        top1 = torch.where(targets < 0, ignore_index, rows.top1)
+        stats.append(ProtoNCEStats(rows.lse, rows.entropy, top1, rows.positive_logit))
+    loss = torch.stack(losses).mean(0)
+    if not return_stats:
+        return loss
+    return loss, stats if isinstance(prototypes, (list, tuple)) else stats[0]
+
+
+def _sets(prototypes: Any, assignments: Any, concentration: Any, bias: Any) -> list[tuple[Any, ...]]:
+    """One (prototypes, assignments, concentration, bias) per set."""
+    if not isinstance(prototypes, (list, tuple)):
+        return [(prototypes, assignments, concentration, bias)]
+    count = len(prototypes)
+    expect(count > 0, "proto_nce", "prototypes", "a tensor or at least one", prototypes)
+    expect_type(assignments, (list, tuple), "proto_nce", "assignments", f"a list of {count} tensors")
+    if isinstance(concentration, (float, int)):
+        concentration = [concentration] * count
+    expect_type(concentration, (list, tuple), "proto_nce", "concentration", f"a number or a list of {count}")
+    bias = [None] * count if bias is None else bias
+    expect_type(bias, (list, tuple), "proto_nce", "bias", f"None or a list of {count} tensors")
+    for name, value in (("assignments", assignments), ("concentration", concentration), ("bias", bias)):
+        expect(len(value) == count, "proto_nce", name, f"{count} entries, one per prototype set", f"{len(value)}")
+    return list(zip(prototypes, assignments, concentration, bias, strict=True))
+
+
+def _expect_set(features: Tensor, keys: Any, labels: Any, phi: Any, bias: Any, ignore_index: int) -> None:
+    device = features.device
+    expect_tensor(keys, "proto_nce", "prototypes", ("K", features.shape[1]), FLOATS, device)
+    k = keys.shape[0]
+    expect(k > 0, "proto_nce", "prototypes", "at least one row", keys)
+    expect_tensor(labels, "proto_nce", "assignments", (features.shape[0],), INTEGERS, device)
+    expect_index(labels, "proto_nce", "assignments", k, ignore_index)
+    if bias is not None:
+        expect_tensor(bias, "proto_nce", "bias", (k,), FLOATS, device)
+    if isinstance(phi, Tensor):
+        expect_tensor(phi, "proto_nce", "concentration", (k,), FLOATS, device)
+        if reads_data(phi):
+            expect(bool((phi > 0).all()), "proto_nce", "concentration", "positive values", f"a minimum of {phi.min()}")
+    else:
+        expect_type(phi, (float, int), "proto_nce", "concentration", "a number or a (K,) tensor")
+        expect(phi > 0, "proto_nce", "concentration", "a positive number", phi)
+
+
+def _inverse(phi: float | Tensor) -> float | Tensor:
+    return 1 / (phi.to(torch.promote_types(phi.dtype, torch.float32)) if isinstance(phi, Tensor) else phi)
+
+
+def _sample_keys(
+    targets: Tensor, k: int, num_negatives: int, generator: torch.Generator | None, same_on_all_ranks: bool
+) -> tuple[Tensor, Tensor]:
+    """The keys of one step: distinct positives, then drawn negatives. Shapes do not depend on the data.
+
+    Returns their indices, min(K, N + r) of them, and a bias that is -inf on those past the P positives and r negatives.
+    """
+    # float64, so that no two of the keys draw the same number.
+    priority = torch.rand(k, dtype=torch.float64, device=targets.device, generator=generator)
+    if same_on_all_ranks:
+        priority = from_first_rank(priority)
+    ignored_to_end = torch.where(targets < 0, k, targets)
+    is_positive = priority.new_zeros(k + 1).index_fill(0, ignored_to_end, 1)[:k]
+    kept = (priority + is_positive).topk(min(k, targets.shape[0] + num_negatives)).indices
+    # Where all rows are ignored and r is 0 one key stays: a softmax over nothing is NaN, and so is its gradient.
+    wanted = (is_positive.sum() + num_negatives).clamp(min=1)
+    surplus = torch.arange(kept.shape[0], device=kept.device) >= wanted
+    return kept, torch.zeros(kept.shape, device=kept.device).masked_fill(surplus, -torch.inf)
+
+
+def _contrast_kept(
+    v: Tensor,
+    keys: Tensor,
+    targets: Tensor,
+    phi: float | Tensor,
+    bias: Tensor | None,
+    normalize: bool,
+    kept: Tensor,
+    kept_bias: Tensor,
+) -> Contrast:
+    """The contrast with the kept keys only; ``top1`` counts in all keys."""
+    position = torch.zeros(keys.shape[0], dtype=torch.int64, device=kept.device)
+    position = position.scatter(0, kept, torch.arange(kept.shape[0], device=kept.device))
+    keys = keys[kept]
+    phi = phi[kept] if isinstance(phi, Tensor) else phi
+    bias = kept_bias if bias is None else bias[kept] + kept_bias
+    kept_targets = torch.where(targets < 0, -1, position[targets.clamp(min=0)])
+    rows = contrast(v, unit(keys) if normalize else keys, kept_targets, scale=_inverse(phi), bias=bias)
+    return rows._replace(top1=kept[rows.top1.clamp(min=0)])
+
+
+def _reduce(loss: Tensor, targets: Tensor, reduction: str, gather_distributed: bool) -> Tensor:
+    counted = (targets >= 0).sum()
+    if gather_distributed and reduction == "mean":
+        loss, counted = loss * rank_and_world()[1], sum_over_ranks(counted)
+    return reduce_rows(loss, reduction, counted)
+
+
+class ProtoNCELoss(nn.Module):
+    """Softmax cross-entropy of features against prototypes with one concentration φ each.
+
+        L_i = log Σ_j exp(<v_i, c_j> / φ_j) - <v_i, c_y> / φ_y,  mean over rows with a prototype y, mean over sets
+
+    Features and prototypes are scaled to length 1 inside. Several prototype sets are given as one list per argument.
+
+    Args:
+        num_negatives: r, to sum only over the batch's distinct positives and r other prototypes, drawn anew in each
+            call; None sums over all K.
+        gather_distributed: mean and positives over all ranks; DDP's mean of the gradients equals one process on the
+            whole batch. Every rank has the same N.
+
+    Shape:
+        features: (N, D). prototypes: (K, D). assignments: (N,), -1 for rows that do not count. concentration: a number
+        or (K,). Output: scalar.
+
+    Raises:
+        ValueError: shapes or numbers of sets do not fit, an assignment is out of range, or φ is not positive.
+        TypeError: something is no tensor, or of another dtype.
+
+    Example:
+        >>> loss_fn = ProtoNCELoss()
+        >>> features, coarse, fine = torch.eye(3), torch.eye(3)[:2], torch.eye(3)
+        >>> loss_fn(features, fine, torch.tensor([0, 1, 2]), torch.full((3,), 0.5))
+        tensor(0.2395)
+        >>> loss_fn(features, [coarse, fine], [torch.tensor([0, 1, -1]), torch.tensor([0, 1, 2])], [0.5, 0.5])
+        tensor(0.1832)
+
+    Source: PCL, arXiv 2005.04966, Eq. 11.
+    """
+
+    def __init__(self, num_negatives: int | None = None, gather_distributed: bool = False) -> None:
+        super().__init__()
+        fits = num_negatives is None or (isinstance(num_negatives, int) and num_negatives >= 0)
+        expect(fits, "ProtoNCELoss", "num_negatives", "None or an integer of at least 0", num_negatives)
+        self.num_negatives = num_negatives
+        self.gather_distributed = gather_distributed
+
+    def forward(
+        self,
+        features: Tensor,
+        prototypes: Tensors,
+        assignments: Tensors,
+        concentration: Concentrations,
+    ) -> Tensor:
+        return proto_nce(
+            features,
+            prototypes,
+            assignments,
+            concentration,
+            num_negatives=self.num_negatives,
+            gather_distributed=self.gather_distributed,
+        )
+
+    def extra_repr(self) -> str:
+        return f"num_negatives={self.num_negatives}, gather_distributed={self.gather_distributed}"
