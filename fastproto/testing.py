@@ -1,0 +1,105 @@
+"""Checks for code that trains on several processes."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+
+from fastproto._check import expect, expect_type
+
+Result = dict[str, Tensor]  # "loss" and one gradient per input and parameter that asks for one
+
+
+def assert_matches_single_process(
+    loss_fn: Callable[..., Tensor],
+    inputs: Sequence[Any],
+    world_size: int = 2,
+    *,
+    rtol: float = 1e-5,
+    atol: float = 1e-7,
+) -> None:
+    """Asserts that a loss on several processes, each with its part of the batch, is the loss of one with all of it.
+
+    Starts ``world_size`` gloo processes on this machine. Averaged over ranks, as DDP does it, the loss and its
+    gradients to inputs and parameters must equal those of one process.
+
+    Args:
+        loss_fn: a module or function that can be pickled; it is called with ``inputs`` and returns a scalar. The
+            parameters of a module are replicated.
+        inputs: tensors, which are split by rows over the ranks; ``nn.Parameter``s, which are replicated; the rest
+            is passed as it is. Gradients are compared for those that require one.
+        world_size: number of processes; it divides the number of rows.
+        rtol, atol: tolerances of torch.testing.assert_close.
+
+    Raises:
+        AssertionError: loss or a gradient differs; the message names it.
+        ValueError: the rows do not divide by ``world_size``.
+        TypeError: ``inputs`` is a tensor and not a sequence of them.
+
+    Example:
+        >>> from fastproto.losses import NTXentLoss
+        >>> out0, out1 = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+        >>> assert_matches_single_process(NTXentLoss(gather_distributed=True), (out0, out1))
+
+        In a script, call it under ``if __name__ == "__main__":``, as the processes import the script again.
+    """
+    expect_type(inputs, (list, tuple), "assert_matches_single_process", "inputs", "a list or tuple")
+    for position, value in enumerate(inputs):
+        if _is_split(value):
+            fits = value.dim() > 0 and value.shape[0] % world_size == 0
+            name = f"inputs[{position}]"
+            expect(fits, "assert_matches_single_process", name, f"rows divisible by {world_size}", value)
+    inputs = [_leaf(value) for value in inputs]
+    expected = _loss_and_gradients(copy.deepcopy(loss_fn), inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_rank_main, (world_size, folder, loss_fn, inputs), nprocs=world_size)
+        ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
+    for name, value in expected.items():
+        parts = [rank[name] for rank in ranks]
+        split = name.startswith("inputs") and _is_split(inputs[int(name.removeprefix("inputs[").removesuffix("]"))])
+        # Rows live on one rank: its share of the mean over ranks is what DDP hands on to the parameters before them.
+        actual = torch.cat(parts) / world_size if split else torch.stack(parts).mean(0)
+        torch.testing.assert_close(actual, value, rtol=rtol, atol=atol, msg=partial("{}: {}".format, name))
+
+
+def _is_split(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+
+
+def _leaf(value: Any, rank: int = 0, world_size: int = 1) -> Any:
+    """One rank's own copy of an input."""
+    if not _is_split(value):
+        return copy.deepcopy(value)
+    return value.detach().tensor_split(world_size)[rank].clone().requires_grad_(value.requires_grad)
+
+
+def _loss_and_gradients(loss_fn: Callable[..., Tensor], inputs: Sequence[Any]) -> Result:
+    loss = loss_fn(*inputs)
+    leaves = {f"inputs[{position}]": value for position, value in enumerate(inputs) if isinstance(value, Tensor)}
+    if isinstance(loss_fn, nn.Module):
+        leaves |= dict(loss_fn.named_parameters())
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def _rank_main(rank: int, world_size: int, folder: str, loss_fn: Callable[..., Tensor], inputs: Sequence[Any]) -> None:
+    # A rank that fails leaves the other waiting: not for longer than this.
+    timeout = timedelta(seconds=60)
+    dist.init_process_group("gloo", f"file://{folder}/store", timeout, rank=rank, world_size=world_size)
+    try:
+        torch.set_num_threads(1)
+        local = [_leaf(value, rank, world_size) for value in inputs]
+        torch.save(_loss_and_gradients(loss_fn, local), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()

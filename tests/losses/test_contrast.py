@@ -1,0 +1,258 @@
+"""NT-Xent and InfoNCE against loops in float64, and NT-Xent against lightly."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import lightly.loss
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastproto.losses import InfoNCELoss, NTXentLoss
+from fastproto.losses.functional import info_nce, nt_xent
+
+
+def views(n: int, d: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, d, dtype=dtype, requires_grad=True), torch.randn(n, d, dtype=dtype, requires_grad=True)
+
+
+def oracle_nt_xent(out0: Tensor, out1: Tensor, temperature: float, assignments: list[int] | None) -> np.ndarray:
+    x = torch.cat([out0, out1]).detach().double().numpy()
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    n = len(out0)
+    losses = []
+    for i in range(2 * n):
+        positive = (i + n) % (2 * n)
+        total = 0.0
+        for j in range(2 * n):
+            shares = assignments is not None and assignments[i % n] != -1 and assignments[i % n] == assignments[j % n]
+            if j == positive or (j != i and not shares):
+                total += math.exp(x[i] @ x[j] / temperature)
+        losses.append(math.log(total) - x[i] @ x[positive] / temperature)
+    return np.array(losses)
+
+
+def oracle_info_nce(query: Tensor, key: Tensor, queue: Tensor | None, temperature: float) -> np.ndarray:
+    q, k = (x.detach().double().numpy() / np.linalg.norm(x.detach().numpy(), axis=1, keepdims=True) for x in (query, key))
+    losses = []
+    for i in range(len(q)):
+        others = [k[j] for j in range(len(k)) if j != i] if queue is None else list(queue.double().numpy())
+        logits = [q[i] @ k[i] / temperature] + [q[i] @ y / np.linalg.norm(y) / temperature for y in others]
+        losses.append(math.log(sum(math.exp(s) for s in logits)) - logits[0])
+    return np.array(losses)
+
+
+@pytest.mark.parametrize(("n", "d"), [(1, 24), (2, 1), (33, 130)])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_nt_xent_is_its_formula(n: int, d: int, grouped: bool) -> None:
+    out0, out1 = views(n, d)
+    assignments = torch.randint(-1, 4, (n,)) if grouped else None
+    expected = oracle_nt_xent(out0, out1, 0.3, assignments.tolist() if assignments is not None else None)
+    for reduction, value in (("none", expected), ("sum", expected.sum()), ("mean", expected.mean())):
+        loss = nt_xent(out0, out1, assignments, temperature=0.3, reduction=reduction)
+        torch.testing.assert_close(loss, torch.as_tensor(value))
+
+
+def test_nt_xent_leaves_the_negatives_of_unassigned_rows() -> None:
+    out0, out1 = views(5, 8)
+    without = nt_xent(out0, out1, reduction="none")
+    torch.testing.assert_close(nt_xent(out0, out1, torch.full((5,), -1), reduction="none"), without)
+    torch.testing.assert_close(nt_xent(out0, out1, torch.arange(5), reduction="none"), without)
+    torch.testing.assert_close(nt_xent(out0, out1, torch.full((5,), 3), reduction="none"), torch.zeros_like(without))
+    torch.testing.assert_close(nt_xent(out0, out1, torch.full((5,), 3), reduction="none", ignore_index=3), without)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_nt_xent_gradient(grouped: bool) -> None:
+    out0, out1 = views(4, 3)
+    assignments = torch.tensor([0, -1, 0, 2]) if grouped else None
+    assert torch.autograd.gradcheck(lambda a, b: nt_xent(a, b, assignments, reduction="none"), (out0, out1))
+
+
+@pytest.mark.parametrize("queue_rows", [None, 0, 1, 507])
+def test_info_nce_is_its_formula(queue_rows: int | None) -> None:
+    query, key = views(33, 24)
+    queue = None if queue_rows is None else torch.randn(queue_rows, 24, dtype=torch.float64)
+    expected = oracle_info_nce(query, key, queue, 0.2)
+    for reduction, value in (("none", expected), ("sum", expected.sum()), ("mean", expected.mean())):
+        loss = info_nce(query, key, queue, reduction=reduction)
+        torch.testing.assert_close(loss, torch.as_tensor(value))
+    torch.testing.assert_close(InfoNCELoss()(query, key, queue), torch.tensor(expected.mean()))
+
+
+@pytest.mark.parametrize("with_queue", [False, True])
+def test_info_nce_sends_no_gradient_to_keys_and_queue(with_queue: bool) -> None:
+    query, key = views(4, 3)
+    queue = torch.randn(5, 3, dtype=torch.float64, requires_grad=True) if with_queue else None
+    assert torch.autograd.gradcheck(lambda q: info_nce(q, key, queue, reduction="none"), (query,))
+    info_nce(query, key, queue).backward()
+    assert query.grad is not None
+    assert key.grad is None
+    assert queue is None or queue.grad is None
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.07, -0.5])
+@pytest.mark.parametrize(("n", "d"), [(1, 16), (64, 128)])
+def test_replacing_lightly_changes_nothing(temperature: float, n: int, d: int) -> None:
+    out0, out1 = views(n, d, torch.float32)
+    theirs = lightly.loss.NTXentLoss(temperature)(out0, out1)
+    ours = NTXentLoss(temperature)(out0, out1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    for a, b in zip(torch.autograd.grad(ours, (out0, out1)), torch.autograd.grad(theirs, (out0, out1)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_replacing_lightly_with_a_bank_changes_nothing() -> None:
+    torch.manual_seed(3)
+    theirs = lightly.loss.NTXentLoss(0.1, memory_bank_size=(40, 16))
+    torch.manual_seed(3)
+    ours = NTXentLoss(0.1, memory_bank_size=(40, 16))
+    batches = [12, 12, 12, 12, 16, 50, 1, 39, 40]  # through the end, exactly to it, and more than the bank
+    for step, n in enumerate(batches):
+        torch.testing.assert_close(ours.bank, theirs.memory_bank.bank, msg=f"step {step}")
+        assert int(ours.bank_ptr) == int(theirs.memory_bank.bank_ptr)
+        out0, out1 = views(n, 16, torch.float32)
+        loss, expected = ours(out0, out1), theirs(out0, out1)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+        grads = torch.autograd.grad(loss, (out0, out1)), torch.autograd.grad(expected, (out0, out1))
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_bank_is_left_alone_in_evaluation() -> None:
+    loss_fn = NTXentLoss(memory_bank_size=(8, 4))
+    before = loss_fn.bank.clone()
+    out0, out1 = views(3, 4, torch.float32)
+    with torch.no_grad():
+        loss_fn(out0, out1)
+    loss_fn(out0.detach(), out1)
+    assert torch.equal(loss_fn.bank, before)
+    loss_fn(out0, out1)
+    assert not torch.equal(loss_fn.bank, before)
+
+
+def test_bank_of_rows_alone_takes_the_first_batch_dimension() -> None:
+    loss_fn = NTXentLoss(memory_bank_size=8)
+    out0, out1 = views(3, 4, torch.float32)
+    loss_fn(out0, out1)
+    assert loss_fn.bank.shape == (8, 4)
+    torch.testing.assert_close(loss_fn.bank.norm(dim=1), torch.ones(8))
+    torch.testing.assert_close(loss_fn.bank[:3], torch.nn.functional.normalize(out1.detach(), dim=1))
+
+
+@pytest.mark.parametrize("size", [8, (8, 4)])
+def test_bank_is_saved(size: int | tuple[int, int]) -> None:
+    saved, loaded = NTXentLoss(memory_bank_size=size), NTXentLoss(memory_bank_size=size)
+    saved(*views(3, 4, torch.float32))
+    loaded.load_state_dict(saved.state_dict())
+    out0, out1 = views(6, 4, torch.float32)
+    assert torch.equal(saved(out0, out1), loaded(out0, out1))
+    assert torch.equal(saved.bank, loaded.bank)
+    assert int(loaded.bank_ptr) == 0
+    assert not NTXentLoss().state_dict()
+
+
+@pytest.mark.parametrize("size", [0, (0,), (0, 4)])
+def test_no_bank(size: int | tuple[int, ...]) -> None:
+    out0, out1 = views(3, 4)
+    assert torch.equal(NTXentLoss(memory_bank_size=size)(out0, out1), NTXentLoss()(out0, out1))
+
+
+@pytest.mark.parametrize("loss_fn", [NTXentLoss(), NTXentLoss(memory_bank_size=(5, 4)), InfoNCELoss()])
+def test_empty_batch_is_zero_with_zero_gradient(loss_fn: torch.nn.Module) -> None:
+    out0, out1 = views(0, 4, torch.float32)
+    loss = copy.deepcopy(loss_fn)(out0, out1)
+    assert loss.item() == 0
+    loss.backward()
+    assert out0.grad.shape == (0, 4)
+
+
+def test_nan_shows() -> None:
+    out0, out1 = views(3, 4)
+    out0.data[1, 2] = float("nan")
+    assert nt_xent(out0, out1).isnan()
+    assert info_nce(out0, out1).isnan()
+
+
+def test_strides_do_not_matter() -> None:
+    out0, out1 = views(6, 5)
+    loose0 = torch.stack([out0, out0], 2)[..., 0]
+    loose1 = out1.T.contiguous().T
+    assert not loose0.is_contiguous()
+    torch.testing.assert_close(nt_xent(loose0, loose1), nt_xent(out0, out1))
+    row = torch.randn(1, 5, dtype=torch.float64)
+    torch.testing.assert_close(info_nce(out0, row.expand(6, 5)), info_nce(out0, row.repeat(6, 1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_inputs_are_as_exact_as_plain_pytorch(dtype: torch.dtype) -> None:
+    out0, out1 = (x.detach().to(dtype).requires_grad_() for x in views(64, 96))
+    loss = nt_xent(out0, out1, temperature=0.1)
+    expected = nt_xent(out0.double(), out1.double(), temperature=0.1)
+
+    x = torch.nn.functional.normalize(torch.cat([out0, out1]), dim=1)
+    logits = (x @ x.T / 0.1).fill_diagonal_(-math.inf)
+    plain = torch.nn.functional.cross_entropy(logits, torch.arange(128).roll(64))
+    assert loss.dtype == torch.float32
+    assert (loss - expected).abs() <= 2 * (plain - expected).abs() + 1e-6
+    for ours, eager, exact in zip(*(torch.autograd.grad(v, (out0, out1)) for v in (loss, plain, expected)), strict=True):
+        assert ours.dtype == dtype
+        error, eager_error = ((grad.double() - exact.double()).abs().max() for grad in (ours, eager))
+        assert error <= 2 * eager_error + 1e-6
+
+
+def test_autocast_does_not_lower_the_loss() -> None:
+    out0, out1 = views(16, 24, torch.float32)
+    expected = nt_xent(out0, out1), info_nce(out0, out1, out1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(nt_xent(out0, out1), expected[0])
+        assert torch.equal(info_nce(out0, out1, out1), expected[1])
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "extra"),
+    [
+        (NTXentLoss(), ()),
+        (NTXentLoss(), (torch.tensor([0, 1, 0, -1]),)),
+        (NTXentLoss(memory_bank_size=(6, 3)), ()),
+        (InfoNCELoss(), ()),
+        (InfoNCELoss(), (torch.randn(7, 3),)),
+    ],
+)
+def test_compiles_as_one_graph(loss_fn: torch.nn.Module, extra: tuple[Tensor, ...]) -> None:
+    out0, out1 = views(4, 3, torch.float32)
+    compiled = torch.compile(copy.deepcopy(loss_fn), fullgraph=True, backend="aot_eager")
+    eager = copy.deepcopy(loss_fn)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(out0, out1, *extra), eager(out0, out1, *extra))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: nt_xent(x, x[:2]), ValueError, r"nt_xent: out1 expected \(4, 3\) on cpu, got float32 \(2, 3\)"),
+        (lambda x: nt_xent(x[0], x), ValueError, r"nt_xent: out0 expected \(N, D\), got float32 \(3,\)"),
+        (lambda x: nt_xent(x.long(), x), TypeError, r"nt_xent: out0 expected a float32 or .* got int64 \(4, 3\)"),
+        (lambda x: nt_xent(x, None), TypeError, "nt_xent: out1 expected a float32 .* got NoneType None"),
+        (lambda x: nt_xent(x, x, x[:, 0]), TypeError, r"nt_xent: assignments expected a int64 or int32 tensor"),
+        (lambda x: nt_xent(x, x, torch.tensor([0, 1, -2, 0])), ValueError, "assignments expected -1 or at least 0, got .*-2 to 1"),
+        (lambda x: nt_xent(x, x, temperature=1e-9), ValueError, "nt_xent: temperature expected a magnitude of at least 1e-8"),
+        (lambda x: nt_xent(x, x, temperature="a"), TypeError, "nt_xent: temperature expected a number, got str 'a'"),
+        (lambda x: nt_xent(x, x, reduction="max"), ValueError, """nt_xent: reduction expected "mean", "sum" or "none", got 'max'"""),
+        (lambda x: info_nce(x, x, x[:, :2]), ValueError, r"info_nce: queue expected \(M, 3\) on cpu, got float32 \(4, 2\)"),
+        (lambda x: info_nce(x, x[:, :2]), ValueError, r"info_nce: key expected \(4, 3\) on cpu, got float32 \(4, 2\)"),
+        (lambda x: info_nce(x, x, reduction=""), ValueError, "info_nce: reduction expected"),
+        (lambda x: NTXentLoss(0.0), ValueError, "NTXentLoss: temperature expected a magnitude of at least 1e-8"),
+        (lambda x: InfoNCELoss(0.0), ValueError, "InfoNCELoss: temperature expected a magnitude of at least 1e-8"),
+        (lambda x: NTXentLoss(memory_bank_size=-1), ValueError, r"memory_bank_size expected 0, M or \(M, D\), got int -1"),
+        (lambda x: NTXentLoss(memory_bank_size=(4, 0)), ValueError, r"memory_bank_size expected 0, M or \(M, D\)"),
+        (lambda x: NTXentLoss(memory_bank_size=(4, 3))(x, x, torch.arange(4)), ValueError, "assignments expected None with"),
+        (lambda x: NTXentLoss(memory_bank_size=(4, 2))(x, x), ValueError, r"NTXentLoss: out0 expected \(N, 2\) on cpu"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_by_name(call: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(torch.randn(4, 3))
