@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from enum import IntEnum
+from typing import Literal
 
 import numpy as np
 import torch
@@ -100,24 +101,18 @@ def quantile(bits: Tensor, table: Tensor) -> Tensor:
     return value * 2.0 ** -(NODE_BITS + _PLACE_BITS)
 
 
-def uniform_table(low: float, high: float, device: torch.device) -> Tensor:
-    """Quantile table of U(low, high)."""
-    return _table("uniform", (low, high), device)
-
-
-def log_uniform_table(low: float, high: float, device: torch.device) -> Tensor:
-    """Quantile table of exp(U(log low, log high))."""
-    return _table("log_uniform", (low, high), device)
-
-
-def beta_table(alpha: float, device: torch.device) -> Tensor:
-    """Quantile table of Beta(alpha, alpha)."""
-    return _table("beta", (alpha,), device)
-
-
-# One table for each set of parameters and device, so that a training step copies nothing from the host. To a compiler
-# a table is a constant.
+# To a compiler a table is a constant.
 @torch.compiler.assume_constant_result
+def quantile_table(
+    distribution: Literal["uniform", "log_uniform", "beta"],
+    *parameters: float,
+    device: torch.device,
+) -> Tensor:
+    """Quantiles (CELLS + 1,) of U(low, high), exp(U(log low, log high)) or Beta(alpha, alpha) as int64."""
+    return _table(distribution, parameters, device)
+
+
+# One table for each set of parameters and device, so that a training step copies nothing from the host.
 @functools.lru_cache(maxsize=256)
 def _table(distribution: str, parameters: tuple[float, ...], device: torch.device) -> Tensor:
     probabilities = np.linspace(0.0, 1.0, CELLS + 1)
@@ -134,7 +129,7 @@ def _table(distribution: str, parameters: tuple[float, ...], device: torch.devic
 
 
 def _beta_quantiles(alpha: float) -> np.ndarray:
-    """Quantiles of Beta(alpha, alpha) at the nodes: the density integrated up to 1/2 and inverted, the rest by symmetry.
+    """Quantiles of Beta(alpha, alpha): its density is integrated up to 1/2 and inverted, the rest follows by symmetry.
 
     For alpha < 1 the density t^(alpha-1) (1-t)^(alpha-1) is infinite at 0; in s = t^alpha it is smooth there:
     (1-t)^(alpha-1) / alpha.

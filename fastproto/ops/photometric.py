@@ -202,7 +202,7 @@ def _photometric(
     elif order is None:
         order = torch.arange(4, device=images.device).expand(rows, 4)
     kernel_size = _kernel_size(op, kernel_size, min(height, width))
-    if reads_data(images):
+    if rows and reads_data(images):
         _expect_ranges(op, jitter, order, sigma)
     return _op(images, jitter, order if order is None else order.long(), gray, sigma, kernel_size, threshold)
 
@@ -218,9 +218,12 @@ def _kernel_size(op: str, kernel_size: int | None, side: int) -> int:
 
 def _expect_ranges(op: str, jitter: Tensor | None, order: Tensor | None, sigma: Tensor | None) -> None:
     if jitter is not None and order is not None:
-        good = (jitter[:, :3] >= 0).all() & (jitter[:, 3].abs() <= 0.5).all()
-        expect(bool(good), op, "jitter", "factors of at least 0 and a hue in [-0.5, 0.5]", "others")
-        good = (order.sort(dim=1).values == torch.arange(4, device=order.device)).all()
-        expect(bool(good), op, "order", "a permutation of 0, 1, 2, 3 in every row", "another row")
+        good = (jitter[:, :3] >= 0).all(dim=1) & (jitter[:, 3].abs() <= 0.5)
+        first_bad = jitter[good.int().argmin()].tolist()
+        expect(bool(good.all()), op, "jitter", "three factors of at least 0 and a hue in [-0.5, 0.5]", f"{first_bad}")
+        good = (order.sort(dim=1).values == torch.arange(4, device=order.device)).all(dim=1)
+        first_bad = order[good.int().argmin()].tolist()
+        expect(bool(good.all()), op, "order", "a permutation of 0, 1, 2, 3 in every row", f"{first_bad}")
     if sigma is not None:
-        expect(bool((sigma >= 0).all()), op, "sigma", "numbers of at least 0", "others")
+        least = float(sigma.min())
+        expect(least >= 0, op, "sigma", "numbers of at least 0", least)

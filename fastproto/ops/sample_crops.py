@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastproto._check import INTEGERS, expect, expect_tensor, expect_type, reads_data
-from fastproto._random import beta_table, expect_key, log_uniform_table, uniform_table
+from fastproto._random import expect_key, quantile_table
 from fastproto.ops._dispatch import Op
 from fastproto.reference import sample_crops as reference
 
@@ -81,9 +81,9 @@ def sample_crops(
         sample_ids,
         _sizes(image_size, sample_ids),
         box_rows("sample_crops", boxes, sample_ids),
-        uniform_table(*scale, device),
-        log_uniform_table(*ratio, device),
-        beta_table(alpha, device),
+        quantile_table("uniform", *scale, device=device),
+        quantile_table("log_uniform", *ratio, device=device),
+        quantile_table("beta", alpha, device=device),
         ratio,
         views,
         seed,
@@ -104,10 +104,11 @@ def expect_crop_options(op: str, scale: tuple[float, float], ratio: tuple[float,
 def expect_boxes(op: str, boxes: Tensor, rows: int, device: torch.device) -> None:
     """Refuses what is not ``rows`` boxes with 0 <= h0 <= h1 <= 1 and 0 <= w0 <= w1 <= 1 on a device."""
     expect_tensor(boxes, op, "boxes", (rows, 4), device=device)
-    if reads_data(boxes):
+    if rows and reads_data(boxes):
         low, high = boxes[:, :2], boxes[:, 2:]
-        good = ((low >= 0) & (low <= high) & (high <= 1)).all()
-        expect(bool(good), op, "boxes", "0 <= h0 <= h1 <= 1 and 0 <= w0 <= w1 <= 1", "another row")
+        good = ((low >= 0) & (low <= high) & (high <= 1)).all(dim=1)
+        first_bad = boxes[good.int().argmin()].tolist()
+        expect(bool(good.all()), op, "boxes", "0 <= h0 <= h1 <= 1 and 0 <= w0 <= w1 <= 1", f"{first_bad}")
 
 
 def box_rows(op: str, boxes: Tensor | tuple[float, float, float, float] | None, sample_ids: Tensor) -> Tensor:
@@ -129,8 +130,9 @@ def _sizes(image_size: tuple[int, int] | Tensor, sample_ids: Tensor) -> Tensor:
     rows, device = sample_ids.shape[0], sample_ids.device
     if isinstance(image_size, Tensor):
         expect_tensor(image_size, "sample_crops", "image_size", (rows, 2), INTEGERS, device)
-        if reads_data(image_size):
-            expect(bool((image_size > 0).all()), "sample_crops", "image_size", "sizes of at least 1", "a smaller one")
+        if rows and reads_data(image_size):
+            least = int(image_size.min())
+            expect(least > 0, "sample_crops", "image_size", "sizes of at least 1", least)
         return image_size.long()
     expect_type(image_size, (tuple, list), "sample_crops", "image_size", "(H, W) or an integer tensor (N, 2)")
     good = len(image_size) == 2 and all(isinstance(size, int) and size > 0 for size in image_size)

@@ -93,9 +93,9 @@ def _turn_hue(images: Tensor, turn_n: Tensor) -> None:
     # In sixths of the circle, turned, and back in [0, 6).
     hue_nhw.add_(6 * turn_n[:, None, None])
     hue_nhw.sub_(torch.div(hue_nhw, 6, out=spare_nhw).floor_().mul_(6))
-    torch.sub(hue_nhw, 3, out=red).abs_().sub_(1)
-    torch.sub(hue_nhw, 2, out=green).abs_().neg_().add_(2)
-    torch.sub(hue_nhw, 4, out=blue).abs_().neg_().add_(2)
+    red.copy_(hue_nhw).sub_(3).abs_().sub_(1)
+    green.copy_(hue_nhw).sub_(2).abs_().neg_().add_(2)
+    blue.copy_(hue_nhw).sub_(4).abs_().neg_().add_(2)
     images.clamp_(0, 1).mul_(chroma_nhw[:, None]).add_(low_nhw[:, None])
 
 

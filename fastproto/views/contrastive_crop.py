@@ -23,9 +23,9 @@ BLUR_ABOVE = 64
 class ContrastiveCrop(nn.Module):
     """Turns a batch of images into several augmented views of each, keyed by sample, so that every run repeats them.
 
-    Each view is cropped by ``sample_crops``, resized by ``crop_resize``, flipped with probability 1/2, changed in colour
-    and normalised. The same (seed, epoch, sample id) gives the same draws in any batch, worker and rank. The module
-    holds no weights and takes nothing from torch's random generators.
+    Each view is cropped by ``sample_crops``, resized by ``crop_resize``, flipped with probability 1/2, changed in
+    colour and normalised. The same (seed, epoch, sample id) gives the same draws in any batch, worker and rank. The
+    module holds no weights and takes nothing from torch's random generators.
 
     Args:
         size: height and width of the views, or one number for both.

@@ -91,7 +91,7 @@ def sample_photometric(
     # Every draw has its place, so that switching one change on leaves the others as they were.
     bits = random_bits(sample_ids, Stream.PHOTOMETRIC, 13, views=views, seed=seed, epoch=epoch).flatten(0, 1)
     draws = uniform(bits)
-    parameters = PhotometricParameters()
+    parameters: PhotometricParameters = {}
     if jitter_p > 0 and any(jitter):
         jittered = draws[:, 0] < jitter_p
         parameters["jitter"] = torch.stack(
