@@ -36,7 +36,9 @@ def oracle_nt_xent(out0: Tensor, out1: Tensor, temperature: float, assignments: 
 
 
 def oracle_info_nce(query: Tensor, key: Tensor, queue: Tensor | None, temperature: float) -> np.ndarray:
-    q, k = (x.detach().double().numpy() / np.linalg.norm(x.detach().numpy(), axis=1, keepdims=True) for x in (query, key))
+    q, k = (
+        x.detach().double().numpy() / np.linalg.norm(x.detach().numpy(), axis=1, keepdims=True) for x in (query, key)
+    )
     losses = []
     for i in range(len(q)):
         others = [k[j] for j in range(len(k)) if j != i] if queue is None else list(queue.double().numpy())
@@ -198,7 +200,9 @@ def test_half_inputs_are_as_exact_as_plain_pytorch(dtype: torch.dtype) -> None:
     plain = torch.nn.functional.cross_entropy(logits, torch.arange(128).roll(64))
     assert loss.dtype == torch.float32
     assert (loss - expected).abs() <= 2 * (plain - expected).abs() + 1e-6
-    for ours, eager, exact in zip(*(torch.autograd.grad(v, (out0, out1)) for v in (loss, plain, expected)), strict=True):
+    for ours, eager, exact in zip(
+        *(torch.autograd.grad(v, (out0, out1)) for v in (loss, plain, expected)), strict=True
+    ):
         assert ours.dtype == dtype
         error, eager_error = ((grad.double() - exact.double()).abs().max() for grad in (ours, eager))
         assert error <= 2 * eager_error + 1e-6
@@ -238,18 +242,18 @@ def test_compiles_as_one_graph(loss_fn: torch.nn.Module, extra: tuple[Tensor, ..
         (lambda x: nt_xent(x.long(), x), TypeError, r"nt_xent: out0 expected a float32 or .* got int64 \(4, 3\)"),
         (lambda x: nt_xent(x, None), TypeError, "nt_xent: out1 expected a float32 .* got NoneType None"),
         (lambda x: nt_xent(x, x, x[:, 0]), TypeError, r"nt_xent: assignments expected a int64 or int32 tensor"),
-        (lambda x: nt_xent(x, x, torch.tensor([0, 1, -2, 0])), ValueError, "assignments expected -1 or at least 0, got .*-2 to 1"),
-        (lambda x: nt_xent(x, x, temperature=1e-9), ValueError, "nt_xent: temperature expected a magnitude of at least 1e-8"),
+        (lambda x: nt_xent(x, x, torch.tensor([0, 1, -2, 0])), ValueError, "expected -1 or at least 0, got .*-2 to 1"),
+        (lambda x: nt_xent(x, x, temperature=1e-9), ValueError, "nt_xent: temperature expected a magnitude"),
         (lambda x: nt_xent(x, x, temperature="a"), TypeError, "nt_xent: temperature expected a number, got str 'a'"),
-        (lambda x: nt_xent(x, x, reduction="max"), ValueError, """nt_xent: reduction expected "mean", "sum" or "none", got 'max'"""),
-        (lambda x: info_nce(x, x, x[:, :2]), ValueError, r"info_nce: queue expected \(M, 3\) on cpu, got float32 \(4, 2\)"),
+        (lambda x: nt_xent(x, x, reduction="max"), ValueError, "nt_xent: reduction expected .*, got 'max'"),
+        (lambda x: info_nce(x, x, x[:, :2]), ValueError, r"info_nce: queue expected \(M, 3\) on cpu, got"),
         (lambda x: info_nce(x, x[:, :2]), ValueError, r"info_nce: key expected \(4, 3\) on cpu, got float32 \(4, 2\)"),
         (lambda x: info_nce(x, x, reduction=""), ValueError, "info_nce: reduction expected"),
-        (lambda x: NTXentLoss(0.0), ValueError, "NTXentLoss: temperature expected a magnitude of at least 1e-8"),
-        (lambda x: InfoNCELoss(0.0), ValueError, "InfoNCELoss: temperature expected a magnitude of at least 1e-8"),
-        (lambda x: NTXentLoss(memory_bank_size=-1), ValueError, r"memory_bank_size expected 0, M or \(M, D\), got int -1"),
+        (lambda x: NTXentLoss(0.0), ValueError, "NTXentLoss: temperature expected a magnitude"),
+        (lambda x: InfoNCELoss(0.0), ValueError, "InfoNCELoss: temperature expected a magnitude"),
+        (lambda x: NTXentLoss(memory_bank_size=-1), ValueError, r"expected 0, M or \(M, D\), got int -1"),
         (lambda x: NTXentLoss(memory_bank_size=(4, 0)), ValueError, r"memory_bank_size expected 0, M or \(M, D\)"),
-        (lambda x: NTXentLoss(memory_bank_size=(4, 3))(x, x, torch.arange(4)), ValueError, "assignments expected None with"),
+        (lambda x: NTXentLoss(memory_bank_size=(4, 3))(x, x, torch.arange(4)), ValueError, "assignments expected None"),
         (lambda x: NTXentLoss(memory_bank_size=(4, 2))(x, x), ValueError, r"NTXentLoss: out0 expected \(N, 2\) on cpu"),
     ],
 )  # fmt: skip
