@@ -57,7 +57,7 @@ def expect_key(op: str, views: int, seed: int, epoch: int) -> None:
     """Refuses what ``random_bits`` cannot be keyed with, in the name of a public function."""
     for argument, value, low, high in (
         ("views", views, 1, MAX_VIEWS),
-        ("seed", seed, 0, 2**64 - 1),
+        ("seed", seed, 0, 2**63 - 1),
         ("epoch", epoch, 0, 2**32 - 1),
     ):
         expect_type(value, int, op, argument, "an int")
@@ -86,7 +86,7 @@ def random_bits(
 
 def uniform(bits: Tensor) -> Tensor:
     """Random bits as float64 in [0, 1)."""
-    return bits * 2.0**-32
+    return bits.double() * 2.0**-32
 
 
 def quantile(bits: Tensor, table: Tensor) -> Tensor:
@@ -98,23 +98,17 @@ def quantile(bits: Tensor, table: Tensor) -> Tensor:
     place = bits & ((1 << _PLACE_BITS) - 1)
     low = table[cell]
     value = (low << _PLACE_BITS) + (table[cell + 1] - low) * place
-    return value * 2.0 ** -(NODE_BITS + _PLACE_BITS)
-
-
-# To a compiler a table is a constant.
-@torch.compiler.assume_constant_result
-def quantile_table(
-    distribution: Literal["uniform", "log_uniform", "beta"],
-    *parameters: float,
-    device: torch.device,
-) -> Tensor:
-    """Quantiles (CELLS + 1,) of U(low, high), exp(U(log low, log high)) or Beta(alpha, alpha) as int64."""
-    return _table(distribution, parameters, device)
+    return value.double() * 2.0 ** -(NODE_BITS + _PLACE_BITS)
 
 
 # One table for each set of parameters and device, so that a training step copies nothing from the host.
 @functools.lru_cache(maxsize=256)
-def _table(distribution: str, parameters: tuple[float, ...], device: torch.device) -> Tensor:
+def quantile_table(
+    distribution: Literal["uniform", "log_uniform", "beta"],
+    parameters: tuple[float, ...],
+    device: torch.device,
+) -> Tensor:
+    """Quantiles (CELLS + 1,) of U(low, high), exp(U(log low, log high)) or Beta(alpha, alpha) as int64."""
     probabilities = np.linspace(0.0, 1.0, CELLS + 1)
     if distribution == "beta":
         values = _beta_quantiles(*parameters)

@@ -6,18 +6,31 @@ See fastproto/reference/sample_crops.py for the formula.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastproto._check import INTEGERS, expect, expect_tensor, expect_type, reads_data
-from fastproto._random import expect_key, quantile_table
+from fastproto._random import expect_key
 from fastproto.ops._dispatch import Op
 from fastproto.reference import sample_crops as reference
 
 FULL_BOX = (0.0, 0.0, 1.0, 1.0)
 
-_op = Op("sample_crops", reference=reference.sample_crops)
+# With a schema, so that a compiler takes it as it is: fused otherwise, its bits could change.
+_op = Op(
+    "sample_crops",
+    "(Tensor sample_ids, Tensor sizes, Tensor boxes, float[] scale, float[] ratio, float alpha, int views, int seed, "
+    "int epoch) -> Tensor",
+    reference=reference.sample_crops,
+)
+
+
+@_op.fake
+def _fake(sample_ids: Tensor, sizes: Tensor, boxes: Tensor, *options: Any) -> Tensor:
+    views = options[3]
+    return torch.empty((views * sample_ids.shape[0], 4), dtype=torch.int32, device=sample_ids.device)
 
 
 def sample_crops(
@@ -76,15 +89,13 @@ def sample_crops(
     expect_tensor(sample_ids, "sample_crops", "sample_ids", ("N",), INTEGERS)
     expect_key("sample_crops", views, seed, epoch)
     expect_crop_options("sample_crops", scale, ratio, alpha)
-    device = sample_ids.device
     return _op(
         sample_ids,
         _sizes(image_size, sample_ids),
         box_rows("sample_crops", boxes, sample_ids),
-        quantile_table("uniform", *scale, device=device),
-        quantile_table("log_uniform", *ratio, device=device),
-        quantile_table("beta", alpha, device=device),
+        scale,
         ratio,
+        alpha,
         views,
         seed,
         epoch,

@@ -5,19 +5,21 @@
     top = a0 + int((a1 - a0) u),  a0, a1 = clamp(int(H box) - h//2, 0, H - h),  u ~ Beta(alpha, alpha);  left likewise
     after 10 failures RandomResizedCrop's centre crop
 
-Every operation is correctly rounded (float64 products, quotients of two tensors, square root, round), and none is a
-product followed by a sum in floating point, so every device and compiler gives the same bits. A quotient by a Python
-number is avoided: on CUDA it is a product with the reciprocal.
+Every operation is correctly rounded (float64 products, quotients, square root, round), and no floating-point product is
+followed by a sum, so every device gives the same bits. A quotient has two tensors: on CUDA, one by a Python number is a
+product with its reciprocal.
 
 Letters: N samples, V views, T tries.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from fastproto._random import Stream, quantile, random_bits
+from fastproto._random import Stream, quantile, quantile_table, random_bits
 
 TRIES = 10
 
@@ -26,21 +28,21 @@ def sample_crops(
     sample_ids: Tensor,  # (N,) integer
     sizes: Tensor,  # (N, 2) int64: height, width
     boxes: Tensor,  # (N, 4) float: h0, w0, h1, w1
-    area_table: Tensor,
-    aspect_table: Tensor,
-    centre_table: Tensor,
-    ratio: tuple[float, float],
+    scale: Sequence[float],
+    ratio: Sequence[float],
+    alpha: float,
     views: int,
     seed: int,
     epoch: int,
 ) -> Tensor:  # (V·N, 4) int32: top, left, height, width
     bits_vnd = random_bits(sample_ids, Stream.CROP, 2 * TRIES + 2, views=views, seed=seed, epoch=epoch)
-    area_draw_vnt = quantile(bits_vnd[..., :TRIES], area_table)
-    aspect_vnt = quantile(bits_vnd[..., TRIES : 2 * TRIES], aspect_table)
-    centre_vn2 = quantile(bits_vnd[..., 2 * TRIES :], centre_table)
+    device = sample_ids.device
+    share_vnt = quantile(bits_vnd[..., :TRIES], quantile_table("uniform", tuple(scale), device))
+    aspect_vnt = quantile(bits_vnd[..., TRIES : 2 * TRIES], quantile_table("log_uniform", tuple(ratio), device))
+    centre_vn2 = quantile(bits_vnd[..., 2 * TRIES :], quantile_table("beta", (alpha,), device))
 
     height_n, width_n = sizes.unbind(1)
-    area_vnt = (height_n * width_n)[:, None] * area_draw_vnt
+    area_vnt = (height_n * width_n)[:, None] * share_vnt
     tried_w_vnt = torch.round(torch.sqrt(area_vnt * aspect_vnt)).long()
     tried_h_vnt = torch.round(torch.sqrt(area_vnt / aspect_vnt)).long()
     fits_vnt = (
