@@ -29,14 +29,14 @@ class EncoderConfig:
 
     Args:
         name: resnet-tiny is made for small images on a CPU; the others are torchvision's.
-        width: channels of resnet-tiny's stem.
+        width: channels of resnet-tiny's first block, at least 8; its features are four times as many.
     """
 
     name: EncoderName = "resnet18"
     width: int = 32
 
     def __post_init__(self) -> None:
-        _expect_at_least(1, "encoder", width=self.width)
+        _expect_at_least(8, "encoder", width=self.width)
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class ViewConfig:
         scale: least and greatest share of the image's area in a crop.
         ratio: least and greatest aspect ratio of a crop.
         alpha: of the Beta distribution that places guided crops: 1 uniform, less than 1 suppresses the centre.
-        augment: what follows the crop; "none" only resizes and normalises.
-        flip: probability of a horizontal flip.
+        augment: what follows the crop: colours as in SimCLR or MoCo v2, or "none".
+        jitter: strengths of brightness, contrast, saturation and hue.
         box_threshold: share of the heat above which a pixel belongs to the box.
         box_warmup: epochs before the first boxes are found (--crop contrastive).
         box_interval: epochs from then on until they are found again.
@@ -76,7 +76,7 @@ class ViewConfig:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     alpha: float = 0.6
     augment: Literal["simclr", "moco", "none"] = "simclr"
-    flip: float = 0.5
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
     box_threshold: float = 0.1
     box_warmup: int = 40
     box_interval: int = 40
@@ -202,6 +202,7 @@ class Config:
         batch_size: images in a step; what is left over at the end of an epoch waits for the next.
         seed: of weights, order, views and clustering.
         device: cpu, cuda, or auto for the best there is.
+        devices: processes that share every batch.
         precision: of the network; weights stay in float32.
         encoder: the backbone.
         head: the heads on it.
@@ -222,6 +223,7 @@ class Config:
     batch_size: int = 256
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: int = 1
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
@@ -232,9 +234,13 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
-        _expect_at_least(1, "config", epochs=self.epochs, image_size=self.image_size)
+        _expect_at_least(1, "config", epochs=self.epochs, image_size=self.image_size, devices=self.devices)
         # One image has no other to be contrasted with, and batch normalisation no variance.
-        _expect_at_least(2, "config", batch_size=self.batch_size, **({"limit": self.limit} if self.limit else {}))
+        _expect_at_least(2 * self.devices, "config", batch_size=self.batch_size)
+        multiple = f"a multiple of devices = {self.devices}"
+        expect(self.batch_size % self.devices == 0, "config", "batch_size", multiple, self.batch_size)
+        if self.limit is not None:
+            _expect_at_least(self.batch_size, "config", limit=self.limit)
 
 
 def config_parser(prog: str = "fastproto train") -> ArgumentParser:
@@ -255,7 +261,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str], defaults: Path | Non
         return parser.parse_args(list(arguments))
     except ArgumentError as error:
         message = re.sub(r"\s*\n\s*", " ", str(error)).replace("Parser key ", "").replace("a typing.Literal", "one of ")
-        message = re.sub(r"<class '(\w+)'>", r"\1", message)
+        message = re.sub(r"a <class '(\w+)'>", r"\1", message)
         raise ValueError(f"{defaults}: {message}" if defaults else message) from error
 
 
@@ -284,9 +290,9 @@ def find_recipe(name: str) -> Path:
     raise ValueError(f"recipe: expected a YAML file or one of {packaged}, got {name!r}")
 
 
-def default_recipe(config: Config) -> Path | None:
+def default_recipe(method: str, data: str) -> Path | None:
     """The packaged recipe for this method on this data, ``METHOD_DATA.yaml``, where there is one."""
-    path = RECIPES / f"{config.method}_{config.data}.yaml"
+    path = RECIPES / f"{method}_{data}.yaml"
     return path if path.is_file() else None
 
 

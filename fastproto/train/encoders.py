@@ -13,6 +13,8 @@ from fastproto.train.config import EncoderName
 
 # Up to this size the stem keeps the resolution: one 3x3 convolution, no pooling (as SimCLR does for CIFAR).
 SMALL_IMAGE = 64
+# In channels_last layout, convolutions of 2 to 7 channels corrupt the heap in their backward pass (torch 2.14, AVX-512).
+MIN_WIDTH = 8
 
 
 class Encoder(nn.Module):
@@ -27,7 +29,7 @@ class Encoder(nn.Module):
         >>> encoder = build_encoder("resnet-tiny", image_size=32, width=8)
         >>> images = torch.rand(2, 3, 32, 32)
         >>> encoder.feature_map(images).shape, encoder(images).shape
-        (torch.Size([2, 64, 4, 4]), torch.Size([2, 64]))
+        (torch.Size([2, 32, 4, 4]), torch.Size([2, 32]))
     """
 
     def __init__(self, trunk: nn.Module, num_features: int) -> None:
@@ -69,17 +71,18 @@ def build_encoder(name: EncoderName, *, image_size: int, width: int = 24) -> Enc
     """A fresh encoder by name.
 
     Args:
-        name: "resnet-tiny": a 3x3 stem and four residual blocks of width, 2, 4 and 8 times width channels, each but the
-            first at half the resolution; made for small images on a CPU. "resnet18", "resnet50": torchvision's.
+        name: "resnet-tiny": a 3x3 stem and four residual blocks of 1, 2, 4 and 4 times width channels, the first three
+            of which halve the resolution; made for small images on a CPU. "resnet18", "resnet50": torchvision's.
         image_size: side of the images. Up to 64 px the torchvision networks get a 3x3 stem without pooling.
-        width: channels of the first block of resnet-tiny; the others have their own.
+        width: channels of the first block of resnet-tiny, at least 8; the others have their own.
 
     Raises:
-        ValueError: no encoder has that name.
+        ValueError: no encoder has that name; a width below 8.
     """
     expect(name in get_args(EncoderName), "build_encoder", "name", f"one of {', '.join(get_args(EncoderName))}", name)
     if name == "resnet-tiny":
-        return Encoder(_tiny_trunk(width), 8 * width)
+        expect(width >= MIN_WIDTH, "build_encoder", "width", f"at least {MIN_WIDTH}", width)
+        return Encoder(_tiny_trunk(width), 4 * width)
     network = {"resnet18": resnet18, "resnet50": resnet50}[name]()
     if image_size <= SMALL_IMAGE:
         network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -93,8 +96,8 @@ def _tiny_trunk(width: int) -> nn.Sequential:
         nn.Conv2d(3, width, 3, padding=1, bias=False),
         nn.BatchNorm2d(width),
         nn.ReLU(),
-        Block(width, width, stride=1),
+        Block(width, width, stride=2),
         Block(width, 2 * width, stride=2),
         Block(2 * width, 4 * width, stride=2),
-        Block(4 * width, 8 * width, stride=2),
+        Block(4 * width, 4 * width, stride=1),
     )

@@ -1,0 +1,184 @@
+"""fastproto: self-supervised learning with prototypes.
+
+  fastproto train [RECIPE] --out RUN [options]    train an encoder without labels, evaluate it before and after
+  fastproto eval RUN [--knn] [--linear]           evaluate the encoder of a run
+  fastproto report RUN                            write RUN/report.html
+  fastproto info                                  versions, devices, and which backend runs each operation
+
+RECIPE is a YAML file, or the name of one that comes with the package; without it the packaged recipe for the method
+and the data is taken, where there is one. Options override it: fastproto train --help lists them.
+
+  fastproto train --method pauc --crop contrastive --data digits --out runs/demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastproto.train.config import Config
+    from fastproto.train.data import Dataset
+
+# The trainer's packages are imported by the commands that need them: `fastproto info` runs without.
+
+FAILED, REFUSED, SIGNALLED = 1, 2, 128
+METRICS = {"knn20": "kNN, k = 20", "knn200": "kNN, k = 200", "linear": "linear probe"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code: 0, 1 for a loss that diverged, 2 for bad input, 130 after Ctrl-C."""
+    command, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
+    commands = {"train": train, "eval": evaluate, "report": report, "info": info}
+    if command in ("", "-h", "--help"):
+        print(__doc__.strip())
+        return 0 if command else REFUSED
+    if command not in commands:
+        return fail("fastproto", f"command expected one of {', '.join(commands)}, got {command!r}")
+    try:
+        return commands[command](rest[:-1])
+    except KeyboardInterrupt:
+        return fail(f"fastproto {command}", "interrupted", SIGNALLED + signal.SIGINT)
+
+
+def train(arguments: Sequence[str]) -> int:
+    """``fastproto train``: refuses bad input before anything is written, trains, prints the accuracies."""
+    from fastproto.train.loop import Interrupted
+    from fastproto.train.loop import train as run_loop
+    from fastproto.train.report import write_report
+
+    try:
+        config, dataset, folder, resume = prepare(arguments)
+    except (ValueError, OSError) as error:
+        return fail("fastproto train", error)
+    hint = f"go on with: fastproto train --out {folder} --resume"
+    with StopRequest() as stop:
+        try:
+            result = run_loop(config, dataset, folder, resume=resume, stop=stop)
+        except (Interrupted, KeyboardInterrupt):
+            return fail("fastproto train", f"interrupted; {hint}", SIGNALLED + stop.signal)
+        except FloatingPointError as error:
+            return fail("fastproto train", f"{error}; try a smaller optimizer.lr", FAILED)
+    print(f"{'':16}{'before':>8}{'after':>8}   of {config.epochs} epochs")
+    for metric, name in METRICS.items():
+        print(f"{name:16}" + "".join(f"{100 * result[when][metric]:7.1f}%" for when in ("before", "after")))
+    print(f"{sum(result['time_s'].values()):.0f} s; {write_report(folder)}")
+    return 0
+
+
+def prepare(arguments: Sequence[str]) -> tuple[Config, Dataset, Path, bool]:
+    """What training starts from, by command line, recipe or the run to resume. Writes nothing.
+
+    Raises:
+        ValueError: anything that training could not start with.
+        OSError: a file that cannot be read.
+    """
+    from fastproto.train import checkpoint
+    from fastproto.train import config as settings
+
+    parser = settings.config_parser("fastproto train")
+    parser.add_argument("recipe", nargs="?", help="YAML file, or name of a packaged recipe")
+    parser.add_argument("--out", help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, by its own configuration")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    given = settings.parse(parser, arguments)
+    if given.out is None:
+        raise ValueError("--out is missing: the folder of the run")
+    folder = Path(given.out)
+    if given.recipe is not None:
+        defaults: Path | None = settings.find_recipe(given.recipe)
+    elif given.resume:
+        checkpoint.latest_checkpoint(folder)
+        defaults = folder / "config.yaml"
+    else:
+        defaults = settings.default_recipe(given.method, given.data)
+    config = settings.resolve(parser, settings.parse(parser, arguments, defaults))
+    checkpoint.check_folder(folder, config, resume=given.resume, overwrite=given.overwrite)
+    dataset = checkpoint.load_data(config)
+    checkpoint.check_buildable(config, dataset)
+    print(f"{config.method} on {config.data}, settings of {defaults or 'no recipe'}")
+    return config, dataset, folder, given.resume
+
+
+class StopRequest:
+    """Within the ``with`` block SIGINT and SIGTERM only raise a flag, which the loop reads; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.signal: int = signal.SIGINT
+        self._asked = False
+
+    def __call__(self) -> bool:
+        return self._asked
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self.signal, self._asked = number, True
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """``fastproto eval``: the accuracies of a run's encoder at its last checkpoint."""
+    import torch
+
+    from fastproto.train import evaluate as evaluation
+    from fastproto.train.checkpoint import load_run
+
+    parser = argparse.ArgumentParser("fastproto eval", description="Evaluate the encoder of a run, at its last checkpoint.")
+    parser.add_argument("run", help="folder of the run")
+    parser.add_argument("--knn", action="store_true", help="weighted nearest neighbours, k = 20 and 200")
+    parser.add_argument("--linear", action="store_true", help="linear probe; without either option: all")
+    given = parser.parse_args(arguments)
+    try:
+        run = load_run(given.run)
+    except (ValueError, OSError) as error:
+        return fail("fastproto eval", error)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = evaluation.evaluate(run.method.encoder.to(device), run.dataset, device=device)
+    for metric, name in METRICS.items():
+        if given.knn == given.linear or (given.linear if metric == "linear" else given.knn):
+            print(f"{name:16}{100 * found[metric]:7.1f}%")
+    return 0
+
+
+def report(arguments: Sequence[str]) -> int:
+    """``fastproto report``: writes RUN/report.html."""
+    from fastproto.train.report import write_report
+
+    parser = argparse.ArgumentParser("fastproto report", description="Write RUN/report.html.")
+    parser.add_argument("run", type=Path, help="folder of the run")
+    given = parser.parse_args(arguments)
+    try:
+        print(write_report(given.run))
+    except (ValueError, OSError) as error:
+        return fail("fastproto report", error)
+    return 0
+
+
+def info(arguments: Sequence[str]) -> int:
+    """``fastproto info``."""
+    from fastproto.info import print_info
+
+    argparse.ArgumentParser("fastproto info", description="Versions, devices and backends.").parse_args(arguments)
+    print_info()
+    return 0
+
+
+def fail(command: str, error: object, code: int = REFUSED) -> int:
+    """One line on standard error; returns the exit code."""
+    print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,212 @@
+"""The training loop, read from top to bottom: boxes and prototypes at their epochs, then views, loss, step."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import fastproto
+from fastproto.losses._gather import gather_rows, rank_and_world, sum_over_ranks
+from fastproto.train.checkpoint import State, build_state, build_views, latest_checkpoint, start_folder, write_log
+from fastproto.train.clock import PHASES, Clock
+from fastproto.train.config import Config, OptimizerConfig, plain
+from fastproto.train.data import Dataset
+from fastproto.train.evaluate import embed, evaluate
+from fastproto.train.methods import Method, Prototypes
+from fastproto.views import localize
+
+
+class Interrupted(Exception):
+    """Training stopped because it was asked to; a checkpoint holds all that was done."""
+
+
+def train(
+    config: Config, dataset: Dataset, folder: Path, *, resume: bool = False, stop: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """Trains, evaluates before and after, and leaves a run in ``folder``.
+
+    On a CPU the same configuration gives the same bits, interrupted and resumed or not.
+
+    Args:
+        config: all settings.
+        dataset: what ``load_data`` gives for this configuration; the training images are kept on the device.
+        folder: where the run is kept; ``check_folder`` says whether it may be written.
+        resume: go on from the folder's last checkpoint instead of removing the run that it holds.
+        stop: asked after every step; once it says True, the state is saved and training ends.
+
+    Returns:
+        What result.json holds: accuracies "before" and "after", seconds "time_s" by phase, "config", "versions".
+
+    Raises:
+        Interrupted: ``stop`` said so.
+        FloatingPointError: the loss is no longer finite.
+    """
+    # Until the first clustering there are parameters without a gradient.
+    strategy = DDPStrategy(find_unused_parameters=True) if config.devices > 1 else "auto"
+    fabric = Fabric(
+        accelerator=config.device, strategy=strategy, devices=config.devices, precision=config.precision
+    )
+    fabric.launch()
+    device, (rank, world) = fabric.device, rank_and_world()
+    state = build_state(config, dataset, device)
+    if resume:
+        state.load(latest_checkpoint(folder))
+    elif rank == 0:
+        start_folder(folder, config)
+        state.save(folder)
+    method, boxes, prototypes = state.method, state.boxes, state.prototypes
+    module, optimizer = fabric.setup(method, state.optimizer)
+    views = build_views(config, dataset)
+    images = dataset.train_images.to(device)
+    steps = len(images) // config.batch_size
+    clock = Clock(device)
+    clock.add(state.seconds)
+    if not state.before:
+        clock.start("evaluation")
+        state.before = evaluate(method.eval().encoder, dataset, device=device)
+
+    board = SummaryWriter(str(folder), purge_step=state.epoch + 1) if rank == 0 else None
+    bar = tqdm(
+        total=config.epochs * steps * config.batch_size,
+        initial=(state.epoch * steps + state.step) * config.batch_size,
+        unit="img",
+        unit_scale=True,
+        disable=None if rank == 0 else True,
+    )
+    with board or nullcontext(), bar:
+        for epoch in range(state.epoch, config.epochs):
+            if state.step == 0:
+                clock.start("clustering")
+                method.eval()
+                if locates(config, epoch):
+                    boxes.update(torch.arange(len(images), device=device), find_boxes(config, method, dataset, device))
+                if prototypes is not None and clusters(config, epoch):
+                    prototypes.update(method.cluster_space(embed_all(method.embed, dataset, device)))
+                    for parameter in method.after_clustering():
+                        state.optimizer.state.pop(parameter, None)
+            method.train()
+            clustered = prototypes if prototypes is not None and prototypes.ready else None
+            order = torch.from_numpy(np.random.default_rng((config.seed, epoch)).permutation(len(images))).to(device)
+
+            for step in range(state.step, steps):
+                clock.start("views")
+                ids = order[step * config.batch_size : (step + 1) * config.batch_size][rank::world]
+                pair = views(images[ids], ids, boxes.lookup(ids), epoch)
+                clock.start("forward")
+                terms = module(pair, clustered and Prototypes(*clustered.lookup(ids)), clock)
+                clock.start("backward")
+                fabric.backward(torch.stack(list(terms.values())).sum())
+                state.step = step + 1
+                done = epoch + state.step / steps
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(config.optimizer, done, config.epochs)
+                optimizer.step()
+                optimizer.zero_grad()
+                method.after_step(done / config.epochs)
+                clock.stop()
+                state.sums = {name: state.sums.get(name, 0) + term.detach().double() for name, term in terms.items()}
+                bar.update(config.batch_size)
+                if sum_over_ranks(torch.tensor(float(stop()), device=device)) > 0:
+                    state.seconds = clock.take()
+                    if rank == 0:
+                        state.save(folder)
+                    raise Interrupted
+
+            state.seconds = clock.take()
+            row = log_row(config, state, steps)
+            if not math.isfinite(row["loss"]):
+                raise FloatingPointError(f"the loss is {row['loss']} in epoch {epoch + 1}: {row}")
+            state.log.append(row)
+            state.epoch, state.step, state.sums, state.seconds = epoch + 1, 0, {}, {}
+            bar.set_postfix_str(f"epoch {epoch + 1}, loss {row['loss']:.3f}, data {row['data_wait']:.0%}")
+            if board is not None:
+                state.save(folder)
+                write_log(folder, state.log)
+                for name, value in row.items():
+                    board.add_scalar(name, value, epoch + 1)
+
+    clock.start("evaluation")
+    after = evaluate(method.eval().encoder, dataset, device=device)
+    last = clock.take()
+    result = {
+        "before": state.before,
+        "after": after,
+        "time_s": {phase: last[phase] + sum(row[f"time/{phase}"] for row in state.log) for phase in PHASES},
+        "config": plain(config),
+        "versions": {
+            "fastproto": fastproto.__version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    if rank == 0:
+        (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def locates(config: Config, epoch: int) -> bool:
+    """Whether boxes are found before this epoch, counted from 0."""
+    views = config.views
+    return config.crop == "contrastive" and epoch >= max(views.box_warmup, 1) and epoch % views.box_interval == 0
+
+
+def clusters(config: Config, epoch: int) -> bool:
+    """Whether prototypes are found before this epoch, counted from 0."""
+    since = epoch - config.prototypes.warmup
+    return since >= 0 and since % config.prototypes.interval == 0
+
+
+def learning_rate(config: OptimizerConfig, done: float, epochs: int) -> float:
+    """The learning rate of the step after which so many epochs are done: a linear rise, then a cosine down to 0."""
+    if done <= config.warmup:
+        return config.lr * done / config.warmup
+    return config.lr * (1 + math.cos(math.pi * (done - config.warmup) / (epochs - config.warmup))) / 2
+
+
+def find_boxes(config: Config, method: Method, dataset: Dataset, device: torch.device) -> Tensor:
+    """A box (N, 4) for every training image, where the trained encoder's last feature map is warm."""
+    size = (dataset.train_images.shape[2], dataset.train_images.shape[3])
+
+    def find(images: Tensor) -> Tensor:
+        return localize(method.encoder.feature_map(images), config.views.box_threshold, size)
+
+    return embed_all(find, dataset, device)
+
+
+def embed_all(encode: Callable[[Tensor], Tensor], dataset: Dataset, device: torch.device) -> Tensor:
+    """What ``encode`` makes of all training images, un-augmented (N, ...); each process does its share of them."""
+    rank, world = rank_and_world()
+    count = len(dataset.train_images)
+    # All processes have equally many: at the end some begin again with the first images.
+    ids = torch.arange(-(-count // world) * world).view(-1, world)[:, rank] % count
+    rows = gather_rows(embed(encode, dataset.train_images[ids], dataset.mean, dataset.std, device=device))
+    return rows.unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[:count]
+
+
+def log_row(config: Config, state: State, steps: int) -> dict[str, float]:
+    """What log.csv says of the epoch that has just ended."""
+    terms = {f"loss/{name}": float(total) / steps for name, total in state.sums.items()}
+    busy = sum(state.seconds[phase] for phase in ("views", "forward", "loss", "backward"))
+    return {
+        "epoch": state.epoch + 1,
+        "lr": learning_rate(config.optimizer, state.epoch + 1, config.epochs),
+        "loss": sum(terms.values()),
+        **terms,
+        "images_per_s": steps * config.batch_size / busy,
+        "data_wait": state.seconds["views"] / busy,
+        **{f"time/{phase}": seconds for phase, seconds in state.seconds.items()},
+    }

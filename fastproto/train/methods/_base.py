@@ -1,0 +1,152 @@
+"""What every method shares: an encoder with heads, a loss in named terms, and the momentum branch with its queue."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastproto.losses._gather import gather_rows
+from fastproto.train.clock import Clock
+from fastproto.train.config import Config
+from fastproto.train.encoders import Encoder
+
+
+class Prototypes(NamedTuple):
+    """What clustering knows about the samples of a batch, one entry per prototype set."""
+
+    centers: list[Tensor]  # (K, D)
+    assignments: list[Tensor]  # (N,) int64
+    concentration: list[Tensor]  # (K,)
+
+
+class Method(nn.Module, ABC):
+    """The base of all methods.
+
+    A step of the loop is ``forward``, backward and the optimiser's step, then ``after_step``. A method that
+    ``clusters`` says by ``embed`` and ``cluster_space`` what is clustered, and hears of it by ``after_clustering``.
+
+    Args:
+        config: the run's settings.
+        encoder: the backbone that is trained.
+    """
+
+    clusters = False
+
+    def __init__(self, config: Config, encoder: Encoder) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        self.cluster_dim = config.head.dim
+
+    def forward(
+        self, views: tuple[Tensor, Tensor], prototypes: Prototypes | None = None, clock: Clock | None = None
+    ) -> dict[str, Tensor]:
+        """The weighted terms of the loss, whose sum is minimised.
+
+        Args:
+            views: two augmented views of the same images, (N, 3, H, W) each.
+            prototypes: of these images; None before the first clustering, and for methods that do not cluster.
+            clock: told where the forward pass ends and the loss begins.
+        """
+        outputs = self.outputs(views)
+        if clock is not None:
+            clock.start("loss")
+        terms = self.terms(outputs, prototypes)
+        return {name: getattr(self.config.loss, f"{name}_weight") * term for name, term in terms.items()}
+
+    @abstractmethod
+    def outputs(self, views: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """What the networks make of two views."""
+
+    @abstractmethod
+    def terms(self, outputs: tuple[Tensor, ...], prototypes: Prototypes | None) -> dict[str, Tensor]:
+        """The terms of the loss by name, each a scalar: "contrast" and those that have a weight in ``LossConfig``."""
+
+    def after_step(self, progress: float) -> None:
+        """What follows the optimiser's step; ``progress`` is the share of all steps that are done, 0 to 1."""
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) un-augmented to the features that are clustered."""
+        return self.encoder(images)
+
+    def cluster_space(self, features: Tensor) -> Tensor:
+        """``embed``'s features of the whole training set to the (N, cluster_dim) that k-means sees."""
+        return features
+
+    def after_clustering(self) -> list[nn.Parameter]:
+        """Called after each clustering; returns the parameters that were drawn anew."""
+        return []
+
+    def temperature(self, default: float) -> float:
+        """The configured temperature of the contrast, or the method's own."""
+        configured = self.config.loss.temperature
+        return default if configured is None else configured
+
+
+class MomentumMethod(Method):
+    """A method with a projection head and a target: slow copies of encoder and head that follow step by step."""
+
+    def __init__(self, config: Config, encoder: Encoder) -> None:
+        super().__init__(config, encoder)
+        self.projector = mlp(encoder.num_features, config.head.hidden, config.head.dim)
+        self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
+
+    @torch.no_grad()
+    def target(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) to the target's embeddings (N, D), without gradient."""
+        return self.target_projector(self.target_encoder(images))
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        start, end = self.config.target.momentum, self.config.target.momentum_end
+        momentum = end - (end - start) * (1 + math.cos(math.pi * progress)) / 2
+        for target, online in ((self.target_encoder, self.encoder), (self.target_projector, self.projector)):
+            # Parameters only: the target sees every batch, so its normalisation keeps statistics of its own.
+            torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - momentum)
+
+
+class QueueMethod(MomentumMethod):
+    """A momentum method that contrasts with past keys; its prototypes are clusters of the target's embeddings."""
+
+    queue: Tensor
+
+    def __init__(self, config: Config, encoder: Encoder) -> None:
+        super().__init__(config, encoder)
+        self.register_buffer("queue", F.normalize(torch.randn(config.target.queue, config.head.dim), dim=1))
+        self._keys: Tensor | None = None
+
+    def outputs(self, views: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """Embeddings (N, D) of the first view, the query, and the target's of the second, the key."""
+        key = self.target(views[1])
+        self._keys = F.normalize(key.float(), dim=1)
+        return self.projector(self.encoder(views[0])), key
+
+    def embed(self, images: Tensor) -> Tensor:
+        return F.normalize(self.target(images), dim=1)
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        super().after_step(progress)
+        assert self._keys is not None
+        keys, self._keys = gather_rows(self._keys), None
+        self.queue.copy_(torch.cat([keys, self.queue])[: len(self.queue)])
+
+
+def mlp(*sizes: int, last_norm: bool = False) -> nn.Sequential:
+    """Linear layers with batch normalisation and ReLU between them; with ``last_norm`` the output is normalised too."""
+    layers: list[nn.Module] = []
+    for size_in, size_out in pairwise(sizes[:-1]):
+        layers += [nn.Linear(size_in, size_out, bias=False), nn.BatchNorm1d(size_out), nn.ReLU()]
+    layers.append(nn.Linear(sizes[-2], sizes[-1], bias=not last_norm))
+    if last_norm:
+        layers.append(nn.BatchNorm1d(sizes[-1], affine=False))
+    return nn.Sequential(*layers)
+
