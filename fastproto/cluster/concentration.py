@@ -41,7 +41,7 @@ def concentration(
         >>> from fastproto.cluster import concentration
         >>> x = torch.tensor([[0.0], [0.2], [5.0], [9.0]])
         >>> concentration(x, torch.tensor([0, 0, 1, 1]), torch.tensor([[0.1], [7.0]]))
-        tensor([0.0489, 0.3511])
+        tensor([0.0552, 0.3448])
 
     Source: Li et al., "Prototypical Contrastive Learning of Unsupervised Representations" (arXiv 2005.04966),
     section 3.3; percentiles and mean as in the authors' code.

@@ -66,8 +66,8 @@ class Kmeans:
 
     Attributes:
         centroids: (k, d) float32, None before ``train``.
-        obj: objective of each iteration, None before ``train``. There are fewer than ``niter`` where the last of them
-            changed nothing, which may be an iteration after faiss stops.
+        obj: objective of each iteration of the kept fit, None before ``train``. There are fewer than ``niter`` where
+            the last one changed nothing.
         index: the centroids, with ``index.search(x, 1)``.
 
     Raises:

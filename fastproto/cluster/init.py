@@ -41,10 +41,11 @@ def plus_plus_centers(rows: Rows, count: int, rng: np.random.Generator, spherica
     for k in range(count):
         centers[k] = rows.take(np.array([_draw(rows, nearest, rng)]))[0]
         for here, x, _ in rows.chunks():
-            x, center = x.to(rows.dtype), centers[k]
+            x, center = x.to(rows.dtype), centers[k : k + 1]
             if spherical:
-                x, center = F.normalize(x, dim=1), F.normalize(center, dim=0)
-            distance = (x - center).square().sum(1).double()
+                x, center = F.normalize(x, dim=1), F.normalize(center, dim=1)
+            # Straight from the differences, which a matrix product would lose for data with a common offset.
+            distance = torch.cdist(x, center, compute_mode="donot_use_mm_for_euclid_dist")[:, 0].double().square()
             nearest[here] = distance if k == 0 else torch.minimum(nearest[here], distance)
     return centers
 

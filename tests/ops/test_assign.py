@@ -65,10 +65,11 @@ def test_hard_data(kind: str, metric: str) -> None:
 
 @pytest.mark.parametrize("metric", ["l2", "ip"])
 def test_ties_go_to_the_lowest_index(metric: str) -> None:
-    centers = torch.randn(90, 130).repeat(6, 1)
-    x = torch.cat([centers[:90], torch.randn(200, 130)])
+    # Six copies of 33: a matrix product computes its last columns by other code, so that copies differ in rounding.
+    centers = torch.randn(33, 130).repeat(6, 1)
+    x = torch.cat([centers[:33], torch.randn(200, 130)])
     labels, _ = assign(x, centers, metric)
-    assert int(labels.max()) < 90
+    assert int(labels.max()) < 33
     labels, _ = assign(x, centers[:1].expand(507, -1), metric)
     assert labels.eq(0).all()
 

@@ -1,0 +1,43 @@
+"""One rank of tests/cluster/test_ranks.py: clusters its share of the rows and saves what it found."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from fastproto.cluster import KMeans, PrototypeBank
+
+
+def attributes(kmeans: KMeans) -> dict:
+    names = ("cluster_centers_", "labels_", "inertia_", "counts_", "concentration_", "history_")
+    return {name: getattr(kmeans, name) for name in names}
+
+
+def main(folder: Path, rank: int, bounds: list[int]) -> None:
+    torch.set_num_threads(1)
+    world = len(bounds) - 1
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
+    group = dist.group.WORLD
+    cases = torch.load(folder / "cases.pt")
+    mine = slice(bounds[rank], bounds[rank + 1])
+    found = []
+    for case in cases["kmeans"]:
+        weights = cases["weights"][mine] if case.pop("weighted", False) else None
+        found.append(attributes(KMeans(**case, process_group=group).fit(cases["x"][mine], weights)))
+    bank = PrototypeBank(len(cases["x"]), cases["x"].shape[1], **cases["bank"], process_group=group)
+    bank.update(cases["x"][mine])
+    try:
+        KMeans(2, process_group=group).fit(cases["broken"][mine])
+        error = ""
+    except ValueError as refused:
+        error = str(refused)
+    torch.save({"kmeans": found, "bank": bank.state_dict(), "error": error}, folder / f"found_{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))

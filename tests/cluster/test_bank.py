@@ -1,0 +1,112 @@
+"""PrototypeBank: what it holds is what KMeans finds, and it travels in the state dict."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastproto.cluster import KMeans, PrototypeBank, concentration
+
+
+def test_holds_what_kmeans_finds() -> None:
+    features = F.normalize(torch.randn(200, 24))
+    bank = PrototypeBank(200, 24, num_prototypes=(5, 33), temperature=0.1, seed=3, n_iter=4, n_init=2)
+    assert not bank.ready
+    assert bank.update(features) is None
+    assert bank.ready
+    ids = torch.tensor([0, 199, 7, 7])
+    prototypes, assignments, phi = bank.lookup(ids)
+    for index, size in enumerate((5, 33)):
+        kmeans = KMeans(size, seed=3 + index, n_iter=4, n_init=2).fit(features)
+        torch.testing.assert_close(prototypes[index], F.normalize(kmeans.cluster_centers_))
+        assert torch.equal(assignments[index], kmeans.labels_[ids])
+        expected = concentration(features, kmeans.labels_, kmeans.cluster_centers_, temperature=0.1)
+        torch.testing.assert_close(phi[index], expected)
+
+
+def test_before_the_first_update_every_row_is_ignored() -> None:
+    prototypes, assignments, phi = PrototypeBank(10, 4, 3).lookup(torch.arange(10, dtype=torch.int32))
+    assert len(prototypes) == len(assignments) == len(phi) == 1
+    assert assignments[0].eq(-1).all()
+    assert prototypes[0].eq(0).all()
+    assert phi[0].eq(0.2).all()
+
+
+def test_a_second_update_replaces_the_first() -> None:
+    bank = PrototypeBank(50, 4, (3,), n_iter=3)
+    bank.update(torch.randn(50, 4))
+    later = torch.randn(50, 4, dtype=torch.float64)
+    bank.update(later)
+    fresh = PrototypeBank(50, 4, (3,), n_iter=3)
+    fresh.update(later)
+    assert int(bank.num_updates) == 2
+    for one, other in zip(bank.lookup(torch.arange(50)), fresh.lookup(torch.arange(50)), strict=True):
+        assert torch.equal(one[0], other[0])
+
+
+def test_state_dict_fills_a_fresh_bank() -> None:
+    bank = PrototypeBank(50, 4, (3, 7), n_iter=3)
+    bank.update(torch.randn(50, 4))
+    fresh = PrototypeBank(50, 4, (3, 7), n_iter=3)
+    fresh.load_state_dict(bank.state_dict())
+    assert fresh.ready
+    assert not list(bank.parameters())
+    for one, other in zip(bank.lookup(torch.arange(50)), fresh.lookup(torch.arange(50)), strict=True):
+        for mine, theirs in zip(one, other, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_features_that_require_a_gradient() -> None:
+    bank = PrototypeBank(20, 4, 3)
+    bank.update(torch.randn(20, 4, requires_grad=True))
+    assert not bank.lookup(torch.tensor([1]))[0][0].requires_grad
+
+
+def test_repr_names_the_sizes() -> None:
+    assert "20, 4, num_prototypes=(3, 5), temperature=0.2" in repr(PrototypeBank(20, 4, [3, 5]))
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match=r"num_prototypes expected 1 \.\.\. num_samples = 10, got int 11"):
+        PrototypeBank(10, 4, (3, 11))
+    with pytest.raises(ValueError, match=r"PrototypeBank: num_prototypes expected at least one size, got tuple \(\)"):
+        PrototypeBank(10, 4, ())
+    with pytest.raises(ValueError, match=r"PrototypeBank: num_samples expected at least 1, got int 0"):
+        PrototypeBank(0, 4, 1)
+    with pytest.raises(ValueError, match=r"PrototypeBank: dim expected at least 1, got int 0"):
+        PrototypeBank(10, 0, 1)
+    with pytest.raises(ValueError, match=r"PrototypeBank: temperature expected above 0, got int 0"):
+        PrototypeBank(10, 4, 1, temperature=0)
+    with pytest.raises(ValueError, match=r"KMeans: n_iter expected an integer of at least 1, got int 0"):
+        PrototypeBank(10, 4, 1, n_iter=0)
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'iterations'"):
+        PrototypeBank(10, 4, 1, iterations=3)
+    bank = PrototypeBank(10, 4, 3)
+    with pytest.raises(ValueError, match=r"PrototypeBank.update: features expected 10 rows in all, got 9"):
+        bank.update(torch.randn(9, 4))
+    with pytest.raises(ValueError, match=r"PrototypeBank.update: features expected \(M, 4\), got float32 \(10, 5\)"):
+        bank.update(torch.randn(10, 5))
+    with pytest.raises(TypeError, match=r"PrototypeBank.update: features expected a float32 .* got int64 \(10, 4\)"):
+        bank.update(torch.ones(10, 4).long())
+    with pytest.raises(ValueError, match=r"expected finite rows, got 10 with NaN or infinity, the first at index 0"):
+        bank.update(torch.full((10, 4), torch.nan))
+    assert not bank.ready
+    with pytest.raises(ValueError, match=r"PrototypeBank.lookup: sample_ids expected 0 \.\.\. 9, got -1 \.\.\. 3"):
+        bank.lookup(torch.tensor([-1, 3]))
+    with pytest.raises(ValueError, match=r"PrototypeBank.lookup: sample_ids expected 0 \.\.\. 9, got 10 \.\.\. 10"):
+        bank.lookup(torch.tensor([10]))
+    with pytest.raises(TypeError, match=r"PrototypeBank.lookup: sample_ids expected a int64 or int32 .* got float32"):
+        bank.lookup(torch.tensor([1.0]))
+
+
+@pytest.mark.gpu
+def test_moves_to_a_gpu() -> None:
+    features = torch.randn(200, 24)
+    bank, expected = PrototypeBank(200, 24, 5).cuda(), PrototypeBank(200, 24, 5)
+    bank.update(features.cuda())
+    expected.update(features)
+    ids = torch.arange(200)
+    for one, other in zip(bank.lookup(ids.cuda()), expected.lookup(ids), strict=True):
+        assert one[0].is_cuda
+        torch.testing.assert_close(one[0].cpu(), other[0])

@@ -1,0 +1,340 @@
+"""KMeans against Lloyd's iterations written out in float64 numpy, and its promises one by one."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastproto.cluster import KMeans, concentration, kmeans_assign
+
+
+def blobs(n: int = 400, k: int = 8, d: int = 24, spread: float = 0.3) -> Tensor:
+    means = 3 * torch.randn(k, d)
+    return means[torch.arange(n) % k] + spread * torch.randn(n, d)
+
+
+def oracle(x: Tensor, centers: Tensor, n_iter: int, spherical: bool, weights: Tensor | None) -> tuple:
+    """Final centres, the objective at each iteration, labels and objective of the end. No empty clusters."""
+    x, c = x.double().numpy(), centers.double().numpy()
+    w = np.ones(len(x)) if weights is None else weights.double().numpy()
+    if spherical:
+        c = c / np.linalg.norm(c, axis=1, keepdims=True)
+    history = []
+    for iteration in range(n_iter + 1):
+        values = np.array([c @ row if spherical else -((row - c) ** 2).sum(1) for row in x])
+        labels = values.argmax(1)
+        history.append((w * values.max(1)).sum() * (1 if spherical else -1))
+        if iteration < n_iter:
+            c = np.array([(w[labels == k, None] * x[labels == k]).sum(0) / w[labels == k].sum() for k in range(len(c))])
+            if spherical:
+                c = c / np.linalg.norm(c, axis=1, keepdims=True)
+    return c, history[:-1], labels, history[-1]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("spherical", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_matches_lloyd(dtype: torch.dtype, spherical: bool, weighted: bool) -> None:
+    x = blobs(spread=3).to(dtype)
+    weights = torch.rand(len(x)) + 0.1 if weighted else None
+    kmeans = KMeans(8, n_iter=3, init=x[:8], spherical=spherical).fit(x, weights)
+    centers, history, labels, objective = oracle(x, x[:8], 3, spherical, weights)
+    assert kmeans.cluster_centers_.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    np.testing.assert_allclose(kmeans.cluster_centers_.numpy(), centers, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(kmeans.history_, history, rtol=1e-5)
+    np.testing.assert_allclose(kmeans.inertia_, objective, rtol=1e-5)
+    assert np.array_equal(kmeans.labels_.numpy(), labels)
+    assert np.array_equal(kmeans.counts_.numpy(), np.bincount(labels, minlength=8))
+    assert kmeans.n_iter_ == len(kmeans.history_) == 3
+    expected = concentration(x, kmeans.labels_, kmeans.cluster_centers_)
+    torch.testing.assert_close(kmeans.concentration_, expected.to(kmeans.concentration_.dtype))
+
+
+@pytest.mark.parametrize("n", [1, 33, 507])
+@pytest.mark.parametrize("d", [1, 96, 130])
+def test_odd_sizes(n: int, d: int) -> None:
+    x = torch.randn(n, d)
+    for k in {1, min(n, 7), n}:
+        kmeans = KMeans(k, n_iter=3).fit(x)
+        assert kmeans.cluster_centers_.shape == (k, d)
+        assert int(kmeans.counts_.sum()) == n
+        if k == 1:
+            torch.testing.assert_close(kmeans.cluster_centers_[0], x.mean(0), rtol=1e-5, atol=1e-6)
+        if k == n:
+            assert kmeans.inertia_ == 0
+            assert kmeans.counts_.eq(1).all()
+
+
+def test_finds_separate_clusters_and_stops_there() -> None:
+    x = blobs(spread=0.01)
+    kmeans = KMeans(8, init="k-means++", n_iter=50).fit(x)
+    assert kmeans.n_iter_ < 50
+    assert kmeans.counts_.eq(50).all()
+    assert torch.equal(kmeans.labels_[:8].sort().values, torch.arange(8))
+    assert torch.equal(kmeans.labels_, kmeans.labels_[:8].repeat(50))
+    assert sorted(kmeans.history_, reverse=True) == kmeans.history_
+
+
+def test_fit_ends_where_nothing_changes_any_more() -> None:
+    x = blobs(spread=3)
+    early = KMeans(8, n_iter=500).fit(x)
+    assert early.n_iter_ < 500
+    further = KMeans(8, n_iter=1, init=early.cluster_centers_).fit(x)
+    assert torch.equal(further.cluster_centers_, early.cluster_centers_)
+
+
+def test_tol_is_a_share_of_the_objective() -> None:
+    x = blobs(spread=3)
+    history = KMeans(8, n_iter=30).fit(x).history_
+    kmeans = KMeans(8, n_iter=30, tol=0.01).fit(x)
+    changes = [abs(b - a) / a for a, b in itertools.pairwise(history)]
+    assert kmeans.n_iter_ == 2 + next(i for i, change in enumerate(changes) if change <= 0.01)
+    assert kmeans.n_iter_ < len(history)
+    assert kmeans.history_ == history[: kmeans.n_iter_]
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+def test_n_init_keeps_the_best(spherical: bool) -> None:
+    x = blobs(k=20, spread=0.1)
+    runs = [KMeans(20, seed=1, n_iter=2, n_init=n, spherical=spherical).fit(x).inertia_ for n in range(1, 9)]
+    assert runs == sorted(runs, reverse=not spherical)
+    assert runs[-1] != runs[0]
+    given = [KMeans(20, n_iter=4, n_init=n, init=x[:20]).fit(x).inertia_ for n in (1, 4)]
+    assert given[0] == given[1]
+
+
+@pytest.mark.parametrize("init", ["random", "k-means++"])
+def test_same_seed_same_bits_whatever_the_threads(init: str) -> None:
+    x, weights = torch.randn(3000, 24), torch.rand(3000)
+    before = torch.get_num_threads()
+    fits = []
+    for threads in (1, 1, 3):
+        torch.set_num_threads(threads)
+        fits.append(KMeans(33, n_iter=4, n_init=2, init=init, seed=7, max_points_per_cluster=50).fit(x, weights))
+    torch.set_num_threads(before)
+    for fit in fits[1:]:
+        assert torch.equal(fit.cluster_centers_, fits[0].cluster_centers_)
+        assert torch.equal(fit.labels_, fits[0].labels_)
+        assert torch.equal(fit.concentration_, fits[0].concentration_)
+        assert fit.history_ == fits[0].history_
+        assert fit.inertia_ == fits[0].inertia_
+    other = KMeans(33, n_iter=4, init=init, seed=8).fit(x)
+    assert not torch.equal(other.cluster_centers_, fits[0].cluster_centers_)
+
+
+def test_global_random_state_is_neither_read_nor_touched() -> None:
+    x = torch.randn(100, 3)
+    first = KMeans(5).fit(x).cluster_centers_
+    np.random.seed(3)  # noqa: NPY002
+    torch.manual_seed(5)
+    expected = torch.randn(1)
+    torch.manual_seed(5)
+    assert torch.equal(KMeans(5).fit(x).cluster_centers_, first)
+    assert torch.equal(torch.randn(1), expected)
+
+
+def test_weights_count_rows() -> None:
+    x = blobs(100, spread=2)
+    times = torch.randint(0, 4, (100,))
+    start = x[times > 0][:5]
+    weighted = KMeans(5, init=start, n_iter=4).fit(x, times.float())
+    repeated = KMeans(5, init=start, n_iter=4).fit(x.repeat_interleave(times, dim=0))
+    torch.testing.assert_close(weighted.cluster_centers_, repeated.cluster_centers_)
+    np.testing.assert_allclose(weighted.history_, repeated.history_, rtol=1e-6)
+    as_array = KMeans(5, init=start, n_iter=4).fit(x, times.double().numpy())
+    assert torch.equal(as_array.cluster_centers_, weighted.cluster_centers_)
+
+
+def test_max_points_trains_on_a_part_and_assigns_all() -> None:
+    x = torch.randn(1000, 8)
+    kmeans = KMeans(5, n_iter=3, max_points_per_cluster=20, seed=2).fit(x)
+    assert kmeans.labels_.shape == (1000,)
+    assert int(kmeans.counts_.sum()) == 1000
+    labels, distance = kmeans_assign(x, kmeans.cluster_centers_)
+    assert torch.equal(kmeans.labels_, labels)
+    np.testing.assert_allclose(kmeans.inertia_, distance.double().sum().item(), rtol=1e-6)
+    # The objective of 100 rows, not of 1000.
+    assert kmeans.history_[0] < kmeans.inertia_ / 5
+    whole = KMeans(5, n_iter=3, seed=2).fit(x)
+    assert torch.equal(KMeans(5, n_iter=3, seed=2, max_points_per_cluster=200).fit(x).labels_, whole.labels_)
+
+
+def test_max_points_with_one_row_per_cluster_and_weights() -> None:
+    x, weights = torch.randn(50, 3), torch.rand(50)
+    kmeans = KMeans(6, max_points_per_cluster=1).fit(x, weights)
+    assert kmeans.history_[0] == 0
+    assert (torch.cdist(kmeans.cluster_centers_, x).min(1).values == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["array", "half array", "backwards", "big-endian", "read-only", "memmap", "strided"])
+def test_rows_of_any_kind(kind: str, tmp_path: Path) -> None:
+    x = blobs(200).numpy()
+    if kind == "half array":
+        x = x.astype(np.float16)
+    expected = KMeans(8, n_iter=4).fit(torch.from_numpy(x.copy()))
+    rows: np.ndarray | Tensor = x
+    if kind == "backwards":
+        rows = np.ascontiguousarray(x[::-1])[::-1]
+    elif kind == "big-endian":
+        rows = x.astype(">f4")
+    elif kind == "read-only":
+        x.flags.writeable = False
+    elif kind == "memmap":
+        np.save(tmp_path / "x.npy", x)
+        rows = np.load(tmp_path / "x.npy", mmap_mode="r")
+        assert isinstance(rows, np.memmap)
+    elif kind == "strided":
+        rows = torch.from_numpy(np.repeat(x, 2, axis=1).T.copy()).T[:, ::2]
+    for chunk_rows in (None, 33):
+        kmeans = KMeans(8, n_iter=4, chunk_rows=chunk_rows).fit(rows)
+        assert torch.equal(kmeans.labels_, expected.labels_)
+        torch.testing.assert_close(kmeans.cluster_centers_, expected.cluster_centers_)
+        assert torch.equal(kmeans.predict(rows), expected.labels_)
+        torch.testing.assert_close(kmeans.transform(rows), expected.transform(x))
+
+
+def test_never_reads_more_rows_than_a_chunk() -> None:
+    read = []
+
+    class Spy(np.ndarray):
+        def __getitem__(self, key):
+            out = super().__getitem__(key)
+            read.append(len(out))
+            return out
+
+    kmeans = KMeans(8, n_iter=2, chunk_rows=33, max_points_per_cluster=4).fit(blobs(200).numpy().view(Spy))
+    kmeans.predict(blobs(200).numpy().view(Spy))
+    assert max(read) == 33
+
+
+@pytest.mark.parametrize("init", ["random", "k-means++"])
+def test_chunks_change_no_draw(init: str) -> None:
+    x = torch.randn(100, 8)
+    whole = KMeans(10, init=init, n_iter=1, max_points_per_cluster=8).fit(x)
+    chunked = KMeans(10, init=init, n_iter=1, max_points_per_cluster=8, chunk_rows=7).fit(x)
+    torch.testing.assert_close(chunked.cluster_centers_, whole.cluster_centers_)
+
+
+def test_predict_transform_and_fit_predict_agree() -> None:
+    x, new = blobs(), blobs()
+    kmeans = KMeans(8, n_iter=4)
+    assert torch.equal(kmeans.fit_predict(x), kmeans.labels_)
+    assert torch.equal(kmeans.predict(x), kmeans.labels_)
+    distances = kmeans.transform(new)
+    expected = (new[:, None].double() - kmeans.cluster_centers_.double()).norm(dim=2)
+    torch.testing.assert_close(distances, expected.float())
+    assert torch.equal(kmeans.predict(new), expected.argmin(1))
+    assert kmeans.predict(x[:0]).shape == (0,)
+    assert kmeans.transform(x[:0]).shape == (0, 8)
+
+
+def test_transform_keeps_the_digits_of_offset_data() -> None:
+    x = torch.randn(50, 8).double() * 1e-3 + 1e4
+    kmeans = KMeans(4).fit(x)
+    expected = (x[:, None] - kmeans.cluster_centers_).norm(dim=2)
+    torch.testing.assert_close(kmeans.transform(x), expected, rtol=1e-9, atol=0)
+
+
+def test_rows_of_centers_are_unit_when_spherical() -> None:
+    x = torch.randn(300, 24)
+    kmeans = KMeans(10, spherical=True, n_iter=5, init="k-means++").fit(x)
+    torch.testing.assert_close(kmeans.cluster_centers_.norm(dim=1), torch.ones(10))
+    assert sorted(kmeans.history_) == kmeans.history_
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+@pytest.mark.parametrize("init", ["random", "k-means++"])
+@pytest.mark.parametrize("kind", ["zeros", "equal", "few distinct", "as many as clusters", "huge", "tiny"])
+def test_degenerate_data_gives_finite_centers(kind: str, init: str, spherical: bool) -> None:
+    x = {
+        "zeros": torch.zeros(30, 4),
+        "equal": torch.ones(30, 4),
+        "few distinct": torch.randn(3, 4).repeat(10, 1),
+        "as many as clusters": torch.randn(7, 4),
+        "huge": torch.randn(30, 4) * 1e15,
+        "tiny": torch.randn(30, 4) * 1e-20,
+    }[kind]
+    kmeans = KMeans(7, init=init, spherical=spherical, n_iter=5, n_init=2).fit(x)
+    assert kmeans.cluster_centers_.isfinite().all()
+    assert kmeans.concentration_.isfinite().all()
+    assert (kmeans.concentration_ > 0).all()
+    assert int(kmeans.counts_.sum()) == len(x)
+    if kind == "zeros":
+        assert kmeans.labels_.eq(0).all()
+
+
+def test_empty_keep_leaves_a_center_and_split_moves_it() -> None:
+    x = torch.randn(100, 5)
+    start = torch.cat([x[:3], torch.full((1, 5), 1e3)])
+    kept = KMeans(4, init=start, n_iter=3, empty="keep").fit(x)
+    assert torch.equal(kept.cluster_centers_[3], start[3])
+    assert int(kept.counts_[3]) == 0
+    split = KMeans(4, init=start, n_iter=3, empty="split").fit(x)
+    assert (split.counts_ > 0).all()
+    assert split.inertia_ < kept.inertia_
+
+
+def test_an_all_zero_weight_cluster_is_empty() -> None:
+    x = torch.cat([torch.randn(50, 3), torch.randn(50, 3) + 100])
+    weights = torch.cat([torch.ones(50), torch.zeros(50)]) / 1000
+    kmeans = KMeans(4, init=torch.cat([x[:2], x[-2:]]), n_iter=5).fit(x, weights)
+    assert kmeans.cluster_centers_.abs().max() < 10
+
+
+def test_fast_is_exact_in_this_version() -> None:
+    x, centers = torch.randn(100, 8), torch.randn(9, 8)
+    for one, other in zip(kmeans_assign(x, centers), kmeans_assign(x, centers, precision="fast"), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(KMeans(5, precision="fast").fit(x).labels_, KMeans(5, precision="exact").fit(x).labels_)
+
+
+def test_device_names_where_to_compute() -> None:
+    x = blobs(100)
+    assert torch.equal(KMeans(8, device="cpu").fit(x).cluster_centers_, KMeans(8).fit(x).cluster_centers_)
+
+
+def test_progress_shows_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    x = blobs(100)
+    KMeans(8, n_iter=2).fit(x)
+    assert capsys.readouterr().err == ""
+    KMeans(8, n_iter=2, progress=True).fit(x)
+    shown = capsys.readouterr().err
+    assert "k-means, 8 clusters" in shown
+    assert "objective" in shown
+
+
+def test_rows_that_require_a_gradient() -> None:
+    x = blobs(100).requires_grad_()
+    kmeans = KMeans(8, init="k-means++", n_iter=2, max_points_per_cluster=5).fit(x)
+    assert not kmeans.cluster_centers_.requires_grad
+    assert not kmeans.transform(x).requires_grad
+
+
+def test_kmeans_assign_metrics() -> None:
+    x, centers = torch.randn(33, 24), torch.randn(7, 24)
+    labels, distance = kmeans_assign(x, centers)
+    squared = (x[:, None].double() - centers.double()).square().sum(2)
+    assert torch.equal(labels, squared.argmin(1))
+    torch.testing.assert_close(distance, squared.min(1).values.float())
+    labels, product = kmeans_assign(x, centers, metric="ip")
+    products = x.double() @ centers.double().T
+    assert torch.equal(labels, products.argmax(1))
+    torch.testing.assert_close(product, products.max(1).values.float())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    x = blobs()
+    expected = KMeans(8, n_iter=4, n_init=2, init="k-means++").fit(x)
+    for rows, device in ((x.cuda(), None), (x, "cuda"), (x.numpy(), "cuda")):
+        kmeans = KMeans(8, n_iter=4, n_init=2, init="k-means++", device=device, chunk_rows=150).fit(rows)
+        assert kmeans.cluster_centers_.is_cuda
+        assert kmeans.labels_.is_cuda == (device is None)
+        assert torch.equal(kmeans.labels_.cpu(), expected.labels_)
+        torch.testing.assert_close(kmeans.cluster_centers_.cpu(), expected.cluster_centers_)
+        assert torch.equal(kmeans.predict(rows).cpu(), expected.labels_)

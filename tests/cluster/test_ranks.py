@@ -1,0 +1,68 @@
+"""Clustering over ranks: two gloo processes with unequal shares against this process with all rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastproto.cluster import KMeans, PrototypeBank
+
+CASES = [
+    {"n_clusters": 9, "n_iter": 4},
+    {"n_clusters": 9, "n_iter": 3, "init": "k-means++", "n_init": 2, "weighted": True, "seed": 1},
+    {"n_clusters": 9, "n_iter": 3, "max_points_per_cluster": 10, "chunk_rows": 33, "spherical": True},
+    {
+        "n_clusters": 60,
+        "n_iter": 5,
+        "init": torch.cat([torch.linspace(-1, 1, 30).view(5, 6), torch.full((55, 6), 50.0)]),
+    },
+]
+
+
+def test_two_ranks_find_what_one_process_finds(tmp_path: Path) -> None:
+    x, weights = torch.randn(307, 6), torch.rand(307)
+    broken = x.clone()
+    broken[250] = torch.nan
+    bank = {"num_prototypes": (4, 9), "n_iter": 3}
+    torch.save({"x": x, "weights": weights, "broken": broken, "kmeans": CASES, "bank": bank}, tmp_path / "cases.pt")
+    bounds = [0, 120, 307]
+    command = [sys.executable, str(Path(__file__).parent / "_ranks.py"), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ranks = [
+        subprocess.Popen([*command, str(rank), json.dumps(bounds)], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        for rank in ranks:
+            _, errors = rank.communicate(timeout=120)
+            assert rank.returncode == 0, errors
+    finally:
+        for rank in ranks:
+            rank.kill()
+    found = [torch.load(tmp_path / f"found_{rank}.pt") for rank in range(2)]
+
+    for index, case in enumerate(CASES):
+        options = {name: value for name, value in case.items() if name != "weighted"}
+        single = KMeans(**options).fit(x, weights if "weighted" in case else None)
+        both = [rank["kmeans"][index] for rank in found]
+        assert torch.equal(torch.cat([one["labels_"] for one in both]), single.labels_)
+        for one in both:
+            assert torch.equal(one["cluster_centers_"], both[0]["cluster_centers_"])
+            torch.testing.assert_close(one["cluster_centers_"], single.cluster_centers_)
+            torch.testing.assert_close(one["concentration_"], single.concentration_)
+            assert torch.equal(one["counts_"], single.counts_)
+            np.testing.assert_allclose(one["history_"], single.history_, rtol=1e-6)
+            np.testing.assert_allclose(one["inertia_"], single.inertia_, rtol=1e-6)
+
+    expected = PrototypeBank(307, 6, **bank)
+    expected.update(x)
+    for rank in found:
+        for name, tensor in expected.state_dict().items():
+            torch.testing.assert_close(rank["bank"][name], tensor)
+        assert "got 1 with NaN or infinity, the first at index 250" in rank["error"]
