@@ -4,8 +4,8 @@ Why the gradients come out right: with W ranks of n rows each, rank r computes L
 the loss of the whole batch is L = (1/W) Σ_r L_r. A row z of rank r is an anchor in L_r and a candidate in every L_s, so
 the backward pass of the gather sums over ranks, and autograd gives rank r Σ_s dL_s/dz = W · dL/dz for its rows. DDP
 averages parameter gradients: (1/W) Σ_r (W · dL/dz_r) · dz_r/dθ = dL/dθ, as in one process with all rows.
-Nothing is to be scaled as long as every rank has as many rows. Where some rows do not count, the sum over the local ones
-is divided by the count of all ranks and multiplied by W.
+Nothing is to be scaled as long as every rank has as many rows. Where some rows do not count, the sum over the local
+ones is divided by the count of all ranks and multiplied by W.
 """
 
 from __future__ import annotations

@@ -144,14 +144,14 @@ def uniformity(x: Tensor, *, t: float = 2, mask: Tensor | None = None) -> Tensor
     potential_nn = torch.where(pair_nn, -t * distance_nn, -math.inf)
     # A log-sum-exp over nothing has no gradient: without a pair it is over zeros, and dropped.
     potential_nn = torch.where(pairs > 0, potential_nn, 0)
-    loss = potential_nn.flatten().logsumexp(0) - pairs.clamp(min=1).log()
+    loss = potential_nn.flatten().logsumexp(0) - pairs.clamp(min=1).to(x_nd.dtype).log()
     return torch.where(pairs > 0, loss, 0)
 
 
 def cross_correlation(x0: Tensor, x1: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """How far the cross-correlation of two views is from the identity.
 
-        R = Z0ᵀ Z1 / N,  Z the rows standardised per dimension
+        R = Z0ᵀ Z1 / N,  Z = (x - mean) / √(variance + 1e-8) per dimension
         L = Σ_a (1 - R_aa)² + 0.0051 · Σ_{a≠b} R_ab²
 
     Rows are not scaled to length 1. A dimension that is constant has R_ab = 0.

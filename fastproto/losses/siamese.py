@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastproto._check import FLOATS, INTEGERS, expect, expect_tensor
-from fastproto.losses._common import expect_reduction, expect_views, reduce_rows
+from fastproto.losses._common import expect_reduction, expect_views, reduce_rows, widen
 from fastproto.ops.contrast import expect_index
 from fastproto.ops.siamese import siamese_all_pairs, siamese_pairs
 
@@ -95,9 +95,8 @@ def siamese_metric_all_pairs(
     expect_tensor(assignments, "siamese_metric_all_pairs", "assignments", (n,), INTEGERS, device)
     expect_index(assignments, "siamese_metric_all_pairs", "assignments", None, ignore_index)
     images = torch.arange(n, device=device).repeat(2)
-    terms = siamese_all_pairs(
-        torch.cat([features0, features1]), images, assignments.repeat(2), weight, bias, ignore_index=ignore_index
-    )
+    features = torch.cat([widen(features0), widen(features1)])
+    terms = siamese_all_pairs(features, images, assignments.repeat(2), weight, bias, ignore_index=ignore_index)
     return terms.same_image + (terms.same_prototype + terms.different_prototype) / 2
 
 
@@ -145,14 +144,15 @@ class SiameseMetricLoss(nn.Module):
         self.metric = nn.Linear(feature_dim, 1)
 
     def forward(self, features0: Tensor, features1: Tensor, assignments: Tensor) -> Tensor:
-        if self.pairs == "all":
-            return siamese_metric_all_pairs(
-                features0, features1, assignments, self.metric.weight[0], self.metric.bias[0]
-            )
+        weight, bias = self.metric.weight[0], self.metric.bias[0]
         expect_views(features0, features1, "SiameseMetricLoss", ("features0", "features1"))
+        expect_tensor(features0, "SiameseMetricLoss", "features0", ("N", len(weight)), FLOATS, weight.device)
+        if self.pairs == "all":
+            return siamese_metric_all_pairs(features0, features1, assignments, weight, bias)
         n = features0.shape[0]
         expect(n % 2 == 0, "SiameseMetricLoss", "features0", 'an even number of rows for pairs="sampled"', features0)
         expect_tensor(assignments, "SiameseMetricLoss", "assignments", (n,), INTEGERS, features0.device)
+        expect_index(assignments, "SiameseMetricLoss", "assignments", None, -1)
         labels_h, labels_v = assignments[0::2], assignments[1::2]
         unassigned = (labels_h < 0) | (labels_v < 0)
         same = torch.where(unassigned, -1, (labels_h == labels_v).long())
@@ -167,8 +167,7 @@ class SiameseMetricLoss(nn.Module):
     def pairwise(self, a: Tensor, b: Tensor, same: Tensor) -> Tensor:
         """Mean of M(a, b, same) over given pairs: a, b (N, C), same (N,) of 0 and 1, -1 for pairs that do not count."""
         weight, bias = self.metric.weight[0], self.metric.bias[0]
-        # Features of the layer's own size, so that a wrong one is refused by its name.
-        expect_tensor(a, "SiameseMetricLoss", "a", ("N", weight.shape[0]), FLOATS, weight.device)
+        expect_tensor(a, "SiameseMetricLoss", "a", ("N", len(weight)), FLOATS, weight.device)
         return siamese_metric(a, b, same, weight, bias)
 
     def extra_repr(self) -> str:

@@ -59,7 +59,7 @@ def test_bad_input_is_refused_by_name() -> None:
         loss_fn(x, x[0])
     with pytest.raises(TypeError, match=r"NegativeCosineSimilarity: x0 expected .* tensor \(N, D\), got NoneType None"):
         loss_fn(None, x)
-    with pytest.raises(TypeError, match="NegativeCosineSimilarity: x0 expected .*, got int64"):
+    with pytest.raises(TypeError, match=r"NegativeCosineSimilarity: x0 expected .*, got int64"):
         loss_fn(x.long(), x)
     with pytest.raises(ValueError, match=r"x0 expected a tensor with a dimension 1, got float32 \(3,\)"):
         loss_fn(x[0], x[0])

@@ -121,8 +121,10 @@ def test_bad_input_is_refused_by_name() -> None:
         SiameseMetricLoss(4, pairs="sampled")(features, features, labels)
     with pytest.raises(ValueError, match=r"SiameseMetricLoss: a expected \(N, 5\) on cpu, got float32 \(3, 4\)"):
         SiameseMetricLoss(5).pairwise(features, features, labels)
-    with pytest.raises(ValueError, match=r"siamese_all_pairs: weight expected \(4,\) on cpu, got float32 \(5,\)"):
+    with pytest.raises(ValueError, match=r"SiameseMetricLoss: features0 expected \(N, 5\) on cpu, got"):
         SiameseMetricLoss(5)(features, features, labels)
+    with pytest.raises(ValueError, match="SiameseMetricLoss: assignments expected -1 or at least 0"):
+        SiameseMetricLoss(4, pairs="sampled")(features[:2], features[:2], labels[:2] - 2)
     with pytest.raises(ValueError, match=r"siamese_metric_all_pairs: features1 expected \(3, 4\) on cpu"):
         siamese_metric_all_pairs(features, features[:2], labels, weight, bias)
     with pytest.raises(ValueError, match=r"siamese_metric_all_pairs: assignments expected \(3,\) on cpu"):
