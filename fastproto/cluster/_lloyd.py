@@ -100,8 +100,8 @@ def split_empty(
 
     Empty clusters are served in order. Each walks round the clusters from the first and takes cluster j with a chance
     of (count_j - 1) / (rows - K); its centre becomes that one's, the two are pushed apart by 1 ± 1/1024 with signs that
-    alternate along the dimensions, and they share the count. The draws are faiss's own, so that the same
-    clusters are split. Source: faiss, Clustering.cpp, split_clusters.
+    alternate along the dimensions, and they share the count. The draws are faiss's own, so that the same clusters are
+    split. Source: faiss, Clustering.cpp, split_clusters.
     """
     total = len(counts)
     members = counts.cpu().numpy().astype(np.float32)

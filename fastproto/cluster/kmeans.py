@@ -96,7 +96,7 @@ class KMeans:
             a GPU, a memory map) are streamed there chunk by chunk.
         process_group: ranks that cluster together. Each keeps its rows, which in rank order make up the whole; sums
             and counts, and the rows that are starts, cross. Every rank gets the centres of one process on all rows.
-        progress: shows a tqdm bar.
+        progress: shows a tqdm bar, of several ranks on the first.
 
     Attributes:
         cluster_centers_: (K, D) float32, or float64 for float64 rows, on the device of the computation.
@@ -252,7 +252,7 @@ class KMeans:
             step = lloyd(rows, self.spherical, keep_empty=self.empty == "keep")
         runs = self.n_init if isinstance(self.init, str) else 1
         fits = []
-        with self._progress(runs) as bar:
+        with self._progress(runs, rows) as bar:
             for run in range(runs):
                 centers, history = self._iterate(step, self._start(rows, run, op), rows, op, bar)
                 objective = assign_all(rows, centers, self.spherical).objective if runs > 1 else 0.0
@@ -287,8 +287,8 @@ class KMeans:
                 break
         return centers, history
 
-    def _progress(self, runs: int) -> Any:
-        if not self.progress:
+    def _progress(self, runs: int, rows: Rows) -> Any:
+        if not self.progress or rows.rank > 0:
             return nullcontext()
         from tqdm import tqdm
 
