@@ -1,0 +1,41 @@
+"""Every example in a docstring and in the README runs."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastproto
+
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages([str(Path(fastproto.__file__).parent)], "fastproto.")
+    if not module.name.endswith("__main__")
+)
+README = (Path(fastproto.__file__).parent.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name):
+    module = importlib.import_module(name)
+    found = doctest.testmod(module, extraglobs={"torch": torch}, optionflags=doctest.ELLIPSIS)
+    assert found.failed == 0
+
+
+@pytest.mark.parametrize("code", re.findall(r"<!-- example -->\n```python\n(.*?)```", README, re.DOTALL))
+def test_readme(code):
+    exec(code, {})
+
+
+def test_readme_examples_are_found():
+    assert README.count("```python") == README.count("<!-- example -->") == 3
+
+
+def test_the_readme_stays_short():
+    assert len(README.splitlines()) <= 200
