@@ -148,7 +148,7 @@ def solarize(
     return _photometric("solarize", images, threshold=threshold)
 
 
-def photometric(
+def apply_photometric(
     images: Tensor,  # (N, C, H, W) float
     *,
     jitter: Tensor | None = None,  # (N, 4) float
@@ -164,13 +164,13 @@ def photometric(
 
     Example:
         >>> import torch
-        >>> from fastproto.views import photometric, sample_photometric
+        >>> from fastproto.views import apply_photometric, sample_photometric
         >>> images = torch.rand(8, 3, 32, 32)
         >>> parameters = sample_photometric(torch.arange(8), views=1, blur_p=0.5)
-        >>> photometric(images, **parameters).shape
+        >>> apply_photometric(images, **parameters).shape
         torch.Size([8, 3, 32, 32])
     """
-    return _photometric("photometric", images, jitter, order, gray, sigma, kernel_size, threshold)
+    return _photometric("apply_photometric", images, jitter, order, gray, sigma, kernel_size, threshold)
 
 
 def _photometric(

@@ -2,7 +2,7 @@
 
 from fastproto.ops.crop_resize import crop_resize
 from fastproto.ops.localize import localize
-from fastproto.ops.photometric import color_jitter, gaussian_blur, grayscale, photometric, solarize
+from fastproto.ops.photometric import apply_photometric, color_jitter, gaussian_blur, grayscale, solarize
 from fastproto.ops.sample_crops import sample_crops
 from fastproto.views.boxes import SIMC_BOX, BoxBank
 from fastproto.views.contrastive_crop import ContrastiveCrop
@@ -15,12 +15,12 @@ __all__ = [
     "ContrastiveCrop",
     "ContrastiveCropTransform",
     "PhotometricParameters",
+    "apply_photometric",
     "color_jitter",
     "crop_resize",
     "gaussian_blur",
     "grayscale",
     "localize",
-    "photometric",
     "sample_crops",
     "sample_photometric",
     "solarize",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastproto._check import INTEGERS, expect, expect_tensor
 from fastproto._random import Stream, expect_key, random_bits
 from fastproto.ops.crop_resize import crop_resize
-from fastproto.ops.photometric import photometric
+from fastproto.ops.photometric import apply_photometric
 from fastproto.ops.sample_crops import expect_crop_options, sample_crops
 from fastproto.views.photometric import expect_jitter, sample_photometric
 
@@ -125,7 +125,7 @@ class ContrastiveCrop(nn.Module):
             parameters = sample_photometric(
                 sample_ids, jitter=self.jitter, blur_p=blur_p, views=views, seed=seed, epoch=epoch
             )
-            out = photometric(crop_resize(images, crops, self.size, flip=flip), **parameters)
+            out = apply_photometric(crop_resize(images, crops, self.size, flip=flip), **parameters)
             self._normalize(out)
         return out.unflatten(0, (views, len(images))).unbind()
 

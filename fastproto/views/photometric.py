@@ -13,7 +13,7 @@ from fastproto._random import Stream, expect_key, random_bits, uniform
 
 
 class PhotometricParameters(TypedDict, total=False):
-    """Keyword arguments of ``photometric``; what never happens is left out. R = views · N rows, view-major."""
+    """Keyword arguments of ``apply_photometric``; what never happens is left out. R = views · N rows, view-major."""
 
     jitter: Tensor  # (R, 4) float32
     order: Tensor  # (R, 4) int64
@@ -36,8 +36,9 @@ def sample_photometric(
     seed: int = 0,
     epoch: int = 0,
 ) -> PhotometricParameters:
-    """Draws the parameters of ``photometric`` for every view of every sample, keyed by (seed, epoch, sample id, view).
+    """Draws the parameters of ``apply_photometric`` for every view of every sample.
 
+    They are keyed by (seed, epoch, sample id, view), as ``sample_crops``, and the same whatever the batch or device.
     A view that is not chosen for a change gets the parameter that changes nothing: factor 1, hue 0, sigma 0, threshold
     infinity. A change with probability 0 is left out of the result.
 
@@ -56,7 +57,7 @@ def sample_photometric(
         epoch: key of the epoch.
 
     Returns:
-        Keyword arguments for ``photometric``; row ``v * N + i`` of each is view v of sample i.
+        Keyword arguments for ``apply_photometric``; row ``v * N + i`` of each is view v of sample i.
 
     Raises:
         TypeError: an argument is of another type or dtype.
@@ -85,6 +86,7 @@ def sample_photometric(
     ):
         expect_type(probability, (int, float), op, argument, "a number")
         expect(0 <= probability <= 1, op, argument, "a number in [0, 1]", probability)
+    expect_type(sigma, (tuple, list), op, "sigma", "a pair of numbers")
     good = len(sigma) == 2 and 0 <= sigma[0] <= sigma[1] < math.inf
     expect(good, op, "sigma", "(low, high) with 0 <= low <= high", sigma)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastproto._check import describe, expect, expect_tensor, expect_type
+from fastproto._random import expect_key
 from fastproto.views.boxes import BoxBank
 from fastproto.views.contrastive_crop import ContrastiveCrop
 
@@ -72,6 +73,7 @@ class ContrastiveCropTransform(nn.Module):
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch that keys the draws, in all workers."""
+        expect_key("ContrastiveCropTransform", self.crop.views, self.crop.seed, epoch)
         self.epoch.fill_(epoch)
 
     def forward(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 
 import pytest
 
@@ -13,7 +14,7 @@ PUBLIC = [name for name in views.__all__ if callable(getattr(views, name)) and n
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_example(name: str) -> None:
-    module = __import__(getattr(views, name).__module__, fromlist=[name])
+    module = importlib.import_module(getattr(views, name).__module__)
     tests = doctest.DocTestFinder(recurse=False).find(getattr(views, name), name, module)
     assert tests[0].examples, f"{name} has no example"
     assert doctest.DocTestRunner().run(tests[0]).failed == 0

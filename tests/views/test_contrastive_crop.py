@@ -1,0 +1,178 @@
+"""ContrastiveCrop is its parts, one after the other; the same views in any batch; bad input is refused by name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastproto._random import Stream, random_bits
+from fastproto.views import (
+    SIMC_BOX,
+    ContrastiveCrop,
+    apply_photometric,
+    crop_resize,
+    sample_crops,
+    sample_photometric,
+)
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
+
+
+def images_of(n: int, channels: int = 3, height: int = 40, width: int = 36) -> Tensor:
+    return torch.randint(256, (n, channels, height, width), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("augment", "size", "blurs"), [("simclr", 24, False), ("simclr", 65, True), ("moco", 24, True), ("none", 24, False)]
+)
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_is_its_parts(augment: str, size: int, blurs: bool, views: int) -> None:
+    images, ids = images_of(5), torch.tensor([9, 0, 4, 1, 77])
+    boxes = torch.rand(5, 2, 2).sort(dim=1).values.flatten(1)
+    jitter = (0.8, 0.8, 0.8, 0.2)
+    crop = ContrastiveCrop(
+        size, views=views, augment=augment, alpha=0.1, scale=(0.3, 0.9), jitter=jitter, mean=MEAN, std=STD, seed=5
+    )
+    key = {"views": views, "seed": 5, "epoch": 7}
+    crops = sample_crops(ids, (40, 36), boxes=boxes, alpha=0.1, scale=(0.3, 0.9), **key)
+    flip = random_bits(ids, Stream.FLIP, 1, **key).flatten() < 2**31
+    expected = crop_resize(images, crops, size, flip=flip)
+    if augment != "none":
+        expected = apply_photometric(expected, **sample_photometric(ids, jitter=jitter, blur_p=blurs / 2, **key))
+    expected = (expected - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    out = crop(images, ids, boxes, epoch=7)
+    assert isinstance(out, tuple)
+    assert len(out) == views
+    for view, theirs in zip(out, expected.chunk(views), strict=True):
+        assert view.shape == (5, 3, size, size)
+        assert view.dtype == torch.float32
+        assert view.is_contiguous()
+        torch.testing.assert_close(view, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(None, None), (MEAN, None), (None, STD)])
+@pytest.mark.parametrize("augment", ["simclr", "none"])
+def test_normalisation(augment: str, mean: Any, std: Any) -> None:
+    images, ids = images_of(4), torch.arange(4)
+    plain = torch.cat(ContrastiveCrop(20, augment=augment)(images, ids))
+    assert plain.min() >= 0
+    assert plain.max() <= 1
+    out = torch.cat(ContrastiveCrop(20, augment=augment, mean=mean, std=std)(images, ids))
+    offset, scale = torch.tensor(mean or (0.0,) * 3), torch.tensor(std or (1.0,) * 3)
+    expected = (plain - offset[:, None, None]) / scale[:, None, None]
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+
+
+def test_the_same_views_in_every_batch() -> None:
+    images, ids = images_of(33), torch.randperm(500)[:33]
+    crop = ContrastiveCrop((20, 24), augment="moco")
+    whole = crop(images, ids, SIMC_BOX, epoch=2)
+    for rows in torch.arange(33).split(10):
+        for view, part in zip(whole, crop(images[rows], ids[rows].int(), SIMC_BOX, epoch=2), strict=True):
+            torch.testing.assert_close(part, view[rows], rtol=0, atol=1e-5)
+    assert not torch.equal(whole[0], whole[1])
+    assert not torch.equal(whole[0], crop(images, ids, SIMC_BOX, epoch=3)[0])
+    assert not torch.equal(whole[0], crop(images, ids, epoch=2)[0])
+
+
+def test_takes_nothing_from_the_global_generators() -> None:
+    crop, images, ids = ContrastiveCrop(16), images_of(3), torch.arange(3)
+    state = torch.get_rng_state()
+    first = crop(images, ids)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert torch.equal(first[0], crop(images, ids)[0])
+
+
+def test_half_of_the_views_is_flipped() -> None:
+    ramp = torch.arange(32, dtype=torch.uint8).expand(2000, 1, 32, 32)
+    (out,) = ContrastiveCrop(8, augment="none", views=1)(ramp, torch.arange(2000))
+    flipped = out[:, 0, 0, 0] > out[:, 0, 0, -1]
+    assert float(flipped.double().mean()) == pytest.approx(0.5, abs=0.04)
+
+
+@pytest.mark.parametrize("augment", ["simclr", "moco", "none"])
+def test_gray_images_any_strides_and_no_images(augment: str) -> None:
+    crop = ContrastiveCrop(20, augment=augment, mean=(0.5,), std=(0.5,))
+    images, ids = images_of(4, channels=1), torch.arange(4)
+    out = crop(images, ids)
+    assert out[1].shape == (4, 1, 20, 20)
+    torch.testing.assert_close(crop(images.mT.contiguous().mT, ids)[1], out[1], rtol=0, atol=1e-6)
+    assert [view.shape for view in crop(images[:0], ids[:0])] == [(0, 1, 20, 20)] * 2
+
+
+def test_compiles_without_a_break() -> None:
+    crop, images, ids = ContrastiveCrop(16, augment="moco", mean=MEAN, std=STD), images_of(3), torch.arange(3)
+    compiled = torch.compile(crop, fullgraph=True, backend="eager")
+    for view, expected in zip(compiled(images, ids, None, 2), crop(images, ids, None, 2), strict=True):
+        torch.testing.assert_close(view, expected, rtol=0, atol=1e-6)
+
+
+IMAGES, IDS = images_of(2), torch.arange(2)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (TypeError, r"ContrastiveCrop: images expected a uint8 tensor .*, got float32", (IMAGES / 255, IDS)),
+        (ValueError, r"ContrastiveCrop: images expected \(N, C, H, W\), got uint8 \(3, 40, 36\)", (IMAGES[0], IDS)),
+        (ValueError, "ContrastiveCrop: images expected 1 or 3 channels, got", (IMAGES[:, :2], IDS)),
+        (ValueError, "ContrastiveCrop: images expected H and W of at least 1", (IMAGES[..., :0], IDS)),
+        (ValueError, r"ContrastiveCrop: sample_ids expected \(2,\) on cpu, got int64 \(1,\)", (IMAGES, IDS[:1])),
+        (ValueError, "ContrastiveCrop: sample_ids expected .* on cpu, got .* on meta", (IMAGES, IDS.to("meta"))),
+        (TypeError, "ContrastiveCrop: sample_ids expected a int64 or int32 tensor", (IMAGES, IDS.float())),
+        (ValueError, "ContrastiveCrop: mean expected 1 numbers, one per channel", (IMAGES[:, :1], IDS)),
+        (ValueError, r"boxes expected \(2, 4\) on cpu", (IMAGES, IDS, torch.zeros(1, 4))),
+        (ValueError, "boxes expected .* on cpu, got .* on meta", (IMAGES, IDS, torch.zeros(2, 4).to("meta"))),
+        (ValueError, "boxes expected 0 <= h0 <= h1 <= 1", (IMAGES, IDS, (0.0, 0.0, 1.0, 1.1))),
+        (ValueError, "epoch expected 0 to", (IMAGES, IDS, None, -1)),
+    ],
+)
+def test_bad_batches(error: type[Exception], message: str, arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(error, match=message):
+        ContrastiveCrop(16, mean=MEAN, std=STD)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "options"),
+    [
+        (ValueError, "size expected a positive int or two, got int 0", {"size": 0}),
+        (ValueError, "size expected a positive int or two", {"size": (16, -1)}),
+        (ValueError, "size expected a positive int or two", {"size": (16, 16, 16)}),
+        (ValueError, "augment expected one of simclr, moco, none, got byol", {"augment": "byol"}),
+        (ValueError, "alpha expected a positive finite number, got int 0", {"alpha": 0}),
+        (ValueError, "scale expected", {"scale": (0.0, 1.0)}),
+        (ValueError, "ratio expected", {"ratio": (2.0, 1.0)}),
+        (ValueError, "views expected 1 to 4096", {"views": 0}),
+        (TypeError, "seed expected an int", {"seed": 0.5}),
+        (ValueError, "jitter expected four strengths", {"jitter": (0.4, 0.4)}),
+        (ValueError, "std expected positive numbers", {"std": (0.0, 1.0, 1.0)}),
+        (ValueError, "mean expected one number per channel", {"mean": ()}),
+    ],
+)
+def test_bad_options(error: type[Exception], message: str, options: dict[str, Any]) -> None:
+    with pytest.raises(error, match="^ContrastiveCrop: " + message):
+        ContrastiveCrop(**{"size": 16, **options})
+
+
+def test_import_is_light() -> None:
+    """Neither torchvision nor PIL nor Triton comes with the views."""
+    heavy = "[name for name in ('torchvision', 'PIL', 'triton') if name in sys.modules]"
+    program = f"import sys, torch; before = {heavy}; import fastproto.views; assert {heavy} == before, {heavy}"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("augment", ["moco", "none"])
+def test_cuda_gives_the_same_views(augment: str) -> None:
+    images, ids = images_of(33), torch.arange(33)
+    crop = ContrastiveCrop(24, augment=augment, mean=MEAN, std=STD)
+    for cpu, cuda in zip(crop(images, ids), crop(images.cuda(), ids.cuda()), strict=True):
+        torch.testing.assert_close(cuda.cpu(), cpu, rtol=0, atol=0.02)
+    with pytest.raises(ValueError, match=r"sample_ids expected .* on cuda:0, got .* on cpu"):
+        crop(images.cuda(), ids)

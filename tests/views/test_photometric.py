@@ -1,0 +1,113 @@
+"""sample_photometric: the distributions it promises, keyed by sample."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import scipy.stats
+import torch
+
+from fastproto.views import sample_photometric
+
+IDS = torch.arange(6000)
+
+
+def test_jitter_is_uniform_and_independent() -> None:
+    p = sample_photometric(IDS, views=1, jitter=(0.4, 0.2, 1.5, 0.1), jitter_p=1.0)
+    bounds = [(0.6, 1.4), (0.8, 1.2), (0.0, 2.5), (-0.1, 0.1)]
+    for column, (low, high) in zip(p["jitter"].unbind(1), bounds, strict=True):
+        assert scipy.stats.kstest(column.numpy(), "uniform", (low, high - low)).pvalue > 1e-3
+    assert (torch.corrcoef(p["jitter"].T) - torch.eye(4)).abs().max() < 0.06
+
+
+def test_every_order_is_as_likely() -> None:
+    p = sample_photometric(IDS, views=1)
+    counts = torch.zeros(4, 4, 4, 4)
+    counts.index_put_(tuple(p["order"].T), torch.ones(len(IDS)), accumulate=True)
+    seen = torch.stack([counts[order] for order in itertools.permutations(range(4))])
+    assert seen.sum() == len(IDS)
+    assert scipy.stats.chisquare(seen.double().numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("probability", [0.2, 0.8, 1.0])
+def test_probabilities(probability: float) -> None:
+    p = sample_photometric(
+        IDS, jitter_p=probability, gray_p=probability, blur_p=probability, solarize_p=probability, threshold=0.25
+    )
+    chosen = {
+        "jitter": (p["jitter"] != torch.tensor([1.0, 1.0, 1.0, 0.0])).any(dim=1),
+        "gray": p["gray"],
+        "sigma": p["sigma"] > 0,
+        "threshold": p["threshold"] == 0.25,
+    }
+    for column in chosen.values():
+        assert column.shape == (2 * len(IDS),)
+        assert float(column.double().mean()) == pytest.approx(probability, abs=0.015)
+    together = torch.stack(list(chosen.values())).double()
+    if probability < 1:
+        assert (torch.corrcoef(together) - torch.eye(4)).abs().max() < 0.05
+    assert (p["threshold"][~chosen["threshold"]] == math.inf).all()
+    blurred = p["sigma"][p["sigma"] > 0]
+    assert scipy.stats.kstest(blurred.numpy(), "uniform", (0.1, 1.9)).pvalue > 1e-3
+
+
+def test_what_never_happens_is_left_out() -> None:
+    assert set(sample_photometric(IDS)) == {"jitter", "order", "gray"}
+    assert set(sample_photometric(IDS, jitter_p=0, gray_p=0)) == set()
+    others = sample_photometric(IDS, jitter=(0, 0, 0, 0), blur_p=0.1, solarize_p=0.1)
+    assert set(others) == {"gray", "sigma", "threshold"}
+
+
+def test_keyed_by_sample() -> None:
+    ids = torch.randperm(1000)[:33]
+    options = {"blur_p": 0.5, "solarize_p": 0.5, "seed": 3, "epoch": 4}
+    whole = sample_photometric(ids, **options)
+    for rows in torch.arange(33).split(6):
+        part = sample_photometric(ids[rows].int(), **options)
+        for name, value in part.items():
+            assert torch.equal(value.unflatten(0, (2, -1)), whole[name].unflatten(0, (2, 33))[:, rows])
+    for other in ({"seed": 4}, {"epoch": 5}):
+        changed = sample_photometric(ids, **{**options, **other})
+        assert not torch.equal(changed["jitter"], whole["jitter"])
+    view0, view1 = whole["jitter"].chunk(2)
+    assert not torch.equal(view0, view1)
+
+
+def test_switching_one_change_on_leaves_the_others() -> None:
+    one, two = sample_photometric(IDS), sample_photometric(IDS, blur_p=0.5, solarize_p=0.2)
+    for name, value in one.items():
+        assert torch.equal(value, two[name])
+
+
+def test_dtypes() -> None:
+    p = sample_photometric(IDS[:1], blur_p=0.5, solarize_p=0.5, views=3)
+    dtypes = {name: value.dtype for name, value in p.items()}
+    f = torch.float32
+    assert dtypes == {"jitter": f, "order": torch.int64, "gray": torch.bool, "sigma": f, "threshold": f}
+    assert sample_photometric(IDS[:0])["jitter"].shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (TypeError, "sample_ids expected a int64 or int32 tensor", {"sample_ids": IDS.float()}),
+        (ValueError, r"jitter_p expected a number in \[0, 1\], got float 1.5", {"jitter_p": 1.5}),
+        (ValueError, "gray_p expected", {"gray_p": -0.5}),
+        (TypeError, "blur_p expected a number, got str", {"blur_p": "0.5"}),
+        (ValueError, "solarize_p expected", {"solarize_p": math.nan}),
+        (ValueError, "threshold expected", {"threshold": 128}),
+        (ValueError, "jitter expected four strengths of at least 0, that of the hue", {"jitter": (0.4, 0.4, 0.4, 0.6)}),
+        (ValueError, "jitter expected four strengths", {"jitter": (0.4, 0.4, -0.4, 0.1)}),
+        (ValueError, "jitter expected four strengths", {"jitter": (0.4, 0.4, 0.4)}),
+        (TypeError, "jitter expected four strengths, got float 0.4", {"jitter": 0.4}),
+        (ValueError, r"sigma expected \(low, high\) with 0 <= low <= high", {"sigma": (2.0, 0.1)}),
+        (TypeError, "sigma expected a pair of numbers", {"sigma": 2.0}),
+        (ValueError, "views expected 1 to 4096", {"views": 0}),
+    ],
+)
+def test_bad_input(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(error, match="^sample_photometric: " + message):
+        sample_photometric(**{"sample_ids": IDS, **arguments})
