@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastproto._check import FLOATS, INTEGERS, expect, expect_tensor
+from fastproto._check import FLOATS, INTEGERS, expect, expect_tensor, expect_type
 from fastproto.losses._common import expect_reduction, expect_temperature, expect_views, reduce_rows, unit
 from fastproto.losses._gather import gather_rows, rank_and_world
 from fastproto.ops.contrast import contrast, expect_index
@@ -182,6 +182,7 @@ class NTXentLoss(nn.Module):
     ) -> None:
         super().__init__()
         expect_temperature(temperature, "NTXentLoss")
+        expect_type(memory_bank_size, (int, tuple, list), "NTXentLoss", "memory_bank_size", "0, M or (M, D)")
         size = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
         valid = len(size) in (1, 2) and all(isinstance(entry, int) and entry >= 0 for entry in size)
         valid = valid and (size[-1] > 0 or size[0] == 0)

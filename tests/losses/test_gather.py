@@ -1,9 +1,10 @@
-"""Losses on two processes against one process with the whole batch."""
+"""Losses on several processes against one process with the whole batch."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastproto.losses import InfoNCELoss, NTXentLoss, ProtoNCELoss
@@ -14,34 +15,42 @@ def rows(n: int, d: int) -> Tensor:
     return torch.randn(n, d, dtype=torch.float64, requires_grad=True)
 
 
-def test_nt_xent() -> None:
-    assert_matches_single_process(NTXentLoss(0.2, gather_distributed=True), (rows(6, 8), rows(6, 8)))
+class EveryNTXent(nn.Module):
+    """Plain, without false negatives, and twice with a bank: the second step sees what the first has gathered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_batch = NTXentLoss(0.2, gather_distributed=True)
+        self.with_bank = NTXentLoss(0.2, memory_bank_size=(10, 8), gather_distributed=True)
+
+    def forward(self, out0: Tensor, out1: Tensor, assignments: Tensor) -> Tensor:
+        in_batch = self.in_batch(out0, out1) + 2 * self.in_batch(out0, out1, assignments)
+        return in_batch + self.with_bank(out0, out1) + 2 * self.with_bank(out0, out1)
 
 
-def test_nt_xent_with_assignments_on_three_processes() -> None:
+class EveryProtoNCE(nn.Module):
+    """Exact, and with negatives that rank 0 draws: the others have another seed."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)
+        exact, sampled = (ProtoNCELoss(r, gather_distributed=True)(*inputs) for r in (None, 5))
+        return exact + 2 * sampled
+
+
+def test_nt_xent_on_three_processes() -> None:
     assignments = torch.tensor([0, 1, -1, 0, 1, -1])
-    loss_fn = NTXentLoss(0.2, gather_distributed=True)
-    assert_matches_single_process(loss_fn, [rows(6, 8), rows(6, 8), assignments], world_size=3)
+    assert_matches_single_process(EveryNTXent(), [rows(6, 8), rows(6, 8), assignments], world_size=3)
+
+
+def test_proto_nce_with_uneven_ignored_rows() -> None:
+    assignments = torch.tensor([0, 3, 19, -1, -1, 3, -1, -1])  # three rows count on rank 0, one on rank 1
+    prototypes, phi = nn.Parameter(torch.randn(20, 4).double()), nn.Parameter(torch.rand(20).double() + 0.2)
+    assert_matches_single_process(EveryProtoNCE(), (rows(8, 4), prototypes, assignments, phi))
 
 
 def test_without_gathering_the_batches_are_apart() -> None:
     with pytest.raises(AssertionError, match="loss: Scalars are not close"):
         assert_matches_single_process(NTXentLoss(0.2), (rows(6, 8), rows(6, 8)))
-
-
-@pytest.mark.parametrize("num_negatives", [None, 5])
-def test_proto_nce_with_uneven_ignored_rows(num_negatives: int | None) -> None:
-    # Rank 0 has three counted rows, rank 1 has one. The draws of rank 0 are those of one process seeded alike.
-    assignments = torch.tensor([0, 3, 19, -1, -1, 3, -1, -1])
-    prototypes, phi = nn.Parameter(torch.randn(20, 4).double()), nn.Parameter(torch.rand(20).double() + 0.2)
-    loss_fn = SeededProtoNCE(num_negatives, gather_distributed=True)
-    assert_matches_single_process(loss_fn, (rows(8, 4), prototypes, assignments, phi))
-
-
-class SeededProtoNCE(ProtoNCELoss):
-    def forward(self, *inputs: Tensor) -> Tensor:
-        torch.manual_seed(int(inputs[2].sum() >= 0))
-        return super().forward(*inputs)
 
 
 def test_one_process_gathers_nothing() -> None:
@@ -52,8 +61,8 @@ def test_one_process_gathers_nothing() -> None:
     assert torch.equal(gathered_bank(out0, out1), bank(out0, out1))
     assert torch.equal(gathered_bank.bank, bank.bank)
     labels = torch.tensor([0, 1, -1, 0, 1, -1])
-    sharded, plain = ProtoNCELoss(gather_distributed=True), ProtoNCELoss()
-    assert torch.equal(sharded(out0, out1, labels, 0.2), plain(out0, out1, labels, 0.2))
+    gathered, plain = ProtoNCELoss(gather_distributed=True), ProtoNCELoss()
+    assert torch.equal(gathered(out0, out1, labels, 0.2), plain(out0, out1, labels, 0.2))
 
 
 def test_bad_input_is_refused_by_name() -> None:
