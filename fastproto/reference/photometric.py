@@ -62,12 +62,10 @@ def _blend(images: Tensor, jitter_n4: Tensor, which_n: Tensor, applies_n: Tensor
     if images.shape[1] == 1:
         applies_n = applies_n & (which_n != SATURATION)
     factor_n = jitter_n4.gather(1, which_n[:, None])[:, 0]
-    rest_n = (1 - factor_n) * applies_n
     gray_n1hw = _luma(images)
-    to_mean_n = rest_n * (which_n == CONTRAST) * gray_n1hw.mean(dim=(1, 2, 3))
-    to_gray_n = rest_n * (which_n == SATURATION)
-    target_n1hw = gray_n1hw.mul_(_per_image(to_gray_n)).add_(_per_image(to_mean_n))
-    images.mul_(_per_image(1 - rest_n)).add_(target_n1hw).clamp_(0, 1)
+    mean_n = (which_n == CONTRAST) * gray_n1hw.mean(dim=(1, 2, 3))
+    target_n1hw = gray_n1hw.mul_(_per_image(which_n == SATURATION)).add_(_per_image(mean_n))
+    images.lerp_(target_n1hw, _per_image((1 - factor_n) * applies_n)).clamp_(0, 1)
 
 
 def _luma(images: Tensor) -> Tensor:

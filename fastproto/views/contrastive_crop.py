@@ -45,6 +45,7 @@ class ContrastiveCrop(nn.Module):
         images: (N, C, H, W) uint8; C 1 or 3, with ``augment="none"`` up to 4
         sample_ids: (N,) int64 or int32, the samples' places in the data set
         boxes: (N, 4) fractions (h0, w0, h1, w1), e.g. of a ``BoxBank``; one such tuple for all, e.g. ``SIMC_BOX``; None
+        epoch: int, the key of the epoch; another one gives other views
         output: ``views`` tensors (N, C, h, w) float32
 
     Raises:
