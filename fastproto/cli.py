@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from fastproto.train.config import Config
@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return commands[command](rest[:-1])
     except KeyboardInterrupt:
         return fail(f"fastproto {command}", "interrupted", SIGNALLED + signal.SIGINT)
+    except ModuleNotFoundError as error:
+        return fail(f"fastproto {command}", f"{error}: it comes with pip install 'fastproto[train]'", FAILED)
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -106,7 +108,7 @@ def prepare(arguments: Sequence[str]) -> tuple[Config, Dataset, Path, bool]:
 
 
 class StopRequest:
-    """Within the ``with`` block SIGINT and SIGTERM only raise a flag, which the loop reads; a second one ends at once."""
+    """Within the ``with`` block SIGINT and SIGTERM raise a flag that the loop reads; a second one ends at once."""
 
     def __init__(self) -> None:
         self.signal: int = signal.SIGINT
@@ -138,12 +140,12 @@ def evaluate(arguments: Sequence[str]) -> int:
     from fastproto.train import evaluate as evaluation
     from fastproto.train.checkpoint import load_run
 
-    parser = argparse.ArgumentParser("fastproto eval", description="Evaluate the encoder of a run, at its last checkpoint.")
+    parser = Parser("fastproto eval", description="Evaluate the encoder of a run, at its last checkpoint.")
     parser.add_argument("run", help="folder of the run")
     parser.add_argument("--knn", action="store_true", help="weighted nearest neighbours, k = 20 and 200")
     parser.add_argument("--linear", action="store_true", help="linear probe; without either option: all")
-    given = parser.parse_args(arguments)
     try:
+        given = parser.parse_args(arguments)
         run = load_run(given.run)
     except (ValueError, OSError) as error:
         return fail("fastproto eval", error)
@@ -159,11 +161,10 @@ def report(arguments: Sequence[str]) -> int:
     """``fastproto report``: writes RUN/report.html."""
     from fastproto.train.report import write_report
 
-    parser = argparse.ArgumentParser("fastproto report", description="Write RUN/report.html.")
+    parser = Parser("fastproto report", description="Write RUN/report.html.")
     parser.add_argument("run", type=Path, help="folder of the run")
-    given = parser.parse_args(arguments)
     try:
-        print(write_report(given.run))
+        print(write_report(parser.parse_args(arguments).run))
     except (ValueError, OSError) as error:
         return fail("fastproto report", error)
     return 0
@@ -173,9 +174,19 @@ def info(arguments: Sequence[str]) -> int:
     """``fastproto info``."""
     from fastproto.info import print_info
 
-    argparse.ArgumentParser("fastproto info", description="Versions, devices and backends.").parse_args(arguments)
+    try:
+        Parser("fastproto info", description="Versions, devices and backends.").parse_args(arguments)
+    except ValueError as error:
+        return fail("fastproto info", error)
     print_info()
     return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """One that raises ValueError instead of printing its usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 def fail(command: str, error: object, code: int = REFUSED) -> int:

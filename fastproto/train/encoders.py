@@ -13,7 +13,7 @@ from fastproto.train.config import EncoderName
 
 # Up to this size the stem keeps the resolution: one 3x3 convolution, no pooling (as SimCLR does for CIFAR).
 SMALL_IMAGE = 64
-# In channels_last layout, convolutions of 2 to 7 channels corrupt the heap in their backward pass (torch 2.14, AVX-512).
+# In channels_last layout the backward pass of convolutions of 2 to 7 channels corrupts the heap (torch 2.14, AVX-512).
 MIN_WIDTH = 8
 
 
