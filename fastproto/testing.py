@@ -100,6 +100,7 @@ def _rank_main(rank: int, world_size: int, folder: str, loss_fn: Callable[..., T
     try:
         torch.set_num_threads(1)
         local = [_leaf(value, rank, world_size) for value in inputs]
-        torch.save(_loss_and_gradients(loss_fn, local), Path(folder) / f"{rank}.pt")
+        # Tensors are handed to the ranks in shared memory: a buffer that one updates would change under the others.
+        torch.save(_loss_and_gradients(copy.deepcopy(loss_fn), local), Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
