@@ -48,7 +48,7 @@ class BoxBank(nn.Module):
         super().__init__()
         expect_type(num_samples, int, "BoxBank", "num_samples", "an int")
         expect(num_samples > 0, "BoxBank", "num_samples", "at least 1", num_samples)
-        self.register_buffer("boxes", torch.tensor(FULL_BOX).repeat(num_samples, 1))
+        self.register_buffer("boxes", torch.tensor(FULL_BOX, dtype=torch.float32).repeat(num_samples, 1))
 
     @torch.no_grad()
     def update(
