@@ -171,7 +171,7 @@ class NTXentLoss(nn.Module):
         >>> loss_fn(out0, out1)
         tensor(0.0003)
 
-    Source: SimCLR, arXiv 2002.05709, Eq. 1; the bank: MoCo, arXiv 1911.05722, section 3.1.
+    Source: SimCLR, arXiv 2002.05709, Eq. 1; the bank: MoCo, arXiv 1911.05722, section 3.2.
     """
 
     bank: Tensor | None

@@ -128,7 +128,7 @@ def test_half_and_autocast(dtype: torch.dtype) -> None:
 
 def test_compiles_as_one_graph() -> None:
     arguments = problem(9, dtype=torch.float32)
-    compiled = torch.compile(PAUCLoss(), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(PAUCLoss(), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(**arguments), PAUCLoss()(**arguments))
 
 

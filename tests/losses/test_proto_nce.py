@@ -267,7 +267,7 @@ def test_compiles_as_one_graph(num_negatives: int | None) -> None:
     arguments = problem(6, 5, 3)
     del arguments["bias"]
     loss_fn = ProtoNCELoss(num_negatives)
-    compiled = torch.compile(copy.deepcopy(loss_fn), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(copy.deepcopy(loss_fn), fullgraph=True, backend="eager")
     actual = compiled(**arguments)
     if num_negatives is None:
         torch.testing.assert_close(actual, loss_fn(**arguments))

@@ -173,10 +173,10 @@ def test_strides_do_not_matter() -> None:
 
 
 def test_compiles_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "BLOCK", 60)
+    monkeypatch.setattr(reference, "BLOCK", 120)
     arguments = problem(6, 5)
     leaves = [arguments[name] for name in LEAVES]
-    compiled = torch.compile(siamese_all_pairs, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(siamese_all_pairs, fullgraph=True, backend="eager")
     actual, expected = sum(compiled(**arguments)), sum(siamese_all_pairs(**arguments))
     torch.testing.assert_close(actual, expected)
     for a, b in zip(torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves), strict=True):
