@@ -64,11 +64,11 @@ def assert_matches_single_process(
     with tempfile.TemporaryDirectory() as folder:
         spawn(_rank_main, (world_size, folder, loss_fn, inputs), nprocs=world_size)
         ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
+    split = {f"inputs[{position}]" for position, value in enumerate(inputs) if _is_split(value)}
     for name, value in expected.items():
         parts = [rank[name] for rank in ranks]
-        split = name.startswith("inputs") and _is_split(inputs[int(name.removeprefix("inputs[").removesuffix("]"))])
-        # Rows live on one rank: its share of the mean over ranks is what DDP hands on to the parameters before them.
-        actual = torch.cat(parts) / world_size if split else torch.stack(parts).mean(0)
+        # A row has its gradient on one rank; the mean over ranks, which DDP takes, divides that by their number.
+        actual = torch.cat(parts) / world_size if name in split else torch.stack(parts).mean(0)
         torch.testing.assert_close(actual, value, rtol=rtol, atol=atol, msg=partial("{}: {}".format, name))
 
 

@@ -194,7 +194,7 @@ class NTXentLoss(nn.Module):
         self.register_buffer("bank", None)
         self.register_buffer("bank_ptr", None)
         if size[0] > 0 and len(size) == 2:
-            self._start_bank(size[1], torch.device("cpu"))
+            self._start_bank(size[1])
 
     def forward(self, out0: Tensor, out1: Tensor, assignments: Tensor | None = None) -> Tensor:
         if self._bank_rows == 0:
@@ -206,8 +206,8 @@ class NTXentLoss(nn.Module):
                 gather_distributed=self.gather_distributed,
             )
         expect_views(out0, out1, "NTXentLoss", ("out0", "out1"))
-        got = "a tensor" if assignments is not None else ""
-        expect(assignments is None, "NTXentLoss", "assignments", "None with a memory bank, whose rows have none", got)
+        expected = "None with a memory bank, whose rows have none"
+        expect(assignments is None, "NTXentLoss", "assignments", expected, assignments)
         if self.bank is None:
             self._start_bank(out0.shape[1], out0.device)
         assert self.bank is not None
@@ -224,7 +224,7 @@ class NTXentLoss(nn.Module):
             f"gather_distributed={self.gather_distributed}"
         )
 
-    def _start_bank(self, dim: int, device: torch.device) -> None:
+    def _start_bank(self, dim: int, device: torch.device | None = None) -> None:
         self.bank = F.normalize(torch.randn(self._bank_rows, dim, device=device), dim=1)
         self.bank_ptr = torch.zeros((), dtype=torch.int64, device=device)
 

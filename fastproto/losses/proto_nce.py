@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastproto._check import FLOATS, INTEGERS, expect, expect_tensor, expect_type, reads_data
-from fastproto.losses._common import expect_reduction, reduce_rows, unit
+from fastproto.losses._common import expect_reduction, reduce_rows, unit, widen
 from fastproto.losses._gather import from_first_rank, gather_rows, rank_and_world, sum_over_ranks
 from fastproto.ops.contrast import Contrast, contrast, expect_index
 
@@ -86,8 +86,7 @@ def proto_nce(
     """
     expect_tensor(features, "proto_nce", "features", ("N", "D"))
     expect_reduction(reduction, "proto_nce")
-    fits = num_negatives is None or (isinstance(num_negatives, int) and num_negatives >= 0)
-    expect(fits, "proto_nce", "num_negatives", "None or an integer of at least 0", num_negatives)
+    _expect_num_negatives(num_negatives, "proto_nce")
     v = unit(features) if normalize else features
     losses, stats = [], []
     for keys, labels, phi, b in _sets(prototypes, assignments, concentration, bias):
@@ -137,14 +136,20 @@ def _expect_set(features: Tensor, keys: Any, labels: Any, phi: Any, bias: Any, i
     if isinstance(phi, Tensor):
         expect_tensor(phi, "proto_nce", "concentration", (k,), FLOATS, device)
         if reads_data(phi):
-            expect(bool((phi > 0).all()), "proto_nce", "concentration", "positive values", f"a minimum of {phi.min()}")
+            low = float(phi.detach().min())
+            expect(low > 0, "proto_nce", "concentration", "positive values", f"a minimum of {low}")
     else:
         expect_type(phi, (float, int), "proto_nce", "concentration", "a number or a (K,) tensor")
         expect(phi > 0, "proto_nce", "concentration", "a positive number", phi)
 
 
+def _expect_num_negatives(num_negatives: int | None, op: str) -> None:
+    fits = num_negatives is None or (isinstance(num_negatives, int) and num_negatives >= 0)
+    expect(fits, op, "num_negatives", "None or an integer of at least 0", num_negatives)
+
+
 def _inverse(phi: float | Tensor) -> float | Tensor:
-    return 1 / (phi.to(torch.promote_types(phi.dtype, torch.float32)) if isinstance(phi, Tensor) else phi)
+    return 1 / (widen(phi) if isinstance(phi, Tensor) else phi)
 
 
 def _sample_keys(
@@ -154,7 +159,7 @@ def _sample_keys(
 
     Returns their indices, min(K, N + r) of them, and a bias that is -inf on those past the P positives and r negatives.
     """
-    # float64, so that no two of the keys draw the same number.
+    # float64: in float32 some of 100 000 keys would draw the same number, and topk would choose between them.
     priority = torch.rand(k, dtype=torch.float64, device=targets.device, generator=generator)
     if same_on_all_ranks:
         priority = from_first_rank(priority)
@@ -229,8 +234,7 @@ class ProtoNCELoss(nn.Module):
 
     def __init__(self, num_negatives: int | None = None, gather_distributed: bool = False) -> None:
         super().__init__()
-        fits = num_negatives is None or (isinstance(num_negatives, int) and num_negatives >= 0)
-        expect(fits, "ProtoNCELoss", "num_negatives", "None or an integer of at least 0", num_negatives)
+        _expect_num_negatives(num_negatives, "ProtoNCELoss")
         self.num_negatives = num_negatives
         self.gather_distributed = gather_distributed
 

@@ -100,7 +100,7 @@ def expect_index(index: Tensor, op: str, argument: str, size: int | None, ignore
     """
     if not index.numel() or not reads_data(index):
         return
-    low, high = torch.where(index == ignore_index, 0, index).aminmax()
-    expected = f"{ignore_index} or 0 to {size - 1}" if size is not None else f"{ignore_index} or at least 0"
-    fits = bool(low >= 0) and (size is None or bool(high < size))
-    expect(fits, op, argument, expected, f"values from {index.min()} to {index.max()}")
+    low, high = (int(value) for value in torch.where(index == ignore_index, 0, index).aminmax())
+    expected = f"{ignore_index} or at least 0" if size is None else f"{ignore_index} or 0 to {size - 1}"
+    fits = low >= 0 and (size is None or high < size)
+    expect(fits, op, argument, expected, f"values from {low} to {high}")
