@@ -142,12 +142,13 @@ def _digit_on_photograph(glyph: np.ndarray, photographs: list[np.ndarray], draws
     top = draw(0, photograph.shape[0] - 1 - side * step)
     left = draw(0, photograph.shape[1] - 1 - side * step)
     corners = photograph[top : top + side * step + 1 : step, left : left + side * step + 1 : step]
-    tint = np.array([draw(128, 384) for _ in range(3)])  # in 256ths
+    # Tint and ink vary little: with vivid colours an encoder can tell the images apart by colour and learns no shape.
+    tint = np.array([draw(224, 288) for _ in range(3)])  # in 256ths
     ground = np.diff(np.diff(corners, axis=0), axis=1) * tint // (4 * 256 * step * step)
 
     size = draw(side // 2, side * 4 // 5)
     top, left = draw(0, side - size), draw(0, side - size)
-    ink = np.array([draw(128, 255) for _ in range(3)])
+    ink = np.array([draw(208, 255) for _ in range(3)])
     cover = _enlarge(glyph, size)[:, :, None]  # in units of `full`
     full = 16 * (2 * size) ** 2
     place = ground[top : top + size, left : left + size]
