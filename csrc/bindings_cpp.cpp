@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "common/isa.h"
+#include "contrast/bind.h"
 #include "crop_resize/bind.h"
 
 PYBIND11_MODULE(_fastproto_C, m) {
@@ -16,4 +17,10 @@ PYBIND11_MODULE(_fastproto_C, m) {
     return names;
   });
   bind_crop_resize<int>(m, [](const CropResize& args, int threads) { FASTPROTO_DISPATCH(crop_resize, args, threads); });
+  m.def("contrast_fwd", contrast_binding([](const Contrast& args, int threads) {
+          FASTPROTO_DISPATCH(contrast_fwd, args, threads);
+        }));
+  m.def("contrast_bwd_keys", contrast_binding([](const Contrast& args, int threads) {
+          FASTPROTO_DISPATCH(contrast_bwd_keys, args, threads);
+        }));
 }

@@ -41,6 +41,23 @@ template <> inline Half from_float<Half>(float x) {
   return {static_cast<uint16_t>(sign | (u >> 13))};
 }
 
+inline float to_float(BFloat16 x) {
+  const uint32_t u = static_cast<uint32_t>(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &u, 4);
+  return out;
+}
+
+// Exact. A half's bits, moved to a float's place, are 2^-112 times its value; infinity and NaN keep their exponent.
+inline float to_float(Half x) {
+  uint32_t u = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+  if (u >= 0x0f800000u) u |= 0x70000000u;
+  float out;
+  std::memcpy(&out, &u, 4);
+  if (u < 0x0f800000u) out *= 0x1p112f;
+  return x.bits & 0x8000 ? -out : out;
+}
+
 // Calls f with a value of the C++ type that a dtype number stands for.
 template <typename F> inline void with_dtype(int dtype, F&& f) {
   switch (static_cast<Dtype>(dtype)) {

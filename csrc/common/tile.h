@@ -1,0 +1,132 @@
+// Register-tiled float32 products for the CPU kernels: C (M × NR) = C · alpha + A (M × depth) · B (depth × NR).
+//
+// B stands in panels: NR columns wide, depth rows long, contiguous. A tile keeps MR × NV vectors of accumulators in
+// registers and needs per step of the depth NV loads and MR broadcasts for MR · NV fused multiply-adds:
+//   AVX-512 (32 registers of 16 floats): 14 × 2, so 28 accumulators and 16 loads for 28 FMA
+//   AVX2    (16 registers of  8 floats): 6 × 2, so 12 accumulators and  8 loads for 12 FMA
+// Included by *_cpu.cpp only, inside whose instruction set it lives.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "dtype.h"
+
+namespace fastproto {
+namespace FASTPROTO_ISA {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, MR = 14, NV = 2;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, MR = 6, NV = 2;
+#else
+constexpr int LANES = 4, MR = 6, NV = 2;
+#endif
+constexpr int NR = NV * LANES;
+
+typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t IntVec __attribute__((vector_size(LANES * 4)));
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+inline Vec splat(float x) { return Vec{} + x; }
+
+inline float sum(Vec v) {
+  float total = 0;
+  for (int l = 0; l < LANES; ++l) total += v[l];
+  return total;
+}
+inline float largest(Vec v) {
+  float best = v[0];
+  for (int l = 1; l < LANES; ++l) best = v[l] > best || v[l] != v[l] ? v[l] : best;
+  return best;
+}
+
+// exp to about 1 ulp. x = n·ln 2 + r, |r| ≤ ln 2 / 2; e^r by its Taylor polynomial of degree 7 (next term 5e-9), 2^n in
+// the exponent bits. Below −87.33 (the smallest normal number) 0; above 88.7 the caller has subtracted too little; NaN
+// stays NaN.
+inline Vec exp(Vec x) {
+  const Vec low = splat(-87.33f);
+  const Vec clamped = x < low ? low : x;
+  const Vec magic = splat(12582912.f);  // 1.5 · 2^23: adding it rounds to an integer, which stands in the low bits
+  const Vec shifted = clamped * 1.44269504088896341f + magic;
+  const Vec n = shifted - magic;
+  const Vec r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec p = splat(1.f / 5040);
+  p = p * r + 1.f / 720;
+  p = p * r + 1.f / 120;
+  p = p * r + 1.f / 24;
+  p = p * r + 1.f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+  const IntVec power = ((IntVec)shifted - (IntVec)magic + 127) << 23;
+  return x < low ? Vec{} : p * (Vec)power;
+}
+
+// C[m, :] = C[m, :] · alpha[m] + Σ_k A[m, k] · B[k, :], m < M; alpha null: C is not read.
+template <int M>
+inline void tile_product(const float* A, int64_t lda, const float* B, int64_t depth, float* C, int64_t ldc,
+                         const float* alpha) {
+  Vec acc[M][NV];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < NV; ++v) acc[m][v] = alpha ? load(C + m * ldc + v * LANES) * alpha[m] : Vec{};
+  for (int64_t k = 0; k < depth; ++k, B += NR) {
+    Vec b[NV];
+    for (int v = 0; v < NV; ++v) b[v] = load(B + v * LANES);
+    for (int m = 0; m < M; ++m) {
+      const Vec a = splat(A[m * lda + k]);
+      for (int v = 0; v < NV; ++v) acc[m][v] += a * b[v];
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < NV; ++v) store(C + m * ldc + v * LANES, acc[m][v]);
+}
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// A row of `size` numbers of any dtype as floats.
+inline void load_row(const void* data, int dtype, int64_t offset, int64_t size, float* out) {
+  switch (static_cast<Dtype>(dtype)) {
+    case Dtype::float32: std::memcpy(out, static_cast<const float*>(data) + offset, size * sizeof(float)); break;
+    case Dtype::float16: {
+      const Half* row = static_cast<const Half*>(data) + offset;
+      for (int64_t i = 0; i < size; ++i) out[i] = to_float(row[i]);
+      break;
+    }
+    case Dtype::bfloat16: {
+      const BFloat16* row = static_cast<const BFloat16*>(data) + offset;
+      for (int64_t i = 0; i < size; ++i) out[i] = to_float(row[i]);
+      break;
+    }
+    default: throw std::invalid_argument("float64 is for the reference");
+  }
+}
+
+// Both layouts of a block of rows (count × D, float, leading dimension D) that its two products need, zero where padded:
+// across (count' / NR, D, NR), with the rows along the lanes, and along (D' / NR, count', NR), with D along the lanes.
+inline void pack_across(const float* rows, int64_t count, int64_t D, float* panels) {
+  for (int64_t first = 0; first < count; first += NR, panels += D * NR) {
+    const int64_t width = std::min<int64_t>(NR, count - first);
+    for (int64_t r = 0; r < width; ++r)
+      for (int64_t d = 0; d < D; ++d) panels[d * NR + r] = rows[(first + r) * D + d];
+    for (int64_t r = width; r < NR; ++r)
+      for (int64_t d = 0; d < D; ++d) panels[d * NR + r] = 0;
+  }
+}
+inline void pack_along(const float* rows, int64_t count, int64_t D, int64_t padded_count, float* panels) {
+  for (int64_t first = 0; first < D; first += NR) {
+    const int64_t width = std::min<int64_t>(NR, D - first);
+    for (int64_t r = 0; r < padded_count; ++r, panels += NR)
+      for (int64_t d = 0; d < NR; ++d) panels[d] = r < count && d < width ? rows[r * D + first + d] : 0;
+  }
+}
+
+}  // namespace FASTPROTO_ISA
+}  // namespace fastproto

@@ -1,0 +1,41 @@
+// Contrast from what Python hands over: addresses as integers, 0 for what is not there.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "contrast.h"
+
+namespace fastproto {
+
+// (N, K, D, stride_x, stride_y, x dtype, y dtype), then the addresses in the struct's order, then the threads.
+template <typename Run> auto contrast_binding(Run run) {
+  return [run](std::array<int64_t, 7> sizes, std::array<uintptr_t, 16> at, int threads) {
+    Contrast args{};
+    args.N = sizes[0], args.K = sizes[1], args.D = sizes[2];
+    args.stride_x = sizes[3], args.stride_y = sizes[4];
+    args.x_dtype = static_cast<int>(sizes[5]), args.y_dtype = static_cast<int>(sizes[6]);
+    args.x = reinterpret_cast<const void*>(at[0]);
+    args.y = reinterpret_cast<const void*>(at[1]);
+    args.target = reinterpret_cast<const int64_t*>(at[2]);
+    args.a = reinterpret_cast<const float*>(at[3]);
+    args.b = reinterpret_cast<const float*>(at[4]);
+    args.group = reinterpret_cast<const int64_t*>(at[5]);
+    args.key_group = reinterpret_cast<const int64_t*>(at[6]);
+    args.loss = reinterpret_cast<float*>(at[7]);
+    args.lse = reinterpret_cast<float*>(at[8]);
+    args.dx = reinterpret_cast<float*>(at[9]);
+    args.entropy = reinterpret_cast<float*>(at[10]);
+    args.top1 = reinterpret_cast<int64_t*>(at[11]);
+    args.positive = reinterpret_cast<float*>(at[12]);
+    args.grad = reinterpret_cast<const float*>(at[13]);
+    args.dy = reinterpret_cast<float*>(at[14]);
+    args.db = reinterpret_cast<float*>(at[15]);
+    pybind11::gil_scoped_release release;
+    run(args, threads);
+  };
+}
+
+}  // namespace fastproto

@@ -1,0 +1,47 @@
+// Softmax cross-entropy of rows against keys: what the CPU kernels take. docs/math/contrast.md derives the gradients.
+//
+//   s_ij = <x_i, y_j> · a_j + b_j          A(i): t(i), and the keys j whose group is not row i's
+//   L_i  = log Σ_{j ∈ A(i)} exp(s_ij) − s_{i,t(i)}
+//
+// N rows x, K keys y, D embedding. Rows with t(i) < 0 are ignored.
+#pragma once
+
+#include <cstdint>
+
+namespace fastproto {
+
+struct Contrast {
+  int64_t N, K, D;
+  const void* x;            // (N, D), row stride stride_x
+  const void* y;            // (K, D), row stride stride_y
+  int64_t stride_x, stride_y;
+  int x_dtype, y_dtype;
+  const int64_t* target;    // (N,)
+  const float* a;           // (K,) inverse temperatures
+  const float* b;           // (K,) biases; null: 0
+  const int64_t* group;     // (N,) and (K,); null: no key is hidden
+  const int64_t* key_group;
+  float* loss;              // (N,)
+  float* lse;               // (N,)
+  // Forward. Each may be null.
+  float* dx;                // (N, D) Σ_j p_ij a_j y_j − a_t y_t
+  float* entropy;           // (N,), with top1 and positive: all or none
+  int64_t* top1;            // (N,)
+  float* positive;          // (N,) s_{i,t(i)}
+  // Backward into the keys.
+  const float* grad;        // (N,) dL / dL_i
+  float* dy;                // (K, D) Σ_i g_i (p_ij − [j = t(i)]) a_j x_i
+  float* db;                // (K,)   Σ_i g_i (p_ij − [j = t(i)]); null: not wanted
+};
+
+#define FASTPROTO_DECLARE(ISA)                               \
+  namespace ISA {                                            \
+  void contrast_fwd(const Contrast& args, int threads);      \
+  void contrast_bwd_keys(const Contrast& args, int threads); \
+  }
+FASTPROTO_DECLARE(baseline)
+FASTPROTO_DECLARE(avx2)
+FASTPROTO_DECLARE(avx512)
+#undef FASTPROTO_DECLARE
+
+}  // namespace fastproto

@@ -1,0 +1,117 @@
+// Backward into the keys: q_ij = g_i (p_ij − [j = t(i)]), dy_j = a_j Σ_i q_ij x_i, db_j = Σ_i q_ij. The scores are computed
+// again from the saved log-sum-exp, 2 · 2 · N · K · D operations; no N × K matrix.
+//
+// The forward with the roles exchanged: a task owns a chunk of keys and walks all rows in blocks, so that no two tasks
+// write the same place. Rows are summed in their order: the same bits for any number of threads.
+#include "contrast.h"
+
+#include <limits>
+#include <vector>
+
+#include "../common/parallel.h"
+#include "../common/tile.h"
+
+namespace fastproto {
+namespace FASTPROTO_ISA {
+namespace {
+
+constexpr int64_t ROWS = 256 / NR * NR;
+constexpr int64_t MAX_KEYS = 64 * MR;  // of a chunk: y and its gradient at D = 128 take 2 · 200 KB
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+// Per block: rows that count, padded to whole vectors with rows that do not (lse = ∞ gives p = 0).
+struct Block {
+  int64_t first, count, padded;
+  float lse[ROWS], grad[ROWS];
+  const float *across, *along;
+};
+
+// scores[i] of one key and block become q_ij. Returns their sum.
+inline float gradient_row(const Contrast& args, const Block& block, int64_t j, float* scores) {
+  const float a = args.a[j], b = args.b ? args.b[j] : 0.f;
+  for (int64_t i = 0; i < block.padded; i += LANES)
+    store(scores + i, exp(load(scores + i) * a + b - load(block.lse + i)) * load(block.grad + i));
+  for (int64_t i = 0; i < block.count; ++i) {
+    const bool is_target = args.target[block.first + i] == j;
+    if (args.group && !is_target && args.group[block.first + i] == args.key_group[j]) scores[i] = 0;
+    if (is_target) scores[i] -= block.grad[i];
+  }
+  Vec total{};
+  for (int64_t i = 0; i < block.padded; i += LANES) total += load(scores + i);
+  return sum(total);
+}
+
+template <int M>
+void key_tile(const Contrast& args, const Block& block, int64_t first, const float* y, float* scores, float* dy,
+              float* db) {
+  for (int64_t panel = 0; panel < block.padded / NR; ++panel)
+    tile_product<M>(y, args.D, block.across + panel * args.D * NR, args.D, scores + panel * NR, ROWS, nullptr);
+  float keep[M];
+  for (int m = 0; m < M; ++m) {
+    db[m] += gradient_row(args, block, first + m, scores + m * ROWS);
+    keep[m] = 1.f;
+  }
+  const int64_t width = round_up(args.D, NR);
+  for (int64_t panel = 0; panel < width / NR; ++panel)
+    tile_product<M>(scores, ROWS, block.along + panel * block.padded * NR, block.padded, dy + panel * NR, width, keep);
+}
+
+template <int M = MR>
+void keys_left(int count, const Contrast& args, const Block& block, int64_t first, const float* y, float* scores,
+               float* dy, float* db) {
+  if (count == M) return key_tile<M>(args, block, first, y, scores, dy, db);
+  if constexpr (M > 1) keys_left<M - 1>(count, args, block, first, y, scores, dy, db);
+}
+
+void task(const Contrast& args, int64_t begin, int64_t end) {
+  thread_local std::vector<float> y, rows, across, along, scores, dy, db;
+  const int64_t width = round_up(args.D, NR);
+  y.resize((end - begin) * args.D);
+  rows.resize(ROWS * args.D);
+  across.resize(ROWS * args.D);
+  along.resize(ROWS * width);
+  scores.resize(MR * ROWS);
+  dy.assign((end - begin) * width, 0.f);
+  db.assign(end - begin, 0.f);
+  for (int64_t j = begin; j < end; ++j)
+    load_row(args.y, args.y_dtype, j * args.stride_y, args.D, y.data() + (j - begin) * args.D);
+  for (int64_t first = 0; first < args.N; first += ROWS) {
+    Block block;
+    block.first = first;
+    block.count = std::min(ROWS, args.N - first);
+    block.padded = round_up(block.count, NR);
+    for (int64_t i = 0; i < block.padded; ++i) {
+      const bool counted = i < block.count && args.target[first + i] >= 0;
+      block.lse[i] = counted ? args.lse[first + i] : INF;
+      block.grad[i] = counted ? args.grad[first + i] : 0.f;
+      float* row = rows.data() + i * args.D;
+      // An ignored row is emptied, so that not even a NaN in it reaches the keys.
+      if (counted) load_row(args.x, args.x_dtype, (first + i) * args.stride_x, args.D, row);
+      else if (i < block.count) std::fill(row, row + args.D, 0.f);
+    }
+    pack_across(rows.data(), block.count, args.D, across.data());
+    pack_along(rows.data(), block.count, args.D, block.padded, along.data());
+    block.across = across.data();
+    block.along = along.data();
+    for (int64_t j = begin; j < end; j += MR)
+      keys_left(static_cast<int>(std::min<int64_t>(MR, end - j)), args, block, j, y.data() + (j - begin) * args.D,
+                scores.data(), dy.data() + (j - begin) * width, db.data() + (j - begin));
+  }
+  for (int64_t j = begin; j < end; ++j) {
+    const float* from = dy.data() + (j - begin) * width;
+    for (int64_t d = 0; d < args.D; ++d) args.dy[j * args.D + d] = args.a[j] * from[d];
+    if (args.db) args.db[j] = db[j - begin];
+  }
+}
+
+}  // namespace
+
+void contrast_bwd_keys(const Contrast& args, int threads) {
+  const int64_t even = (args.K + threads - 1) / threads;
+  const int64_t keys = std::max<int64_t>(MR, std::min(MAX_KEYS, round_up(even, MR)));
+  parallel_for((args.K + keys - 1) / keys, threads,
+               [&](int64_t t) { task(args, t * keys, std::min(args.K, t * keys + keys)); });
+}
+
+}  // namespace FASTPROTO_ISA
+}  // namespace fastproto
