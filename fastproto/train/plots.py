@@ -76,16 +76,17 @@ def ticks(low: float, high: float, intervals: int = 5) -> list[float]:
 
 
 def _unbroken_paths(places: Sequence[tuple[float, float] | None]) -> list[str]:
-    """SVG path data of every run of known places; each begins with a short dash, so that a lone place is seen."""
-    paths, before = [], None
+    """SVG path data of every run of known places; of a lone place a short dash."""
+    runs: list[list[tuple[float, float]]] = [[]]
     for place in places:
-        if place is not None:
-            x, y = place
-            if before is None:
-                paths.append(f"M{x - 2:.1f} {y:.1f}h2")
-            else:
-                paths[-1] += f"L{x:.1f} {y:.1f}"
-        before = place
+        if place is None:
+            runs.append([])
+        else:
+            runs[-1].append(place)
+    paths = []
+    for run in filter(None, runs):
+        (x, y), lone = run[0], len(run) == 1
+        paths.append(f"M{x - 2:.1f} {y:.1f}h4" if lone else "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in run))
     return paths
 
 

@@ -161,16 +161,16 @@ def times(result: Mapping[str, Any], log: Sequence[Mapping[str, float]]) -> str:
 
 
 def training(log: Sequence[Mapping[str, float]]) -> str:
-    """The loss, its terms, learning rate and speed, one small plot each."""
+    """The loss, its terms where it has several, learning rate and speed, one small plot each."""
     names = {"loss": "loss"}
-    names |= {key: key.removeprefix("loss/") for row in log for key in row if key.startswith("loss/")}
+    terms = {key: key.removeprefix("loss/") for row in log for key in row if key.startswith("loss/")}
+    names |= terms if len(terms) > 1 else {}
     names |= {"lr": "learning rate", "images_per_s": "images per second"}
     start = int(log[0].get("epoch", 0)) if log else 0
     plots = "".join(
         curve([row.get(key, math.nan) for row in log], title=title, start=start) for key, title in names.items()
     )
-    about = "By epoch, with the last value. What needs prototypes begins with the first clustering."
-    return section("Training", about, plots and f'<div class="curves">{plots}</div>')
+    return section("Training", "By epoch, with the last value.", plots and f'<div class="curves">{plots}</div>')
 
 
 def views(run: Run) -> str:

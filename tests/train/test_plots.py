@@ -28,11 +28,13 @@ def decode(url: str) -> Tensor:
 
 def path_points(html: str) -> list[list[tuple[float, float]]]:
     """The points of every path of a curve."""
-    paths = re.findall(r'class="line" d="M([-\d.]+) ([-\d.]+)h2((?:L[-\d.]+ [-\d.]+)*)"', html)
-    return [
-        [(float(x) + 2, float(y)), *((float(a), float(b)) for a, b in re.findall(r"L([-\d.]+) ([-\d.]+)", rest))]
-        for x, y, rest in paths
-    ]
+    numbers = r"([-\d.]+) ([-\d.]+)"
+    paths = []
+    for data in re.findall(r'class="line" d="(.*?)"', html):
+        points = [(float(x), float(y)) for x, y in re.findall(numbers, data)]
+        # A lone point is a dash around it.
+        paths.append([(points[0][0] + 2, points[0][1])] if data.endswith("h4") else points)
+    return paths
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))

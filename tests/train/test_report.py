@@ -192,6 +192,9 @@ def test_training_draws_every_term() -> None:
     prototype = html.split("<figcaption>prototype")[1].split("</figure>")[0]
     assert re.findall(r"<title>(.*?)</title>", prototype) == ["epoch 2: 2.5"]
     assert report.training([]) == ""
+    single = [{key: value for key, value in row.items() if key != "loss/prototype"} for row in LOG]
+    captions = re.findall(r"<figcaption>(.*?) <b>", report.training(single))
+    assert captions == ["loss", "learning rate", "images per second"]
 
 
 def test_views_are_those_of_the_trainer(run: SimpleNamespace) -> None:
