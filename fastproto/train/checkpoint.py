@@ -97,7 +97,7 @@ def load_data(config: Config) -> data.Dataset:
     """The configured data set, and of its training images as many as the configuration says.
 
     Raises:
-        ValueError: what ``data.load`` raises; fewer training images than ``limit``, the batch size or the prototypes.
+        ValueError: what ``data.load`` raises; fewer training images than ``limit`` or the batch size.
     """
     root = None if config.data_root is None else Path(config.data_root)
     dataset = data.load(config.data, root, image_size=config.image_size)
@@ -107,12 +107,10 @@ def load_data(config: Config) -> data.Dataset:
         # Spread evenly: image folders are sorted by class.
         kept = torch.arange(config.limit) * count // config.limit
         count = config.limit
-        dataset = replace(
-            dataset, train_images=dataset.train_images[kept], train_labels=dataset.train_labels[kept]
-        )
-    most = f"at most the {count} training images"
-    expect(config.batch_size <= count, "config", "batch_size", most, config.batch_size)
-    expect(max(config.prototypes.num) <= count, "prototypes", "num", most, config.prototypes.num)
+        dataset = replace(dataset, train_images=dataset.train_images[kept], train_labels=dataset.train_labels[kept])
+    expect(
+        config.batch_size <= count, "config", "batch_size", f"at most the {count} training images", config.batch_size
+    )
     return dataset
 
 

@@ -56,9 +56,7 @@ def train(
     """
     # Until the first clustering there are parameters without a gradient.
     strategy = DDPStrategy(find_unused_parameters=True) if config.devices > 1 else "auto"
-    fabric = Fabric(
-        accelerator=config.device, strategy=strategy, devices=config.devices, precision=config.precision
-    )
+    fabric = Fabric(accelerator=config.device, strategy=strategy, devices=config.devices, precision=config.precision)
     fabric.launch()
     device, (rank, world) = fabric.device, rank_and_world()
     state = build_state(config, dataset, device)
@@ -128,7 +126,8 @@ def train(
             state.seconds = clock.take()
             row = log_row(config, state, steps)
             if not math.isfinite(row["loss"]):
-                raise FloatingPointError(f"the loss is {row['loss']} in epoch {epoch + 1}: {row}")
+                terms = ", ".join(f"{name} {value:.3g}" for name, value in row.items() if name.startswith("loss"))
+                raise FloatingPointError(f"diverged in epoch {epoch + 1}: {terms}")
             state.log.append(row)
             state.epoch, state.step, state.sums, state.seconds = epoch + 1, 0, {}, {}
             bar.set_postfix_str(f"epoch {epoch + 1}, loss {row['loss']:.3f}, data {row['data_wait']:.0%}")

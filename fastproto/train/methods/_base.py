@@ -91,13 +91,25 @@ class Method(nn.Module, ABC):
 
 
 class MomentumMethod(Method):
-    """A method with a projection head and a target: slow copies of encoder and head that follow step by step."""
+    """A method with a projection head and a target: slow copies of encoder and head that follow step by step.
+
+    The target normalises by statistics that follow too, not by those of its batch: these would tell a key's batch, and
+    a queue of keys from other batches teaches a query to look for just that. MoCo shuffles keys between GPUs instead.
+
+    Source of the normalisation: EMAN (Cai et al., arXiv 2101.08482), section 3.
+    """
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__(config, encoder)
         self.projector = mlp(encoder.num_features, config.head.hidden, config.head.dim)
-        self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
-        self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        self.target_encoder = copy.deepcopy(encoder).requires_grad_(False).eval()
+        self.target_projector = copy.deepcopy(self.projector).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> MomentumMethod:
+        super().train(mode)
+        self.target_encoder.eval()
+        self.target_projector.eval()
+        return self
 
     @torch.no_grad()
     def target(self, images: Tensor) -> Tensor:
@@ -109,8 +121,7 @@ class MomentumMethod(Method):
         start, end = self.config.target.momentum, self.config.target.momentum_end
         momentum = end - (end - start) * (1 + math.cos(math.pi * progress)) / 2
         for target, online in ((self.target_encoder, self.encoder), (self.target_projector, self.projector)):
-            # Parameters only: the target sees every batch, so its normalisation keeps statistics of its own.
-            torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - momentum)
+            torch._foreach_lerp_(_weights_and_statistics(target), _weights_and_statistics(online), 1 - momentum)
 
 
 class QueueMethod(MomentumMethod):
@@ -140,6 +151,11 @@ class QueueMethod(MomentumMethod):
         self.queue.copy_(torch.cat([keys, self.queue])[: len(self.queue)])
 
 
+def _weights_and_statistics(module: nn.Module) -> list[Tensor]:
+    """All that is a float: the batches that a normalisation has counted are not."""
+    return [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
+
+
 def mlp(*sizes: int, last_norm: bool = False) -> nn.Sequential:
     """Linear layers with batch normalisation and ReLU between them; with ``last_norm`` the output is normalised too."""
     layers: list[nn.Module] = []
@@ -149,4 +165,3 @@ def mlp(*sizes: int, last_norm: bool = False) -> nn.Sequential:
     if last_norm:
         layers.append(nn.BatchNorm1d(sizes[-1], affine=False))
     return nn.Sequential(*layers)
-

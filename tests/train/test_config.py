@@ -1,0 +1,130 @@
+"""The configuration: what is laid over what, what is refused and how, and that files say it all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastproto.train import config as settings
+from fastproto.train.config import Config, LossConfig, OptimizerConfig, PrototypeConfig, ViewConfig
+
+
+def resolved(arguments: list[str], defaults: Path | None = None) -> Config:
+    parser = settings.config_parser()
+    return settings.resolve(parser, settings.parse(parser, arguments, defaults))
+
+
+def recipe(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_arguments_lie_over_the_recipe_and_the_recipe_over_the_defaults(tmp_path: Path) -> None:
+    path = recipe(tmp_path, "epochs: 7\noptimizer: {lr: 0.5, warmup: 2}\nprototypes:\n  num: [8, 16]\n")
+    config = resolved(["--optimizer.lr", "3", "--views.scale", "[0.1, 0.9]", "--limit", "300"], path)
+    expected = Config(
+        epochs=7,
+        limit=300,
+        optimizer=OptimizerConfig(lr=3.0, warmup=2.0),
+        prototypes=PrototypeConfig(num=(8, 16)),
+        views=ViewConfig(scale=(0.1, 0.9)),
+    )
+    assert config == expected
+
+
+def test_without_anything_it_is_the_defaults() -> None:
+    assert resolved([]) == Config()
+
+
+def test_a_file_says_all_of_a_configuration(tmp_path: Path) -> None:
+    config = Config(
+        method="spcl",
+        limit=None,
+        loss=LossConfig(temperature=0.3),
+        views=ViewConfig(size=24, jitter=(0.8, 0.7, 0.6, 0.2)),
+    )
+    assert settings.read_config(recipe(tmp_path, settings.to_yaml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bogus: 1", r"recipe.yaml: .*'bogus'"),
+        ("optimizer: {bogus: 1}", r"recipe.yaml: .*'optimizer'.*'bogus'"),
+        ("method: dino", r'recipe.yaml: "method": Expected one of .*simclr.*pauc.* Got value: dino'),
+        ("epochs: many", r'recipe.yaml: "epochs": Expected int\. Got value: many'),
+        ("views: {scale: [0.1]}", r'recipe.yaml: "views.scale": Expected a tuple with 2 elements'),
+        ("- 1", r"recipe.yaml: "),
+        ("a: [", r"recipe.yaml: "),
+        ("optimizer: 3", "config: optimizer expected settings by name, got int 3"),
+        ("epochs: 0", "config: epochs expected a number >= 1, got int 0"),
+        ("batch_size: 1", "config: batch_size expected a number >= 2, got int 1"),
+        ("devices: 3", "config: batch_size expected a multiple of devices = 3, got int 256"),
+        ("limit: 255", "config: limit expected a number >= 256, got int 255"),
+        ("encoder: {width: 7}", "encoder: width expected a number >= 8, got int 7"),
+        ("head: {dim: 0}", "head: dim expected a number >= 1, got int 0"),
+        ("views: {box_interval: 0}", "views: box_interval expected a number >= 1"),
+        ("prototypes: {num: []}", r"prototypes: num expected one or more numbers >= 1, got tuple \(\)"),
+        ("prototypes: {num: [4, 0]}", "prototypes: num expected one or more numbers >= 1"),
+        ("prototypes: {warmup: -1}", "prototypes: warmup expected a number >= 0, got int -1"),
+        ("target: {momentum: 1.5}", "target: momentum expected a number from 0 to 1, got float 1.5"),
+        ("target: {queue: 0}", "target: queue expected a number >= 1"),
+        ("loss: {temperature: 0}", "loss: temperature expected a number above 0, or null, got float 0.0"),
+        ("optimizer: {lr: -1}", "optimizer: lr expected a number >= 0, got float -1.0"),
+        ("optimizer: {lr: .nan}", "optimizer: lr expected a number >= 0, got float nan"),
+    ],
+)
+def test_what_is_refused_is_named_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        settings.read_config(recipe(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "dino"], '^"method": Expected one of '),
+        (["--bogus", "3"], "^unrecognized arguments: --bogus"),
+        (["--meth", "simclr"], "^unrecognized arguments: --meth"),
+        (["--optimizer.lr", "fast"], '^"optimizer.lr": Expected float. Got value: fast'),
+    ],
+)
+def test_bad_arguments_are_named_in_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        resolved(arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_difference_names_the_first_setting_that_differs() -> None:
+    config = Config()
+    assert settings.difference(config, config) == ""
+    assert settings.difference(config, replace(config, epochs=3)) == "epochs 200, now 3"
+    changed = replace(config, prototypes=PrototypeConfig(num=(3, 4)))
+    assert settings.difference(config, changed) == "prototypes.num [512], now [3, 4]"
+
+
+def test_a_run_may_go_on_elsewhere() -> None:
+    assert settings.difference(Config(), Config(device="cpu", data_root="/elsewhere")) == ""
+
+
+def test_recipes_are_found_by_path_and_by_name(tmp_path: Path) -> None:
+    path = recipe(tmp_path, "epochs: 3")
+    assert settings.find_recipe(str(path)) == path
+    assert settings.find_recipe("pauc_digits") == settings.RECIPES / "pauc_digits.yaml"
+    with pytest.raises(ValueError, match=r"recipe: expected a YAML file or one of .*pauc_digits.*, got 'nothing'"):
+        settings.find_recipe("nothing")
+
+
+@pytest.mark.parametrize("method", ["simclr", "moco", "byol", "simsiam", "pcl", "spcl", "pauc"])
+def test_every_method_has_a_recipe_for_digits(method: str) -> None:
+    path = settings.default_recipe(method, "digits")
+    assert path is not None
+    config = settings.read_config(path)
+    assert (config.method, config.data, config.encoder.name) == (method, "digits", "resnet-tiny")
+
+
+def test_other_data_has_no_recipe_of_its_own() -> None:
+    assert settings.default_recipe("pauc", "imagefolder:somewhere") is None

@@ -1,0 +1,88 @@
+"""Encoders against torchvision's networks and against the formula of a residual block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import models
+
+from fastproto.train.encoders import Block, build_encoder
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "images", "shape"),
+    [
+        ("resnet-tiny", 32, (2, 3, 32, 32), (2, 40, 4, 4)),
+        ("resnet-tiny", 40, (1, 3, 33, 57), (1, 40, 5, 8)),
+        ("resnet18", 32, (2, 3, 32, 32), (2, 512, 4, 4)),
+        ("resnet18", 64, (1, 3, 40, 40), (1, 512, 5, 5)),
+        ("resnet18", 65, (1, 3, 96, 96), (1, 512, 3, 3)),
+        ("resnet50", 32, (1, 3, 32, 32), (1, 2048, 4, 4)),
+    ],
+)
+def test_features_are_the_mean_of_the_feature_map(name: str, image_size: int, images: tuple, shape: tuple) -> None:
+    encoder = build_encoder(name, image_size=image_size, width=10).eval()
+    x = torch.rand(images)
+    with torch.no_grad():
+        feature_map, features = encoder.feature_map(x), encoder(x)
+    assert feature_map.shape == shape
+    assert encoder.num_features == shape[1]
+    torch.testing.assert_close(features, feature_map.flatten(2).mean(2))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_large_images_get_torchvisions_network(name: str) -> None:
+    torch.manual_seed(3)
+    encoder = build_encoder(name, image_size=224).eval()
+    torch.manual_seed(3)
+    network = getattr(models, name)().eval()
+    network.fc = nn.Identity()
+    x = torch.rand(1, 3, 80, 72)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(x), network(x))
+
+
+@pytest.mark.parametrize(("channels_in", "channels_out", "stride"), [(8, 8, 1), (8, 8, 2), (8, 13, 1)])
+def test_a_block_is_two_convolutions_beside_a_shortcut(channels_in: int, channels_out: int, stride: int) -> None:
+    block = Block(channels_in, channels_out, stride).double().eval()
+    for norm in (module for module in block.modules() if isinstance(module, nn.BatchNorm2d)):
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            nn.init.uniform_(tensor, 0.5, 1.5)
+
+    def normalise(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+        scale = norm.weight / (norm.running_var + 1e-5).sqrt()
+        return x * scale[:, None, None] + (norm.bias - norm.running_mean * scale)[:, None, None]
+
+    x = torch.randn(2, channels_in, 9, 7, dtype=torch.float64)
+    inner = normalise(F.conv2d(x, block.conv1.weight, stride=stride, padding=1), block.norm1).clamp(min=0)
+    inner = normalise(F.conv2d(inner, block.conv2.weight, padding=1), block.norm2)
+    shortcut = x
+    if stride == 2 or channels_in != channels_out:
+        shortcut = normalise(F.conv2d(x, block.shortcut[0].weight, stride=stride), block.shortcut[1])
+    torch.testing.assert_close(block(x), (inner + shortcut).clamp(min=0))
+
+
+def test_every_weight_of_the_tiny_encoder_learns_in_either_layout() -> None:
+    encoder = build_encoder("resnet-tiny", image_size=32, width=8)
+    gradients = []
+    x = torch.rand(4, 3, 17, 23)
+    upstream = torch.randn(4, 32)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        encoder = encoder.to(memory_format=layout)
+        encoder.zero_grad()
+        encoder(x).backward(upstream)
+        gradients.append([parameter.grad.clone() for parameter in encoder.parameters()])
+    for plain, channels_last in zip(*gradients, strict=True):
+        assert plain.abs().max() > 0
+        torch.testing.assert_close(plain, channels_last, rtol=1e-3, atol=1e-4)
+
+
+def test_unknown_names_and_narrow_ones_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match="build_encoder: name expected one of resnet-tiny, resnet18, resnet50, got vit"
+    ):
+        build_encoder("vit", image_size=32)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="build_encoder: width expected at least 8, got int 7"):
+        build_encoder("resnet-tiny", image_size=32, width=7)

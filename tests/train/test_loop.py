@@ -1,0 +1,284 @@
+"""The loop: what happens at which epoch, that all pairs train, and that an interruption changes no bit."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastproto.cluster import PrototypeBank
+from fastproto.train import loop
+from fastproto.train.checkpoint import State, build_state, latest_checkpoint, read_log
+from fastproto.train.clock import PHASES
+from fastproto.train.config import Config, LossConfig, OptimizerConfig, PrototypeConfig, ViewConfig, plain
+from fastproto.train.data import Dataset
+from fastproto.train.evaluate import evaluate
+from fastproto.train.methods import METHODS
+from fastproto.views import SIMC_BOX, localize
+
+CPU = torch.device("cpu")
+SCORES = {"knn20": 0.25, "knn200": 0.25, "linear": 0.25}
+
+
+@pytest.fixture
+def no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "evaluate", lambda encode, dataset, *, device: dict(SCORES))
+
+
+def stop_after(steps: int) -> Callable[[], bool]:
+    """Says True at the so many-th asking."""
+    asked = iter(range(1, 1000))
+    return lambda: next(asked) == steps
+
+
+def at_the_end(folder: Path, config: Config, dataset: Dataset) -> State:
+    state = build_state(config, dataset, CPU)
+    state.load(latest_checkpoint(folder))
+    return state
+
+
+def tensors(state: State) -> dict[str, Tensor]:
+    parts = {
+        name: getattr(state, name) for name in ("method", "boxes", "prototypes") if getattr(state, name) is not None
+    }
+    found = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+    for index, values in state.optimizer.state_dict()["state"].items():
+        found |= {f"optimizer.{index}.{key}": value for key, value in values.items() if isinstance(value, Tensor)}
+    return found
+
+
+def numbers(log: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The log without what depends on the machine."""
+    return [{name: value for name, value in row.items() if name.startswith(("epoch", "lr", "loss"))} for row in log]
+
+
+@pytest.mark.usefixtures("no_evaluation")
+@pytest.mark.parametrize("crop", ["random", "contrastive", "simc"])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_trains_with_every_crop(
+    tmp_path: Path, tiny_config: Config, tiny_data: Dataset, method: str, crop: str
+) -> None:
+    config = replace(tiny_config, method=method, crop=crop)  # type: ignore[arg-type]
+    loop.train(config, tiny_data, tmp_path)
+    start, end = build_state(config, tiny_data, CPU), at_the_end(tmp_path, config, tiny_data)
+    for name, parameter in end.method.encoder.named_parameters():
+        assert parameter.isfinite().all(), name
+        assert not torch.equal(parameter, start.method.encoder.get_parameter(name)), name
+    assert end.method.encoder.trunk[1].num_batches_tracked == (4 if method in ("moco", "pcl", "pauc") else 8)
+    terms = {
+        "pcl": ["contrast", "prototype"],
+        "spcl": ["contrast", "metric", "prototype"],
+        "pauc": ["contrast", "prototype", "align", "uniform", "correlation"],
+    }.get(method, ["contrast"])
+    first, second = end.log
+    assert [name for name in first if name.startswith("loss/")] == ["loss/contrast"]
+    assert [name for name in second if name.startswith("loss/")] == [f"loss/{name}" for name in terms]
+    assert all(math.isfinite(value) for value in second.values())
+    box = torch.tensor(SIMC_BOX if crop == "simc" else (0.0, 0.0, 1.0, 1.0))
+    assert (end.boxes.boxes == box).all() == (crop != "contrastive")
+    if end.prototypes is not None:
+        assert end.prototypes.num_updates == 1
+        assert end.prototypes.assignments_0.unique().tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("no_evaluation")
+@pytest.mark.parametrize(
+    ("method", "optimizer"), [("pauc", "sgd"), ("spcl", "sgd"), ("spcl", "adamw"), ("byol", "adamw")]
+)
+def test_an_interrupted_run_ends_with_the_same_bits(
+    tmp_path: Path, tiny_config: Config, tiny_data: Dataset, method: str, optimizer: str
+) -> None:
+    settings = OptimizerConfig(name=optimizer, lr=0.01, warmup=0.5)  # type: ignore[arg-type]
+    config = replace(tiny_config, method=method, epochs=3, optimizer=settings)  # type: ignore[arg-type]
+    loop.train(config, tiny_data, tmp_path / "whole")
+    whole = at_the_end(tmp_path / "whole", config, tiny_data)
+    # Six steps in all: in the middle of an epoch, and after its last step.
+    for stops in ((1,), (4,), (3, 1, 1), (6,)):
+        folder = tmp_path / "-".join(map(str, stops))
+        for attempt, steps in enumerate(stops):
+            with pytest.raises(loop.Interrupted):
+                loop.train(config, tiny_data, folder, resume=attempt > 0, stop=stop_after(steps))
+            torch.rand(3)
+        loop.train(config, tiny_data, folder, resume=True)
+        resumed = at_the_end(folder, config, tiny_data)
+        expected, actual = tensors(whole), tensors(resumed)
+        assert expected.keys() == actual.keys()
+        assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
+        assert numbers(resumed.log) == numbers(whole.log) == numbers(read_log_without_gaps(folder))
+
+
+def read_log_without_gaps(folder: Path) -> list[dict[str, float]]:
+    return [{name: value for name, value in row.items() if not math.isnan(value)} for row in read_log(folder)]
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_a_run_killed_between_checkpoints_goes_on_from_the_last(
+    tmp_path: Path, tiny_config: Config, tiny_data: Dataset
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill() -> bool:
+        if next(asked) == 3:
+            raise Killed
+        return False
+
+    asked = iter(range(1, 1000))
+    with pytest.raises(Killed):
+        loop.train(tiny_config, tiny_data, tmp_path / "killed", stop=kill)
+    loop.train(tiny_config, tiny_data, tmp_path / "killed", resume=True)
+    loop.train(tiny_config, tiny_data, tmp_path / "whole")
+    states = [at_the_end(tmp_path / name, tiny_config, tiny_data) for name in ("killed", "whole")]
+    expected, actual = map(tensors, states)
+    assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
+
+
+def test_a_run_leaves_its_folder_complete(tmp_path: Path, tiny_config: Config, tiny_data: Dataset) -> None:
+    config = replace(tiny_config, seed=11)
+    result = loop.train(config, tiny_data, tmp_path)
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["epoch-0001.pt", "epoch-0002.pt"]
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
+    end = at_the_end(tmp_path, config, tiny_data)
+    assert result["before"] == evaluate(build_state(config, tiny_data, CPU).method.eval().encoder, tiny_data)
+    assert result["after"] == evaluate(end.method.eval().encoder, tiny_data)
+    assert result["before"] == end.before
+    assert result["config"] == plain(config)
+    assert set(result["versions"]) == {"fastproto", "torch", "numpy", "python"}
+
+    log = read_log(tmp_path)
+    assert [row["epoch"] for row in log] == [1, 2]
+    for row in log:
+        terms = [value for name, value in row.items() if name.startswith("loss/") and not math.isnan(value)]
+        assert row["loss"] == pytest.approx(sum(terms))
+        busy = sum(row[f"time/{phase}"] for phase in ("views", "forward", "loss", "backward"))
+        assert row["images_per_s"] == pytest.approx(2 * 16 / busy)
+        assert row["data_wait"] == pytest.approx(row["time/views"] / busy)
+        assert all(row[f"time/{phase}"] > 0 for phase in PHASES if phase != "evaluation")
+    assert log[0]["time/evaluation"] > 0
+    for phase in PHASES:
+        assert result["time_s"][phase] >= sum(row[f"time/{phase}"] for row in log)
+    assert result["time_s"]["evaluation"] > log[0]["time/evaluation"]
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_a_finished_run_is_only_evaluated_again(tmp_path: Path, tiny_config: Config, tiny_data: Dataset) -> None:
+    loop.train(tiny_config, tiny_data, tmp_path)
+    before = tensors(at_the_end(tmp_path, tiny_config, tiny_data))
+    (tmp_path / "result.json").unlink()
+    loop.train(tiny_config, tiny_data, tmp_path, resume=True)
+    after = tensors(at_the_end(tmp_path, tiny_config, tiny_data))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((tmp_path / "result.json").read_text())["after"] == SCORES
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, tiny_config: Config, tiny_data: Dataset) -> None:
+    config = replace(tiny_config, method="simclr", loss=LossConfig(contrast_weight=math.inf))
+    with pytest.raises(FloatingPointError, match=r"^diverged in epoch 1: loss (inf|nan), loss/contrast (inf|nan)$"):
+        loop.train(config, tiny_data, tmp_path)
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_boxes_are_found_by_the_trained_encoder_on_whole_images(
+    tmp_path: Path, tiny_config: Config, tiny_data: Dataset
+) -> None:
+    config = replace(
+        tiny_config, views=replace(tiny_config.views, box_warmup=1, box_interval=2, box_threshold=0.3), epochs=3
+    )
+    with pytest.raises(loop.Interrupted):
+        loop.train(config, tiny_data, tmp_path, stop=stop_after(3))
+    assert (at_the_end(tmp_path, config, tiny_data).boxes.boxes == torch.tensor([0.0, 0.0, 1.0, 1.0])).all()
+    with pytest.raises(loop.Interrupted):
+        loop.train(config, tiny_data, tmp_path, resume=True, stop=stop_after(1))
+    encoder = at_the_end(tmp_path, config, tiny_data).method.encoder.eval()
+    with pytest.raises(loop.Interrupted):
+        loop.train(config, tiny_data, tmp_path, resume=True, stop=stop_after(1))
+    found = at_the_end(tmp_path, config, tiny_data).boxes.boxes
+    images = (tiny_data.train_images.float() / 255 - 0.3) / 0.25
+    with torch.no_grad():
+        expected = localize(encoder.feature_map(images), 0.3, (20, 20))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.051)
+    assert (found - expected).abs().mean() < 1e-3
+
+
+@pytest.mark.usefixtures("no_evaluation")
+@pytest.mark.parametrize("method", ["pcl", "spcl"])
+def test_prototypes_are_clusters_of_the_whole_training_set(
+    tmp_path: Path, tiny_config: Config, tiny_data: Dataset, method: str
+) -> None:
+    config = replace(tiny_config, method=method, seed=4)  # type: ignore[arg-type]
+    with pytest.raises(loop.Interrupted):
+        loop.train(config, tiny_data, tmp_path, stop=stop_after(2))
+    state = at_the_end(tmp_path, config, tiny_data)
+    assert state.prototypes is not None
+    assert not state.prototypes.ready
+    method_then = state.method.eval()
+    with pytest.raises(loop.Interrupted):
+        loop.train(config, tiny_data, tmp_path, resume=True, stop=stop_after(1))
+    found = at_the_end(tmp_path, config, tiny_data).prototypes
+    assert found is not None
+    images = (tiny_data.train_images.float() / 255 - 0.3) / 0.25
+    with torch.no_grad():
+        features = method_then.cluster_space(method_then.embed(images))
+    bank = PrototypeBank(40, method_then.cluster_dim, 5, temperature=0.2, n_iter=3, n_init=1, seed=4)
+    bank.update(features)
+    assert torch.equal(found.assignments_0, bank.assignments_0)
+    torch.testing.assert_close(found.prototypes_0, bank.prototypes_0, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.concentration_0, bank.concentration_0, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_every_epoch_sees_other_images_in_another_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_config: Config, tiny_data: Dataset
+) -> None:
+    seen: list[tuple[int, list[int]]] = []
+    build_views = loop.build_views
+
+    def watched(config: Config, dataset: Dataset) -> torch.nn.Module:
+        views = build_views(config, dataset)
+        views.register_forward_pre_hook(lambda module, args: seen.append((args[3], args[1].tolist())))
+        return views
+
+    monkeypatch.setattr(loop, "build_views", watched)
+    loop.train(replace(tiny_config, method="simclr", epochs=3), tiny_data, tmp_path)
+    assert [epoch for epoch, _ in seen] == [0, 0, 1, 1, 2, 2]
+    orders = [seen[2 * epoch][1] + seen[2 * epoch + 1][1] for epoch in range(3)]
+    assert all(len(set(order)) == 32 for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+    for epoch, order in enumerate(orders):
+        assert order == np.random.default_rng((0, epoch)).permutation(40)[:32].tolist()
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    config = OptimizerConfig(lr=2.0, warmup=2.0)
+    rates = [loop.learning_rate(config, done, 10) for done in (0.5, 1.0, 2.0, 4.0, 6.0, 10.0)]
+    expected = [0.5, 1.0, 2.0, 1 + math.cos(math.pi / 4), 1 + math.cos(math.pi / 2), 0.0]
+    assert rates == pytest.approx(expected)
+    assert loop.learning_rate(OptimizerConfig(lr=2.0, warmup=0.0), 5.0, 10) == pytest.approx(1.0)
+    # A warm-up that outlasts the run never falls.
+    assert loop.learning_rate(OptimizerConfig(lr=2.0, warmup=20.0), 10.0, 10) == pytest.approx(1.0)
+
+
+def test_boxes_and_prototypes_have_their_epochs() -> None:
+    views = ViewConfig(box_warmup=4, box_interval=3)
+    config = Config(crop="contrastive", views=views, prototypes=PrototypeConfig(warmup=2, interval=3))
+    assert [epoch for epoch in range(14) if loop.locates(config, epoch)] == [6, 9, 12]
+    assert [epoch for epoch in range(14) if loop.clusters(config, epoch)] == [2, 5, 8, 11]
+    for crop in ("random", "simc"):
+        assert not any(loop.locates(replace(config, crop=crop), epoch) for epoch in range(14))  # type: ignore[arg-type]
+    # A random encoder finds no boxes.
+    assert not loop.locates(replace(config, views=replace(views, box_warmup=0)), 0)
+
+
+def test_embedding_keeps_the_order_of_the_images(tiny_data: Dataset) -> None:
+    rows = loop.embed_all(lambda images: images.flatten(1)[:, :3], tiny_data, CPU)
+    expected = (tiny_data.train_images.flatten(1)[:, :3].double() / 255 - 0.3) / 0.25
+    torch.testing.assert_close(rows.double(), expected, rtol=1e-5, atol=1e-5)
