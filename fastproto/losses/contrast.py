@@ -76,7 +76,9 @@ def nt_xent(
         key_groups = torch.where(prototypes == ignore_index, -1 - key_groups, prototypes)
     groups = key_groups[first : first + 2 * n]
     targets = rows.roll(n)
-    loss = contrast(features, keys, targets, scale=1 / temperature, groups=groups, key_groups=key_groups).loss
+    loss = contrast(
+        features, keys, targets, scale=1 / temperature, groups=groups, key_groups=key_groups, stats=False
+    ).loss
     return reduce_rows(loss, reduction)
 
 
@@ -120,7 +122,7 @@ def info_nce(
     key = unit(key.detach())
     if queue is None:
         rows = torch.arange(query.shape[0], device=query.device)
-        loss = contrast(unit(query), key, rows, scale=1 / temperature).loss
+        loss = contrast(unit(query), key, rows, scale=1 / temperature, stats=False).loss
     else:
         expect_tensor(queue, "info_nce", "queue", ("M", query.shape[1]), FLOATS, query.device)
         loss = _against_queue(unit(query), key, unit(queue.detach()), temperature)
@@ -134,7 +136,9 @@ def _against_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: float
     in_queue = (torch.arange(keys.shape[0], device=device) >= n).long()
     rows = torch.arange(n, device=device)
     groups = torch.zeros_like(rows)
-    return contrast(query, keys, rows, scale=1 / temperature, groups=groups, key_groups=in_queue).loss
+    return contrast(
+        query, keys, rows, scale=1 / temperature, groups=groups, key_groups=in_queue, stats=False
+    ).loss
 
 
 class NTXentLoss(nn.Module):

@@ -93,14 +93,16 @@ def proto_nce(
         _expect_set(features, keys, labels, phi, b, ignore_index)
         targets = torch.where(labels == ignore_index, -1, labels).long()
         if num_negatives is None:
-            rows = contrast(v, unit(keys) if normalize else keys, targets, scale=_inverse(phi), bias=b)
+            y = unit(keys) if normalize else keys
+            rows = contrast(v, y, targets, scale=_inverse(phi), bias=b, stats=return_stats)
         else:
             batch = gather_rows(targets) if gather_distributed else targets
             kept, kept_bias = _sample_keys(batch, keys.shape[0], num_negatives, generator, gather_distributed)
             rows = _contrast_kept(v, keys, targets, phi, b, normalize, kept, kept_bias)
         losses.append(_reduce(rows.loss, targets, reduction, gather_distributed))
-        top1 = torch.where(targets < 0, ignore_index, rows.top1)
-        stats.append(ProtoNCEStats(rows.lse, rows.entropy, top1, rows.positive_logit))
+        if return_stats:
+            top1 = torch.where(targets < 0, ignore_index, rows.top1)
+            stats.append(ProtoNCEStats(rows.lse, rows.entropy, top1, rows.positive_logit))
     loss = torch.stack(losses).mean(0)
     if not return_stats:
         return loss

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy of rows against keys, in plain PyTorch.
+"""Softmax cross-entropy of rows against keys, forward and backward, in plain PyTorch.
 
     s_ij = <x_i, y_j> · a_j + b_j
     L_i  = log Σ_{j ∈ A(i)} exp(s_ij) - s_{i,t(i)}
@@ -15,45 +15,77 @@ import torch
 from torch import Tensor
 
 
-def contrast(
+def contrast_fwd(
     features: Tensor,  # (N, D) float
     keys: Tensor,  # (K, D) float
-    targets: Tensor,  # (N,) int
-    scale: float | Tensor,  # (K,) float
+    targets: Tensor,  # (N,) int64, -1 for an ignored row
+    scale: Tensor,  # (K,) float
     bias: Tensor | None,  # (K,) float
-    groups: Tensor | None,  # (N,) int
-    key_groups: Tensor | None,  # (K,) int
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns loss, lse, entropy, top1 and positive logit, each (N,); only the loss carries a gradient."""
-    dtype = torch.promote_types(torch.promote_types(features.dtype, keys.dtype), torch.float32)
-    counted_n = targets != ignore_index
-    target_n1 = torch.where(counted_n, targets, 0).long()[:, None]
-    # An ignored row is emptied before the product, so that not even a NaN in it reaches the keys' gradient.
-    x_nd = torch.where(counted_n[:, None], features, 0).to(dtype)
+    groups: Tensor | None,  # (N,) int64
+    key_groups: Tensor | None,  # (K,) int64
+    need_dx: bool,
+    need_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss (N,), lse (N,), dx (N, D), entropy (N,), top1 (N,), positive logit (N,); what is not needed has size 0."""
+    x_nd, y_kd, logits_nk = _logits(features, keys, targets, scale, bias, groups, key_groups)
+    counted_n, target_n1 = targets >= 0, targets.clamp(min=0)[:, None]
+    # log_softmax and not lse - s: the difference of two large numbers would lose the digits of a small loss.
+    log_p_nk = logits_nk.log_softmax(1)
+    p_nk = log_p_nk.exp()
+    loss_n = torch.where(counted_n, -log_p_nk.gather(1, target_n1).squeeze(1), 0)
+    lse_n = torch.where(counted_n, logits_nk.logsumexp(1), 0)
 
-    with torch.autocast(features.device.type, enabled=False):
-        logits_nk = x_nd @ keys.to(dtype).T
-    logits_nk = logits_nk * (scale.to(dtype) if isinstance(scale, Tensor) else scale)
+    dx_nd = entropy_n = positive_n = x_nd.new_empty(0)
+    top1_n = targets.new_empty(0)
+    if need_dx:
+        q_nk = p_nk - torch.zeros_like(p_nk).scatter_(1, target_n1, 1.0)
+        dx_nd = torch.where(counted_n[:, None], (q_nk * scale.to(x_nd.dtype)) @ y_kd, 0)
+    if need_stats:
+        entropy_n = torch.where(counted_n, torch.special.entr(p_nk).sum(1), 0)
+        # argmax refuses a (0, 0) matrix.
+        top1_n = torch.where(counted_n, logits_nk.argmax(1), -1) if logits_nk.numel() else targets.clone()
+        positive_n = torch.where(counted_n, logits_nk.gather(1, target_n1).squeeze(1), 0)
+    return loss_n, lse_n, dx_nd, entropy_n, top1_n, positive_n
+
+
+def contrast_bwd_keys(
+    features: Tensor,  # (N, D) float
+    keys: Tensor,  # (K, D) float
+    targets: Tensor,  # (N,) int64
+    scale: Tensor,  # (K,) float
+    bias: Tensor | None,  # (K,) float
+    groups: Tensor | None,  # (N,) int64
+    key_groups: Tensor | None,  # (K,) int64
+    lse: Tensor,  # (N,)
+    grad: Tensor,  # (N,) dL / dL_i
+) -> tuple[Tensor, Tensor]:
+    """dL/dy (K, D) and dL/db (K,), from q_ij = g_i (p_ij - 1[j = t(i)])."""
+    x_nd, _, logits_nk = _logits(features, keys, targets, scale, bias, groups, key_groups)
+    counted_n1, target_n1 = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]
+    p_nk = (logits_nk - lse[:, None]).exp()
+    q_nk = grad[:, None] * (p_nk - torch.zeros_like(p_nk).scatter_(1, target_n1, 1.0))
+    q_nk = torch.where(counted_n1, q_nk, 0)
+    return scale.to(x_nd.dtype)[:, None] * (q_nk.T @ x_nd), q_nk.sum(0)
+
+
+def _logits(
+    features: Tensor,
+    keys: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    groups: Tensor | None,
+    key_groups: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, keys and logits (N, K) in at least float32; -inf where a row may not see a key."""
+    dtype = torch.promote_types(torch.promote_types(features.dtype, keys.dtype), torch.float32)
+    # An ignored row is emptied before the product, so that not even a NaN in it reaches the keys' gradient.
+    x_nd = torch.where((targets >= 0)[:, None], features, 0).to(dtype)
+    y_kd = keys.to(dtype)
+    logits_nk = (x_nd @ y_kd.T) * scale.to(dtype)
     if bias is not None:
         logits_nk = logits_nk + bias.to(dtype)
     if groups is not None and key_groups is not None:
-        hidden_nk = (groups[:, None] == key_groups).scatter(1, target_n1, False)
+        hidden_nk = (groups[:, None] == key_groups).scatter(1, targets.clamp(min=0)[:, None], False)
         logits_nk = logits_nk.masked_fill(hidden_nk, -math.inf)
-
-    # log_softmax and not lse - s: the difference of two large numbers would lose the digits of a small loss.
-    log_p_nk = logits_nk.log_softmax(1)
-    loss_n = torch.where(counted_n, -log_p_nk.gather(1, target_n1).squeeze(1), 0)
-
-    logits_nk, log_p_nk = logits_nk.detach(), log_p_nk.detach()
-    lse_n = logits_nk.logsumexp(1)
-    entropy_n = torch.special.entr(log_p_nk.exp()).sum(1)
-    top1_n = logits_nk.argmax(1) if logits_nk.numel() else targets.long()  # argmax refuses a (0, 0) matrix
-    positive_n = logits_nk.gather(1, target_n1).squeeze(1)
-    return (
-        loss_n,
-        torch.where(counted_n, lse_n, 0),
-        torch.where(counted_n, entropy_n, 0),
-        torch.where(counted_n, top1_n, ignore_index),
-        torch.where(counted_n, positive_n, 0),
-    )
+    return x_nd, y_kd, logits_nk

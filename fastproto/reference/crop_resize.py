@@ -2,7 +2,7 @@
 
     out[r, c] = scale_c · Wy[r] · image[index_r][c] · Wx[r]ᵀ + offset_c
 
-Wy (R, h, H) and Wx (R, w, W) hold the triangle filter of Pillow's and torchvision's bilinear resize, zero outside the crop.
+Wy (R, h, H) and Wx (R, w, W) hold the triangle filter of Pillow and torchvision, zero outside the crop.
 R crops, N images, C channels, H × W the image, h × w the output.
 """
 

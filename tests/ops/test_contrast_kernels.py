@@ -1,0 +1,158 @@
+"""The compiled kernels of the contrast op against the float64 reference, at sizes that reach every path in them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastproto
+from fastproto import _native
+from fastproto.ops.contrast import contrast
+
+needs_cpp = pytest.mark.skipif(_native.cpp is None, reason=_native.cpp_error)
+BACKENDS = [pytest.param("cpp", "cpu", marks=needs_cpp)]
+LEAVES = ("features", "keys", "scale", "bias")
+# One row with keys split into segments; rows beyond one chunk; keys beyond one block; D off every vector width.
+SHAPES = [(1, 1, 1), (1, 9000, 24), (33, 507, 130), (1000, 300, 96), (5, 2, 3), (64, 2100, 128)]
+
+
+def problem(n: int, k: int, d: int, *, grouped: bool = True, device: str = "cpu") -> dict[str, Any]:
+    """Unit rows, duplicate targets, ignored rows, temperatures down to 0.05, biases, groups."""
+    generator = torch.Generator().manual_seed(n + 7 * k + 31 * d)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    out: dict[str, Any] = {
+        "features": torch.nn.functional.normalize(randn(n, d), dim=1),
+        "keys": torch.nn.functional.normalize(randn(k, d), dim=1),
+        "targets": torch.randint(-1, k, (n,), generator=generator),
+        "scale": 1 + 19 * torch.rand(k, generator=generator),
+        "bias": randn(k),
+    }
+    if grouped:
+        out["groups"] = torch.randint(0, 5, (n,), generator=generator)
+        out["key_groups"] = torch.randint(0, 5, (k,), generator=generator)
+    return {name: value.to(device) for name, value in out.items()}
+
+
+def run(backend: str, arguments: dict[str, Any], dtype: torch.dtype) -> list[Tensor]:
+    """The five results, and the gradients of all that may have one for a fixed upstream gradient."""
+    cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in arguments.items()}
+    leaves = [cast[name].requires_grad_() for name in LEAVES]
+    with fastproto.backend(backend):
+        rows = contrast(**cast)
+        upstream = torch.linspace(-1, 1, len(rows.loss), device=rows.loss.device).to(rows.loss.dtype)
+        return [*(row.detach() for row in rows), *torch.autograd.grad(rows.loss, leaves, upstream)]
+
+
+def assert_close(ours: list[Tensor], exact: list[Tensor], eps: float) -> None:
+    names = ("loss", "lse", "entropy", "top1", "positive", *LEAVES)
+    for name, a, b in zip(names, ours, exact, strict=True):
+        if name == "top1":
+            assert torch.equal(a.cpu(), b.cpu())
+            continue
+        error = (a.double() - b.double()).abs().max() if a.numel() else torch.zeros(())
+        assert error <= eps * b.abs().max().clamp(min=1e-3), f"{name}: {float(error):.2e}"
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_equals_the_reference(backend: str, device: str, shape: tuple[int, int, int], grouped: bool) -> None:
+    arguments = problem(*shape, grouped=grouped, device=device)
+    assert_close(run(backend, arguments, torch.float32), run("reference", arguments, torch.float64), 4e-6)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rows_are_summed_in_float32(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Against the reference on the same rounded inputs, so that only the arithmetic is judged."""
+    arguments = {
+        name: value.to(dtype).float() if value.is_floating_point() else value
+        for name, value in problem(33, 507, 96, device=device).items()
+    }
+    ours, exact = run(backend, arguments, dtype), run("reference", arguments, torch.float64)
+    assert all(row.dtype == torch.float32 for row in ours[:3])
+    assert all(gradient.dtype == dtype for gradient in ours[5:])
+    assert_close(ours[:5] + exact[5:], exact, 4e-6)
+    assert_close(exact[:5] + ours[5:], exact, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_sharp_temperatures_and_large_biases(backend: str, device: str) -> None:
+    """Logits of ±100 in float32: the running maximum keeps every exponential finite."""
+    arguments = problem(40, 1000, 24, device=device)
+    arguments["scale"] = torch.full_like(arguments["scale"], 100.0)
+    arguments["bias"] = arguments["bias"] * 50
+    exact = run("reference", arguments, torch.float64)
+    # A logit of 250 is known to 250 · 2⁻²⁴ · a few, and so is its probability.
+    assert_close(run(backend, arguments, torch.float32), exact, 2e-4)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_nan_stays_in_its_row_and_infinite_biases_hide(backend: str, device: str) -> None:
+    arguments = problem(40, 600, 24, device=device)
+    arguments["features"][7, 3] = math.nan
+    arguments["targets"][7] = 5
+    arguments["targets"][8] = -1
+    arguments["features"][8] = math.nan
+    arguments["bias"][::3] = -math.inf
+    arguments["targets"][arguments["targets"] % 3 == 0] = 1
+    ours = run(backend, arguments, torch.float32)
+    assert ours[0].isnan().nonzero().flatten().tolist() == [7]
+    assert ours[0][8] == 0
+    assert (ours[5][8] == 0).all()
+    assert ours[5].isnan().any(1).nonzero().flatten().tolist() == [7]
+    arguments["targets"][7] = -1
+    assert_close(run(backend, arguments, torch.float32), run("reference", arguments, torch.float64), 4e-6)
+
+
+@pytest.fixture
+def settings() -> Iterator[None]:
+    """Restores the instruction set and the number of threads."""
+    isa, threads = _native.cpp.isa(), torch.get_num_threads()
+    yield
+    _native.cpp.set_isa(isa)
+    torch.set_num_threads(threads)
+
+
+@needs_cpp
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize("shape", [(1, 9000, 24), (500, 600, 130)])
+def test_every_instruction_set_is_right_and_threads_change_no_bit(shape: tuple[int, int, int]) -> None:
+    arguments = problem(*shape)
+    exact = run("reference", arguments, torch.float64)
+    for isa in _native.cpp.supported_isas():
+        _native.cpp.set_isa(isa)
+        torch.set_num_threads(1)
+        single = run("cpp", arguments, torch.float32)
+        assert_close(single, exact, 4e-6)
+        for threads, repeat in itertools.product((2, 3, 7), range(2)):
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, run("cpp", arguments, torch.float32), single)), (isa, threads, repeat)
+
+
+def test_ops_are_sound() -> None:
+    arguments = problem(9, 11, 5)
+    tensors = tuple(arguments.values())
+    torch.library.opcheck(torch.ops.fastproto.contrast_fwd.default, (*tensors, True, True))
+    lse, grad = torch.rand(9), torch.rand(9)
+    torch.library.opcheck(torch.ops.fastproto.contrast_bwd_keys.default, (*tensors, lse, grad))
+
+
+def test_what_is_frozen_costs_nothing() -> None:
+    """No gradient for the features: no dx. No gradient for the keys: they are not kept for the backward pass."""
+    arguments = problem(9, 11, 5)
+    frozen = contrast(**arguments, stats=False)
+    assert not frozen.loss.requires_grad
+    assert frozen.entropy.numel() == 0
+    arguments["features"].requires_grad_()
+    saved = contrast(**arguments, stats=False).loss.grad_fn.saved_tensors
+    assert sorted(tensor.numel() for tensor in saved) == [9, 45]
