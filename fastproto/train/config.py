@@ -291,9 +291,9 @@ def find_recipe(name: str) -> Path:
 
 
 def default_recipe(method: str, data: str) -> Path | None:
-    """The packaged recipe for this method on this data, ``METHOD_DATA.yaml``, where there is one."""
-    path = RECIPES / f"{method}_{data}.yaml"
-    return path if path.is_file() else None
+    """The packaged recipe for this method on this data, ``METHOD_DATA.yaml`` or else ``DATA.yaml``, if there is one."""
+    paths = (RECIPES / f"{name}.yaml" for name in (f"{method}_{data}", data))
+    return next((path for path in paths if path.is_file()), None)
 
 
 def read_config(path: Path) -> Config:

@@ -113,8 +113,8 @@ def test_a_run_may_go_on_elsewhere() -> None:
 def test_recipes_are_found_by_path_and_by_name(tmp_path: Path) -> None:
     path = recipe(tmp_path, "epochs: 3")
     assert settings.find_recipe(str(path)) == path
-    assert settings.find_recipe("pauc_digits") == settings.RECIPES / "pauc_digits.yaml"
-    with pytest.raises(ValueError, match=r"recipe: expected a YAML file or one of .*pauc_digits.*, got 'nothing'"):
+    assert settings.find_recipe("digits") == settings.RECIPES / "digits.yaml"
+    with pytest.raises(ValueError, match=r"recipe: expected a YAML file or one of .*digits.*, got 'nothing'"):
         settings.find_recipe("nothing")
 
 

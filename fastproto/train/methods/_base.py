@@ -91,25 +91,13 @@ class Method(nn.Module, ABC):
 
 
 class MomentumMethod(Method):
-    """A method with a projection head and a target: slow copies of encoder and head that follow step by step.
+    """A method with a projection head and a target: slow copies of encoder and head that follow step by step."""
 
-    The target normalises by statistics that follow too, not by those of its batch: these would tell a key's batch, and
-    a queue of keys from other batches teaches a query to look for just that. MoCo shuffles keys between GPUs instead.
-
-    Source of the normalisation: EMAN (Cai et al., arXiv 2101.08482), section 3.
-    """
-
-    def __init__(self, config: Config, encoder: Encoder) -> None:
+    def __init__(self, config: Config, encoder: Encoder, last_norm: bool = False) -> None:
         super().__init__(config, encoder)
-        self.projector = mlp(encoder.num_features, config.head.hidden, config.head.dim)
-        self.target_encoder = copy.deepcopy(encoder).requires_grad_(False).eval()
-        self.target_projector = copy.deepcopy(self.projector).requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> MomentumMethod:
-        super().train(mode)
-        self.target_encoder.eval()
-        self.target_projector.eval()
-        return self
+        self.projector = mlp(encoder.num_features, config.head.hidden, config.head.dim, last_norm=last_norm)
+        self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
 
     @torch.no_grad()
     def target(self, images: Tensor) -> Tensor:
@@ -121,24 +109,38 @@ class MomentumMethod(Method):
         start, end = self.config.target.momentum, self.config.target.momentum_end
         momentum = end - (end - start) * (1 + math.cos(math.pi * progress)) / 2
         for target, online in ((self.target_encoder, self.encoder), (self.target_projector, self.projector)):
-            torch._foreach_lerp_(_weights_and_statistics(target), _weights_and_statistics(online), 1 - momentum)
+            # Parameters only: the target sees every batch, so its normalisation keeps statistics of its own.
+            torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - momentum)
 
 
 class QueueMethod(MomentumMethod):
-    """A momentum method that contrasts with past keys; its prototypes are clusters of the target's embeddings."""
+    """A momentum method that contrasts with past keys; its prototypes are clusters of the target's embeddings.
+
+    Each view is the query once and the key once, and the loss is the mean of both ways, and the head ends in a
+    normalisation (both as in MoCo v3, arXiv 2104.02057): runs of few steps need them.
+    """
 
     queue: Tensor
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
-        super().__init__(config, encoder)
+        super().__init__(config, encoder, last_norm=True)
         self.register_buffer("queue", F.normalize(torch.randn(config.target.queue, config.head.dim), dim=1))
         self._keys: Tensor | None = None
 
     def outputs(self, views: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """Embeddings (N, D) of the first view, the query, and the target's of the second, the key."""
-        key = self.target(views[1])
-        self._keys = F.normalize(key.float(), dim=1)
-        return self.projector(self.encoder(views[0])), key
+        """Embeddings (N, D) of both views, then the target's of both."""
+        keys = [self.target(view) for view in views]
+        self._keys = F.normalize(keys[1].float(), dim=1)
+        return *(self.projector(self.encoder(view)) for view in views), *keys
+
+    def terms(self, outputs: tuple[Tensor, ...], prototypes: Prototypes | None) -> dict[str, Tensor]:
+        query0, query1, key0, key1 = outputs
+        one, other = self.one_way(query0, key1, prototypes), self.one_way(query1, key0, prototypes)
+        return {name: (one[name] + other[name]) / 2 for name in one}
+
+    @abstractmethod
+    def one_way(self, query: Tensor, key: Tensor, prototypes: Prototypes | None) -> dict[str, Tensor]:
+        """The terms of the loss, as ``terms`` gives them, for queries (N, D) of one view and keys of the other."""
 
     def embed(self, images: Tensor) -> Tensor:
         return F.normalize(self.target(images), dim=1)
@@ -149,11 +151,6 @@ class QueueMethod(MomentumMethod):
         assert self._keys is not None
         keys, self._keys = gather_rows(self._keys), None
         self.queue.copy_(torch.cat([keys, self.queue])[: len(self.queue)])
-
-
-def _weights_and_statistics(module: nn.Module) -> list[Tensor]:
-    """All that is a float: the batches that a normalisation has counted are not."""
-    return [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
 
 
 def mlp(*sizes: int, last_norm: bool = False) -> nn.Sequential:

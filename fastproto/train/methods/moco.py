@@ -11,12 +11,11 @@ from fastproto.train.methods._base import Prototypes, QueueMethod
 
 
 class MoCo(QueueMethod):
-    """InfoNCE of the query, the first view, against its key, the second view, and the queue."""
+    """InfoNCE of each view against its key, the other view, and the queue."""
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__(config, encoder)
         self.contrast = InfoNCELoss(self.temperature(0.2))
 
-    def terms(self, outputs: tuple[Tensor, ...], prototypes: Prototypes | None) -> dict[str, Tensor]:
-        query, key = outputs
+    def one_way(self, query: Tensor, key: Tensor, prototypes: Prototypes | None) -> dict[str, Tensor]:
         return {"contrast": self.contrast(query, key, self.queue)}

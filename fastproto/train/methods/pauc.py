@@ -22,8 +22,7 @@ class PAUC(QueueMethod):
         super().__init__(config, encoder)
         self.loss = PAUCLoss(self.temperature(0.2), correlation=config.loss.correlation)
 
-    def terms(self, outputs: tuple[Tensor, ...], prototypes: Prototypes | None) -> dict[str, Tensor]:
-        query, key = outputs
+    def one_way(self, query: Tensor, key: Tensor, prototypes: Prototypes | None) -> dict[str, Tensor]:
         if prototypes is None:
             return {"contrast": self.loss.info_nce(query, key, self.queue)}
         terms = self.loss.forward_components(query, key, *prototypes, self.queue)._asdict()

@@ -20,8 +20,7 @@ class PCL(QueueMethod):
         self.contrast = InfoNCELoss(self.temperature(0.2))
         self.prototype = ProtoNCELoss()
 
-    def terms(self, outputs: tuple[Tensor, ...], prototypes: Prototypes | None) -> dict[str, Tensor]:
-        query, key = outputs
+    def one_way(self, query: Tensor, key: Tensor, prototypes: Prototypes | None) -> dict[str, Tensor]:
         terms = {"contrast": self.contrast(query, key, self.queue)}
         if prototypes is not None:
             terms["prototype"] = self.prototype(query, *prototypes)
