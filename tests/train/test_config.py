@@ -118,12 +118,19 @@ def test_recipes_are_found_by_path_and_by_name(tmp_path: Path) -> None:
         settings.find_recipe("nothing")
 
 
-@pytest.mark.parametrize("method", ["simclr", "moco", "byol", "simsiam", "pcl", "spcl", "pauc"])
-def test_every_method_has_a_recipe_for_digits(method: str) -> None:
-    path = settings.default_recipe(method, "digits")
-    assert path is not None
+def test_the_default_recipe_is_the_methods_or_else_the_datas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings.default_recipe("byol", "digits") == settings.RECIPES / "digits.yaml"
+    monkeypatch.setattr(settings, "RECIPES", tmp_path)
+    (tmp_path / "digits.yaml").write_text("data: digits")
+    (tmp_path / "byol_digits.yaml").write_text("data: digits")
+    assert settings.default_recipe("byol", "digits") == tmp_path / "byol_digits.yaml"
+    assert settings.default_recipe("pauc", "digits") == tmp_path / "digits.yaml"
+
+
+@pytest.mark.parametrize("path", sorted(settings.RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_packaged_recipes_are_for_what_their_names_say(path: Path) -> None:
     config = settings.read_config(path)
-    assert (config.method, config.data, config.encoder.name) == (method, "digits", "resnet-tiny")
+    assert path.stem in (config.data, f"{config.method}_{config.data}")
 
 
 def test_other_data_has_no_recipe_of_its_own() -> None:

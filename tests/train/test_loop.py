@@ -71,7 +71,8 @@ def test_every_method_trains_with_every_crop(
     for name, parameter in end.method.encoder.named_parameters():
         assert parameter.isfinite().all(), name
         assert not torch.equal(parameter, start.method.encoder.get_parameter(name)), name
-    assert end.method.encoder.trunk[1].num_batches_tracked == (4 if method in ("moco", "pcl", "pauc") else 8)
+    # Two epochs of two steps, each on two views.
+    assert end.method.encoder.trunk[1].num_batches_tracked == 8
     terms = {
         "pcl": ["contrast", "prototype"],
         "spcl": ["contrast", "metric", "prototype"],
