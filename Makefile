@@ -13,7 +13,7 @@ demo: .venv/train
 	$(BIN)/fastproto train --method pauc --crop contrastive --data digits --out runs/demo --overwrite
 
 test: .venv/test
-	$(BIN)/python -m pytest -q --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --durations 10
 
 lint: .venv/test
 	$(BIN)/ruff check .

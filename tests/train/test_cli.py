@@ -249,6 +249,21 @@ def test_a_second_signal_ends_at_once(
     assert cli.main(["train", "--out", str(tmp_path / "run"), "--resume"]) == 0
 
 
+def test_processes_share_a_run(tmp_path: Path, images: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["train", recipe(tmp_path, images), "--method", "spcl", "--devices", "2", "--out", str(run)]
+    done = subprocess.run(
+        [sys.executable, "-m", "fastproto", *arguments], capture_output=True, text=True, timeout=100, check=True
+    )
+    # One of the two speaks, and both have the same prototypes.
+    assert done.stdout.count("linear probe") == done.stdout.count("settings of") == 1
+    assert [row["epoch"] for row in read_log(run)] == [1, 2]
+    loaded = load_run(run)
+    assert loaded.config.devices == 2
+    assert loaded.assignments[0].unique().tolist() == [0, 1, 2]
+    assert loaded.method.encoder.trunk[1].num_batches_tracked == 8
+
+
 def test_ctrl_c_before_the_run_begins(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(arguments: object) -> None:
         raise KeyboardInterrupt
