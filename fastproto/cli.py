@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     from fastproto.train.config import Config
@@ -50,22 +50,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(arguments: Sequence[str]) -> int:
     """``fastproto train``: refuses bad input before anything is written, trains, prints the accuracies."""
+    from lightning_fabric.utilities.rank_zero import rank_zero_only
+
     from fastproto.train.loop import Interrupted
     from fastproto.train.loop import train as run_loop
     from fastproto.train.report import write_report
 
     try:
-        config, dataset, folder, resume = prepare(arguments)
+        config, dataset, folder, resume, recipe = prepare(arguments)
     except (ValueError, OSError) as error:
         return fail("fastproto train", error)
+    # Several processes run all of this; one speaks.
+    first = getattr(rank_zero_only, "rank", 0) == 0
+    if first:
+        print(f"{config.method} on {config.data}, settings of {recipe or 'no recipe'}")
     hint = f"go on with: fastproto train --out {folder} --resume"
     with StopRequest() as stop:
         try:
             result = run_loop(config, dataset, folder, resume=resume, stop=stop)
         except (Interrupted, KeyboardInterrupt):
-            return fail("fastproto train", f"interrupted; {hint}", SIGNALLED + stop.signal)
+            code = SIGNALLED + stop.signal
+            return fail("fastproto train", f"interrupted; {hint}", code) if first else code
         except FloatingPointError as error:
             return fail("fastproto train", f"{error}; try a smaller optimizer.lr", FAILED)
+    if not first:
+        return 0
     print(f"{'':16}{'before':>8}{'after':>8}   of {config.epochs} epochs")
     for metric, name in METRICS.items():
         print(f"{name:16}" + "".join(f"{100 * result[when][metric]:7.1f}%" for when in ("before", "after")))
@@ -73,8 +82,18 @@ def train(arguments: Sequence[str]) -> int:
     return 0
 
 
-def prepare(arguments: Sequence[str]) -> tuple[Config, Dataset, Path, bool]:
-    """What training starts from, by command line, recipe or the run to resume. Writes nothing.
+class Plan(NamedTuple):
+    """What training starts from."""
+
+    config: Config
+    dataset: Dataset
+    folder: Path
+    resume: bool
+    recipe: Path | None
+
+
+def prepare(arguments: Sequence[str]) -> Plan:
+    """What the command line, a recipe or the run to resume ask for, and the data. Writes nothing.
 
     Raises:
         ValueError: anything that training could not start with.
@@ -103,8 +122,7 @@ def prepare(arguments: Sequence[str]) -> tuple[Config, Dataset, Path, bool]:
     checkpoint.check_folder(folder, config, resume=given.resume, overwrite=given.overwrite)
     dataset = checkpoint.load_data(config)
     checkpoint.check_buildable(config, dataset)
-    print(f"{config.method} on {config.data}, settings of {defaults or 'no recipe'}")
-    return config, dataset, folder, given.resume
+    return Plan(config, dataset, folder, given.resume, defaults)
 
 
 class StopRequest:

@@ -54,8 +54,8 @@ def train(
         Interrupted: ``stop`` said so.
         FloatingPointError: the loss is no longer finite.
     """
-    # Until the first clustering there are parameters without a gradient.
-    strategy = DDPStrategy(find_unused_parameters=True) if config.devices > 1 else "auto"
+    # Before the first clustering spcl's metric and classifier get no gradient.
+    strategy = DDPStrategy(find_unused_parameters=config.method == "spcl") if config.devices > 1 else "auto"
     fabric = Fabric(accelerator=config.device, strategy=strategy, devices=config.devices, precision=config.precision)
     fabric.launch()
     device, (rank, world) = fabric.device, rank_and_world()
@@ -117,7 +117,7 @@ def train(
                 clock.stop()
                 state.sums = {name: state.sums.get(name, 0) + term.detach().double() for name, term in terms.items()}
                 bar.update(config.batch_size)
-                if sum_over_ranks(torch.tensor(float(stop()), device=device)) > 0:
+                if asked_anywhere(stop, device):
                     state.seconds = clock.take()
                     if rank == 0:
                         state.save(folder)
@@ -155,6 +155,14 @@ def train(
     if rank == 0:
         (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def asked_anywhere(stop: Callable[[], bool], device: torch.device) -> bool:
+    """Whether any process was asked to stop: all have to end after the same step."""
+    asked = stop()
+    if rank_and_world()[1] == 1:
+        return asked
+    return bool(sum_over_ranks(torch.tensor(float(asked), device=device)) > 0)
 
 
 def locates(config: Config, epoch: int) -> bool:

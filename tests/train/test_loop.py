@@ -283,3 +283,32 @@ def test_embedding_keeps_the_order_of_the_images(tiny_data: Dataset) -> None:
     rows = loop.embed_all(lambda images: images.flatten(1)[:, :3], tiny_data, CPU)
     expected = (tiny_data.train_images.flatten(1)[:, :3].double() / 255 - 0.3) / 0.25
     torch.testing.assert_close(rows.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_embed_their_shares_in_the_order_of_the_images(
+    monkeypatch: pytest.MonkeyPatch, tiny_data: Dataset, world: int
+) -> None:
+    def encode(images: Tensor) -> Tensor:
+        return images.flatten(1)[:, :3]
+
+    whole = loop.embed_all(encode, tiny_data, CPU)
+    shares: list[Tensor] = []
+    monkeypatch.setattr(loop, "gather_rows", lambda rows: shares.append(rows) or rows.repeat(world, 1))
+    for rank in range(world):
+        monkeypatch.setattr(loop, "rank_and_world", lambda rank=rank: (rank, world))
+        loop.embed_all(encode, tiny_data, CPU)
+    # Equally many in every process.
+    assert {len(share) for share in shares} == {-(-40 // world)}
+    monkeypatch.setattr(loop, "gather_rows", lambda rows: torch.cat(shares))
+    torch.testing.assert_close(loop.embed_all(encode, tiny_data, CPU), whole)
+
+
+@pytest.mark.parametrize("others", [0.0, 1.0])
+def test_all_processes_stop_when_one_is_asked_to(monkeypatch: pytest.MonkeyPatch, others: float) -> None:
+    assert loop.asked_anywhere(lambda: True, CPU)
+    assert not loop.asked_anywhere(lambda: False, CPU)
+    monkeypatch.setattr(loop, "rank_and_world", lambda: (0, 2))
+    monkeypatch.setattr(loop, "sum_over_ranks", lambda asked: asked + others)
+    assert loop.asked_anywhere(lambda: True, CPU)
+    assert loop.asked_anywhere(lambda: False, CPU) == (others > 0)
