@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 import fastproto
+from fastproto import losses
+from fastproto.losses import functional
 
 MODULES = sorted(
     module.name
@@ -39,3 +42,10 @@ def test_readme_examples_are_found():
 
 def test_the_readme_stays_short():
     assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.parametrize("name", [*losses.__all__, *functional.__all__])
+def test_every_public_loss_says_what_it_raises_shows_an_example_and_cites(name):
+    entry = getattr(losses, name, None) or getattr(functional, name)
+    if not inspect.ismodule(entry):
+        assert all(part in entry.__doc__ for part in ("Raises:", "Example:", "Source: "))
