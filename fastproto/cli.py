@@ -14,6 +14,7 @@ and the data is taken, where there is one. Options override it: fastproto train 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from fastproto.train.config import Config
     from fastproto.train.data import Dataset
 
-# The trainer's packages are imported by the commands that need them: `fastproto info` runs without.
+# What a command needs is imported by it: `fastproto info` runs without the trainer's packages.
 
 FAILED, REFUSED, SIGNALLED = 1, 2, 128
 METRICS = {"knn20": "kNN, k = 20", "knn200": "kNN, k = 200", "linear": "linear probe"}
@@ -33,6 +34,9 @@ METRICS = {"knn20": "kNN, k = 20", "knn200": "kNN, k = 200", "linear": "linear p
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0, 1 for a loss that diverged, 2 for bad input, 130 after Ctrl-C."""
+    # OpenMP reads it when torch is loaded: threads are to sleep while they wait. Of two runs that shared two cores each
+    # was 20 times slower while they spun.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
     commands = {"train": train, "eval": evaluate, "report": report, "info": info}
     if command in ("", "-h", "--help"):

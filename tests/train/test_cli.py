@@ -273,6 +273,18 @@ def test_ctrl_c_before_the_run_begins(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert one_line(capsys) == "fastproto train: interrupted"
 
 
+def test_waiting_threads_sleep_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before, after in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if before is not None:
+            monkeypatch.setenv("OMP_WAIT_POLICY", before)
+        cli.main(["--help"])
+        assert os.environ["OMP_WAIT_POLICY"] == after
+    # It is read when torch is loaded, which must not be before.
+    code = "import sys, fastproto.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     assert "fastproto report RUN" in capsys.readouterr().out
