@@ -201,7 +201,7 @@ class Config:
         epochs: passes over the training images.
         batch_size: images in a step; what is left over at the end of an epoch waits for the next.
         seed: of weights, order, views and clustering.
-        device: cpu, cuda, or auto for the best there is.
+        device: cpu, cuda, or auto: cuda where there is one.
         devices: processes that share every batch.
         precision: of the network; weights stay in float32.
         encoder: the backbone.

@@ -56,7 +56,8 @@ def train(
     """
     # Before the first clustering spcl's metric and classifier get no gradient.
     strategy = DDPStrategy(find_unused_parameters=config.method == "spcl") if config.devices > 1 else "auto"
-    fabric = Fabric(accelerator=config.device, strategy=strategy, devices=config.devices, precision=config.precision)
+    device_type = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    fabric = Fabric(accelerator=device_type, strategy=strategy, devices=config.devices, precision=config.precision)
     fabric.launch()
     device, (rank, world) = fabric.device, rank_and_world()
     state = build_state(config, dataset, device)

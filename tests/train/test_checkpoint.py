@@ -147,6 +147,17 @@ def test_a_limit_takes_images_evenly_over_the_classes(tiny_config: Config, made:
     assert checkpoint.load_data(tiny_config) is made
 
 
+def test_data_is_loaded_as_configured(
+    monkeypatch: pytest.MonkeyPatch, tiny_config: Config, tiny_data: Dataset
+) -> None:
+    asked = []
+    monkeypatch.setattr(data, "load", lambda *args, **options: asked.append((args, options)) or tiny_data)
+    checkpoint.load_data(tiny_config)
+    checkpoint.load_data(replace(tiny_config, data="cifar10", data_root="/data/sets", image_size=48))
+    expected = [(("digits", None), {"image_size": 96}), (("cifar10", Path("/data/sets")), {"image_size": 48})]
+    assert asked == expected
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -181,6 +181,20 @@ def test_a_finished_run_is_only_evaluated_again(tmp_path: Path, tiny_config: Con
 
 
 @pytest.mark.usefixtures("no_evaluation")
+def test_mixed_precision_keeps_its_weights_in_float32(tmp_path: Path, tiny_config: Config, tiny_data: Dataset) -> None:
+    weights, losses = [], []
+    for precision in ("32-true", "bf16-mixed"):
+        config = replace(tiny_config, method="simclr", precision=precision)  # type: ignore[arg-type]
+        loop.train(config, tiny_data, tmp_path / precision)
+        end = at_the_end(tmp_path / precision, config, tiny_data)
+        weights.append(torch.cat([parameter.flatten() for parameter in end.method.encoder.parameters()]))
+        losses.append(end.log[0]["loss"])
+    assert weights[1].dtype == torch.float32
+    assert not torch.equal(*weights)
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.usefixtures("no_evaluation")
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, tiny_config: Config, tiny_data: Dataset) -> None:
     config = replace(tiny_config, method="simclr", loss=LossConfig(contrast_weight=math.inf))
     with pytest.raises(FloatingPointError, match=r"^diverged in epoch 1: loss (inf|nan), loss/contrast (inf|nan)$"):
