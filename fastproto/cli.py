@@ -76,7 +76,9 @@ def train(arguments: Sequence[str]) -> int:
             code = SIGNALLED + stop.signal
             return fail("fastproto train", f"interrupted; {hint}", code) if first else code
         except FloatingPointError as error:
-            return fail("fastproto train", f"{error}; try a smaller optimizer.lr", FAILED)
+            return fail("fastproto train", f"{error}; try a smaller --optimizer.lr", FAILED)
+        except OSError as error:
+            return fail("fastproto train", f"{error}; {hint}", FAILED)
     if not first:
         return 0
     print(f"{'':16}{'before':>8}{'after':>8}   of {config.epochs} epochs")

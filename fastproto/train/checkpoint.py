@@ -7,12 +7,15 @@ its end result.json and report.html.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
+import pickle
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +30,8 @@ from fastproto.views import SIMC_BOX, BoxBank, ContrastiveCrop
 
 # The first line of a run's config.yaml: a folder without it is not ours to overwrite.
 MARK = "# A fastproto run: the configuration it was started with."
-FILES = ("config.yaml", "log.csv", "result.json", "report.html", "events.out.tfevents.*", "checkpoints")
+# The mark goes last: a removal that was cut short leaves a folder that is still known as a run.
+FILES = ("log.csv", "result.json", "report.html", "events.out.tfevents.*", "checkpoints", "config.yaml")
 KEEP = 2
 # What a checkpoint holds of a State: state_dicts, and plain values.
 PARTS = ("method", "optimizer", "boxes", "prototypes")
@@ -59,14 +63,14 @@ class State:
         saved = {name: part.state_dict() for name, part in parts.items()}
         path = folder / "checkpoints" / f"epoch-{self.epoch:04d}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, saved | values | {"random": random})
+        write_whole(path, lambda file: torch.save(saved | values | {"random": random}, file))
         for old in _checkpoints(folder)[:-KEEP]:
             old.unlink()
         return path
 
     def load(self, path: Path) -> None:
-        """Takes over what a checkpoint holds, random state included."""
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        """Takes over what a checkpoint holds, random state included; raises what ``read_checkpoint`` does."""
+        saved = read_checkpoint(path)
         for name in PARTS:
             if getattr(self, name) is not None:
                 getattr(self, name).load_state_dict(saved[name])
@@ -199,23 +203,40 @@ def latest_checkpoint(folder: Path) -> Path:
     return checkpoints[-1]
 
 
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What ``State.save`` wrote.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        older = [str(other) for other in _checkpoints(path.parent.parent) if other != path]
+        hint = f"; remove it to go on from {older[-1]}" if older else ""
+        raise ValueError(f"checkpoint: {path} is damaged{hint}") from error
+
+
 def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
     """Refuses a folder that training must not write into. Writes nothing itself.
 
     Raises:
-        ValueError: both flags; a folder that holds something else than a run, or a run without either flag; with
-            ``resume`` no run, or one of another configuration.
+        ValueError: both flags; a folder that holds something else than a run, or a run without either flag, or that
+            cannot be made; with ``resume`` no run, one of another configuration, or a damaged checkpoint.
     """
     expect(not (resume and overwrite), "train", "--resume and --overwrite", "one of them", "both")
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if resume:
-        latest_checkpoint(folder)
+        read_checkpoint(latest_checkpoint(folder))
         changed = difference(read_config(folder / "config.yaml"), config)
         expect(not changed, "train", "--resume", "the configuration of the run", f"another: {changed}")
     elif occupied:
         expect(is_run(folder), "train", "--out", "a new or empty folder", f"{folder}, which holds something else")
         refused = f"{folder}, which holds a run: go on with --resume or start anew with --overwrite"
         expect(overwrite, "train", "--out", "a new or empty folder", refused)
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    expect(writable, "train", "--out", "a folder that can be written", f"{folder}: {there} is none")
 
 
 def start_folder(folder: Path, config: Config) -> None:
@@ -224,16 +245,17 @@ def start_folder(folder: Path, config: Config) -> None:
         for path in (path for pattern in FILES for path in folder.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(f"{MARK}\n{to_yaml(config)}")
+    write_text(folder / "config.yaml", f"{MARK}\n{to_yaml(config)}")
 
 
 def write_log(folder: Path, log: list[dict[str, float]]) -> None:
     """Writes log.csv anew: rows after an interrupted epoch are gone, terms that came later have a column."""
     columns = list(dict.fromkeys(name for row in reversed(log) for name in row))
-    with open(folder / "log.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(log)
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, columns)
+    writer.writeheader()
+    writer.writerows(log)
+    write_text(folder / "log.csv", file.getvalue())
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
@@ -282,11 +304,16 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("epoch-*.pt"), key=lambda path: int(path.stem.removeprefix("epoch-")))
 
 
-def write_whole(path: Path, values: dict[str, Any]) -> None:
-    """Writes a file that is there whole or not at all, even if the machine stops."""
+def write_text(path: Path, text: str) -> None:
+    """Writes a text whole or not at all."""
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Has ``write`` write a file that is there whole or not at all, even if the machine stops."""
     temporary = path.with_suffix(".part")
     with open(temporary, "wb") as file:
-        torch.save(values, file)
+        write(file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -82,6 +82,8 @@ class ViewConfig:
     box_interval: int = 40
 
     def __post_init__(self) -> None:
+        threshold = self.box_threshold
+        expect(0 <= threshold < 1, "views", "box_threshold", "a number from 0 to below 1", threshold)
         _expect_at_least(1, "views", box_interval=self.box_interval)
         _expect_at_least(0, "views", box_warmup=self.box_warmup)
 

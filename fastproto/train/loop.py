@@ -20,7 +20,15 @@ from tqdm import tqdm
 
 import fastproto
 from fastproto.losses._gather import gather_rows, rank_and_world, sum_over_ranks
-from fastproto.train.checkpoint import State, build_state, build_views, latest_checkpoint, start_folder, write_log
+from fastproto.train.checkpoint import (
+    State,
+    build_state,
+    build_views,
+    latest_checkpoint,
+    start_folder,
+    write_log,
+    write_text,
+)
 from fastproto.train.clock import PHASES, Clock
 from fastproto.train.config import Config, OptimizerConfig, plain
 from fastproto.train.data import Dataset
@@ -154,7 +162,7 @@ def train(
         },
     }
     if rank == 0:
-        (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -7,7 +7,6 @@ where there is nothing to show.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 
 import fastproto
 from fastproto.cluster import concentration
-from fastproto.train.checkpoint import Run, load_run
+from fastproto.train.checkpoint import Run, load_run, write_text
 from fastproto.train.clock import PHASES
 from fastproto.train.config import Config, plain
 from fastproto.train.evaluate import embed
@@ -50,10 +49,7 @@ def write_report(run: Path) -> Path:
     """
     loaded = load_run(run)
     path = Path(run) / "report.html"
-    # Beside the old page and then in its place: whoever reads it never sees half a page.
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page(loaded), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, page(loaded))
     return path
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -70,17 +71,16 @@ def test_a_checkpoint_brings_everything_back(
         assert getattr(saved, name) == getattr(loaded, name)
 
 
-def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "values.pt"
-    checkpoint.write_whole(path, {"value": 1})
+    checkpoint.write_whole(path, lambda file: torch.save({"value": 1}, file))
 
-    def break_off(values: object, file: object) -> None:
-        file.write(b"half")  # type: ignore[attr-defined]
+    def break_off(file: BinaryIO) -> None:
+        file.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(torch, "save", break_off)
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_whole(path, {"value": 2})
+        checkpoint.write_whole(path, break_off)
     assert torch.load(path, weights_only=True) == {"value": 1}
 
 
@@ -305,3 +305,24 @@ def test_no_run_is_refused(tmp_path: Path, tiny_config: Config) -> None:
     checkpoint.start_folder(tmp_path, tiny_config)
     with pytest.raises(ValueError, match=r"run: folder expected a run with a checkpoint, got .*, which has none"):
         checkpoint.load_run(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, tiny_config: Config, tiny_data: Dataset) -> None:
+    path = stepped(tiny_config, tiny_data).save(tmp_path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=rf"checkpoint: {path} is damaged$"):
+        checkpoint.read_checkpoint(path)
+    older = path.with_name("epoch-0001.pt")
+    older.touch()
+    with pytest.raises(ValueError, match=rf"{path} is damaged; remove it to go on from {older}"):
+        checkpoint.read_checkpoint(path)
+
+
+def test_the_mark_of_a_run_is_removed_last() -> None:
+    assert checkpoint.FILES[-1] == "config.yaml"
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, tiny_config: Config) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--out expected a folder that can be written, got .*file is none"):
+        checkpoint.check_folder(tmp_path / "file" / "run", tiny_config, resume=False, overwrite=False)

@@ -186,7 +186,7 @@ def test_a_diverging_run_says_so(tmp_path: Path, images: Path, capsys: pytest.Ca
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert error.startswith("fastproto train: diverged in epoch 1: loss nan, loss/contrast nan; ")
-    assert error.endswith("; try a smaller optimizer.lr\n")
+    assert error.endswith("; try a smaller --optimizer.lr\n")
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on_with_the_same_bits(

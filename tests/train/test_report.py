@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -138,16 +139,14 @@ def test_write_report_replaces_the_page_whole_or_not_at_all(
     assert path == tmp_path / "report.html"
     assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
     path.write_text("the page before")
-    monkeypatch.setattr(Path, "write_text", fail_after_a_few_bytes)
+    monkeypatch.setattr(os, "fsync", disk_is_full)
     with pytest.raises(OSError, match="disk full"):
         report.write_report(tmp_path)
     monkeypatch.undo()
     assert path.read_text() == "the page before"
 
 
-def fail_after_a_few_bytes(path: Path, text: str, encoding: str) -> int:
-    with open(path, "w", encoding=encoding) as file:
-        file.write(text[:10])
+def disk_is_full(file: int) -> None:
     raise OSError("disk full")
 
 
