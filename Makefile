@@ -34,4 +34,4 @@ bench: .venv/bench
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info *.so .venv
+	rm -rf build dist *.egg-info *.so .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

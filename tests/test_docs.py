@@ -49,3 +49,10 @@ def test_every_public_loss_says_what_it_raises_shows_an_example_and_cites(name):
     entry = getattr(losses, name, None) or getattr(functional, name)
     if not inspect.ismodule(entry):
         assert all(part in entry.__doc__ for part in ("Raises:", "Example:", "Source: "))
+
+
+def test_what_the_readme_links_to_is_there():
+    root = Path(fastproto.__file__).parent.parent
+    links = re.findall(r"\]\(((?!http)[^)]+)\)", README)
+    assert links
+    assert all((root / link).exists() for link in links)
