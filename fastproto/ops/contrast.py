@@ -17,43 +17,24 @@ from fastproto.ops._dispatch import DTYPE_CODES, Op
 from fastproto.reference import contrast as reference
 
 
-def _cpp_fwd(
-    features: Tensor,
-    keys: Tensor,
-    targets: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    groups: Tensor | None,
-    key_groups: Tensor | None,
-    need_dx: bool,
-    need_stats: bool,
-) -> tuple[Tensor, ...]:
-    args = (features, keys, targets, scale, bias, groups, key_groups)
+def _cpp_fwd(features: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     if torch.float64 in (features.dtype, keys.dtype):
-        return reference.contrast_fwd(*args, need_dx, need_stats)
+        return reference.contrast_fwd(features, keys, *rest)
+    *options, need_dx, need_stats = rest
     out = _outputs(features, need_dx, need_stats)
-    _launch("contrast_fwd", args, out, None, None)
+    _launch("contrast_fwd", (features, keys, *options), out, None, None)
     return out
 
 
-def _cpp_bwd_keys(
-    features: Tensor,
-    keys: Tensor,
-    targets: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    groups: Tensor | None,
-    key_groups: Tensor | None,
-    lse: Tensor,
-    grad: Tensor,
-) -> tuple[Tensor, Tensor]:
-    args = (features, keys, targets, scale, bias, groups, key_groups)
+def _cpp_bwd_keys(features: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     if torch.float64 in (features.dtype, keys.dtype):
-        return reference.contrast_bwd_keys(*args, lse, grad)
+        return reference.contrast_bwd_keys(features, keys, *rest)
+    *options, lse, grad = rest
     dy = torch.empty(keys.shape, dtype=torch.float32, device=keys.device)
     db = torch.empty(len(keys), dtype=torch.float32, device=keys.device)
     none = features.new_empty(0)
-    _launch("contrast_bwd_keys", args, (none, lse, none, none, none, none), grad.contiguous(), (dy, db))
+    out = (none, lse, none, none, none, none)
+    _launch("contrast_bwd_keys", (features, keys, *options), out, grad.contiguous(), (dy, db))
     return dy, db
 
 
