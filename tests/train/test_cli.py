@@ -273,13 +273,14 @@ def test_ctrl_c_before_the_run_begins(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert one_line(capsys) == "fastproto train: interrupted"
 
 
-def test_waiting_threads_sleep_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    for before, after in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
-        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-        if before is not None:
-            monkeypatch.setenv("OMP_WAIT_POLICY", before)
+def test_waiting_threads_soon_sleep_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for policy, before, after in ((None, None, "2000"), (None, "7", "7"), ("ACTIVE", None, None)):
+        for name, value in (("OMP_WAIT_POLICY", policy), ("GOMP_SPINCOUNT", before)):
+            monkeypatch.delenv(name, raising=False)
+            if value is not None:
+                monkeypatch.setenv(name, value)
         cli.main(["--help"])
-        assert os.environ["OMP_WAIT_POLICY"] == after
+        assert os.environ.get("GOMP_SPINCOUNT") == after
     # It is read when torch is loaded, which must not be before.
     code = "import sys, fastproto.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
