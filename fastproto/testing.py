@@ -17,7 +17,9 @@ from torch.multiprocessing.spawn import spawn
 
 from fastproto._check import expect, expect_type
 
-Result = dict[str, Tensor]  # "loss" and one gradient per input and parameter that asks for one
+# "loss", one gradient per input and parameter that asks for one, and the buffers as the call left them
+Result = dict[str, Tensor]
+BUFFER = "buffer "
 
 
 def assert_matches_single_process(
@@ -31,7 +33,8 @@ def assert_matches_single_process(
     """Asserts that a loss on several processes, each with its part of the batch, is the loss of one with all of it.
 
     Starts ``world_size`` gloo processes on this machine. Averaged over ranks, as DDP does it, the loss and its
-    gradients to inputs and parameters must equal those of one process.
+    gradients to inputs and parameters must equal those of one process. The buffers of a module, such as a memory bank,
+    must be the same on every rank, and as in one process.
 
     Args:
         loss_fn: a module or function that can be pickled; it is called with ``inputs`` and returns a scalar. The
@@ -42,7 +45,7 @@ def assert_matches_single_process(
         rtol, atol: tolerances of torch.testing.assert_close.
 
     Raises:
-        AssertionError: loss or a gradient differs; the message names it.
+        AssertionError: loss, a gradient or a buffer differs; the message names it.
         ValueError: the rows do not divide by ``world_size``.
         TypeError: ``inputs`` is a tensor and not a sequence of them.
 
@@ -65,11 +68,16 @@ def assert_matches_single_process(
         spawn(_rank_main, (world_size, folder, loss_fn, inputs), nprocs=world_size)
         ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
     split = {f"inputs[{position}]" for position, value in enumerate(inputs) if _is_split(value)}
+    compare = partial(torch.testing.assert_close, rtol=rtol, atol=atol)
     for name, value in expected.items():
         parts = [rank[name] for rank in ranks]
+        if name.startswith(BUFFER):
+            for rank, part in enumerate(parts):
+                compare(part, value, msg=partial("{} on rank {}: {}".format, name, rank))
+            continue
         # A row has its gradient on one rank; the mean over ranks, which DDP takes, divides that by their number.
         actual = torch.cat(parts) / world_size if name in split else torch.stack(parts).mean(0)
-        torch.testing.assert_close(actual, value, rtol=rtol, atol=atol, msg=partial("{}: {}".format, name))
+        compare(actual, value, msg=partial("{}: {}".format, name))
 
 
 def _is_split(value: Any) -> bool:
@@ -90,7 +98,9 @@ def _loss_and_gradients(loss_fn: Callable[..., Tensor], inputs: Sequence[Any]) -
         leaves |= dict(loss_fn.named_parameters())
     leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-    return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}
+    buffers = loss_fn.named_buffers() if isinstance(loss_fn, nn.Module) else ()
+    after = {BUFFER + name: buffer.clone() for name, buffer in buffers}
+    return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True)), **after}
 
 
 def _rank_main(rank: int, world_size: int, folder: str, loss_fn: Callable[..., Tensor], inputs: Sequence[Any]) -> None:

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastproto._check import expect, reads_data
+
 
 def rank_and_world() -> tuple[int, int]:
     """This process's rank and the number of processes; (0, 1) without a process group."""
@@ -23,8 +25,21 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """The rows (n, …) of all ranks in rank order (W·n, …). Every rank gives the same shape."""
-    return rows if rank_and_world()[1] == 1 else _GatherRows.apply(rows)
+    """The rows (n, …) of all ranks in rank order (W·n, …), with a gradient. Every rank gives the same shape.
+
+    Raises:
+        ValueError: on every rank alike, where the numbers of rows differ (read on the CPU, on CUDA with
+            ``fastproto.set_debug(True)``; a backend that meets them unchecked aborts or waits).
+    """
+    world = rank_and_world()[1]
+    if world == 1:
+        return rows
+    if reads_data(rows):
+        counts = torch.zeros(world, dtype=torch.int64, device=rows.device)
+        dist.all_gather_into_tensor(counts, torch.tensor([len(rows)], device=rows.device))
+        found = counts.tolist()
+        expect(len(set(found)) == 1, "gather_distributed", "the batch", "as many rows on every rank", str(found))
+    return _GatherRows.apply(rows)
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastproto._check import FLOATS, INTEGERS, expect, expect_tensor, expect_type
 from fastproto.losses._common import expect_reduction, expect_temperature, expect_views, reduce_rows, unit
-from fastproto.losses._gather import gather_rows, rank_and_world
+from fastproto.losses._gather import from_first_rank, gather_rows, rank_and_world
 from fastproto.ops.contrast import contrast, expect_index
 
 
@@ -195,6 +195,7 @@ class NTXentLoss(nn.Module):
         self.memory_bank_size = memory_bank_size
         self.gather_distributed = gather_distributed
         self._bank_rows = size[0]
+        self._bank_is_shared = False
         self.register_buffer("bank", None)
         self.register_buffer("bank_ptr", None)
         if size[0] > 0 and len(size) == 2:
@@ -217,6 +218,8 @@ class NTXentLoss(nn.Module):
         assert self.bank is not None
         expect_tensor(out0, "NTXentLoss", "out0", ("N", self.bank.shape[1]), FLOATS, self.bank.device)
         query, key = unit(out0), unit(out1)
+        if self.gather_distributed and query.requires_grad:
+            self._share_bank()
         loss = reduce_rows(_against_queue(query, key, self.bank, self.temperature), "mean")
         if query.requires_grad:
             self._enqueue(key.detach())
@@ -231,6 +234,16 @@ class NTXentLoss(nn.Module):
     def _start_bank(self, dim: int, device: torch.device | None = None) -> None:
         self.bank = F.normalize(torch.randn(self._bank_rows, dim, device=device), dim=1)
         self.bank_ptr = torch.zeros((), dtype=torch.int64, device=device)
+
+    def _share_bank(self) -> None:
+        """Once, before the first step: the ranks draw different random rows, and must contrast with the same."""
+        if self._bank_is_shared or rank_and_world()[1] == 1:
+            return
+        assert self.bank is not None
+        assert self.bank_ptr is not None
+        from_first_rank(self.bank)
+        from_first_rank(self.bank_ptr)
+        self._bank_is_shared = True
 
     @torch.no_grad()
     def _enqueue(self, key: Tensor) -> None:

@@ -6,9 +6,13 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from fastproto._check import FLOATS, INTEGERS, expect_tensor
+from fastproto.losses._common import expect_temperature, expect_views
+from fastproto.losses._gather import gather_rows
 from fastproto.losses.contrast import NTXentLoss
 from fastproto.losses.proto_nce import proto_nce
 from fastproto.losses.siamese import SiameseMetricLoss
+from fastproto.ops.contrast import expect_index
 
 
 class SPCLTerms(NamedTuple):
@@ -33,6 +37,7 @@ class SPCLLoss(nn.Module):
         num_prototypes: K.
         temperature: τ of NT-Xent.
         contrast_weight, metric_weight, prototype_weight: λ_c, λ_m, λ_p.
+        gather_distributed: all three terms are those of the images of all ranks.
 
     Attributes:
         metric: the SiameseMetricLoss.
@@ -65,12 +70,15 @@ class SPCLLoss(nn.Module):
         contrast_weight: float = 1.0,
         metric_weight: float = 1.0,
         prototype_weight: float = 1.0,
+        gather_distributed: bool = False,
     ) -> None:
         super().__init__()
+        expect_temperature(temperature, "SPCLLoss")
         self.contrast_weight = contrast_weight
         self.metric_weight = metric_weight
         self.prototype_weight = prototype_weight
-        self.contrast = NTXentLoss(temperature)
+        self.gather_distributed = gather_distributed
+        self.contrast = NTXentLoss(temperature, gather_distributed=gather_distributed)
         self.metric = SiameseMetricLoss(feature_dim)
         self.classifier = nn.Linear(feature_dim, num_prototypes)
 
@@ -86,9 +94,13 @@ class SPCLLoss(nn.Module):
         self, out0: Tensor, out1: Tensor, features0: Tensor, features1: Tensor, assignments: Tensor
     ) -> SPCLTerms:
         """The unweighted terms, for logging or for weights of one's own."""
+        self._expect(out0, out1, features0, features1, assignments)
+        paired = features0, features1, assignments
+        if self.gather_distributed:
+            paired = gather_rows(features0), gather_rows(features1), gather_rows(assignments)
         return SPCLTerms(
             contrast=self.contrast(out0, out1),
-            metric=self.metric(features0, features1, assignments),
+            metric=self.metric(*paired),
             prototype=self._classify(features0, assignments) + self._classify(features1, assignments),
         )
 
@@ -102,10 +114,29 @@ class SPCLLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"contrast_weight={self.contrast_weight}, metric_weight={self.metric_weight}, "
-            f"prototype_weight={self.prototype_weight}"
+            f"prototype_weight={self.prototype_weight}, gather_distributed={self.gather_distributed}"
         )
+
+    def _expect(self, out0: Tensor, out1: Tensor, features0: Tensor, features1: Tensor, assignments: Tensor) -> None:
+        """Refuses bad input in this class's name, and before any rank waits for another."""
+        weight = self.classifier.weight
+        expect_tensor(features0, "SPCLLoss", "features0", ("N", weight.shape[1]), FLOATS, weight.device)
+        expect_views(features0, features1, "SPCLLoss", ("features0", "features1"))
+        n, device = features0.shape[0], features0.device
+        expect_tensor(out0, "SPCLLoss", "out0", (n, "D"), FLOATS, device)
+        expect_views(out0, out1, "SPCLLoss", ("out0", "out1"))
+        expect_tensor(assignments, "SPCLLoss", "assignments", (n,), INTEGERS, device)
+        expect_index(assignments, "SPCLLoss", "assignments", weight.shape[0], -1)
 
     def _classify(self, features: Tensor, assignments: Tensor) -> Tensor:
         # Classifier cross-entropy is ProtoNCE with the weight rows as prototypes, as they are, and φ = 1.
         weight, bias = self.classifier.weight, self.classifier.bias
-        return proto_nce(features, weight, assignments, 1.0, bias=bias, normalize=False)
+        return proto_nce(
+            features,
+            weight,
+            assignments,
+            1.0,
+            bias=bias,
+            normalize=False,
+            gather_distributed=self.gather_distributed,
+        )

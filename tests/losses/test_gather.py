@@ -7,50 +7,95 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastproto.losses import InfoNCELoss, NTXentLoss, ProtoNCELoss
+from fastproto.cluster import PrototypeBank
+from fastproto.losses import InfoNCELoss, NTXentLoss, ProtoNCELoss, SPCLLoss
+from fastproto.losses._gather import gather_rows
 from fastproto.testing import assert_matches_single_process
+
+N, K, D, C = 12, 20, 4, 5
 
 
 def rows(n: int, d: int) -> Tensor:
     return torch.randn(n, d, dtype=torch.float64, requires_grad=True)
 
 
-class EveryNTXent(nn.Module):
-    """Plain, without false negatives, and twice with a bank: the second step sees what the first has gathered."""
+class Everything(nn.Module):
+    """All that gathers, in one call, since processes take seconds to start. What it keeps is compared as buffers."""
 
-    def __init__(self) -> None:
+    def __init__(self, method: nn.Module | None) -> None:
         super().__init__()
-        self.in_batch = NTXentLoss(0.2, gather_distributed=True)
-        self.with_bank = NTXentLoss(0.2, memory_bank_size=(10, 8), gather_distributed=True)
+        self.spcl = SPCLLoss(C, K, 0.3, 1.0, 2.0, 0.5, gather_distributed=True).double()
+        self.method = method
 
-    def forward(self, out0: Tensor, out1: Tensor, assignments: Tensor) -> Tensor:
-        in_batch = self.in_batch(out0, out1) + 2 * self.in_batch(out0, out1, assignments)
-        return in_batch + self.with_bank(out0, out1) + 2 * self.with_bank(out0, out1)
+    def forward(self, out0: Tensor, out1: Tensor, h0: Tensor, h1: Tensor, labels: Tensor, *sets: Tensor) -> Tensor:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        torch.manual_seed(rank)  # what is drawn at random has to come from the first rank
+        in_batch = NTXentLoss(0.2, gather_distributed=True)
+        loss = in_batch(out0, out1) + 2 * in_batch(out0, out1, labels)
+
+        # The second step sees what the first has gathered, and goes past the end of the bank.
+        sizes: list = [(N + 4, D), N + 1]
+        self.banks = nn.ModuleList(NTXentLoss(0.2, size, gather_distributed=True) for size in sizes)
+        for bank in self.banks:
+            loss = loss + bank(out0, out1) + 2 * bank(out1, out0)
+
+        exact, sampled = (ProtoNCELoss(r, gather_distributed=True) for r in (None, 5))
+        loss = loss + exact(out0, sets[0], labels, sets[1]) + 2 * sampled(out0, sets[0], labels, sets[1])
+        self.prototypes = PrototypeBank(N, D, (3, 5), n_iter=3, process_group=dist.group.WORLD)
+        self.prototypes.update(out0)
+        ids = rank * len(out1) + torch.arange(len(out1))
+        loss = loss + exact(out1, *self.prototypes.lookup(ids))
+
+        if self.method is not None:
+            self.method._keys = out1.detach().float()
+            self.method.after_step(0.5)
+        return loss + self.spcl(out0, out1, h0, h1, labels)
 
 
-class EveryProtoNCE(nn.Module):
-    """Exact, and with negatives that rank 0 draws: the others have another seed."""
+def moco() -> nn.Module:
+    """The trainer's method with a queue. Imported here: the trainer takes longer to import than the test to run."""
+    from fastproto.train.config import Config, HeadConfig, TargetConfig
+    from fastproto.train.encoders import build_encoder
+    from fastproto.train.methods.moco import MoCo
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)
-        exact, sampled = (ProtoNCELoss(r, gather_distributed=True)(*inputs) for r in (None, 5))
-        return exact + 2 * sampled
-
-
-def test_nt_xent_on_three_processes() -> None:
-    assignments = torch.tensor([0, 1, -1, 0, 1, -1])
-    assert_matches_single_process(EveryNTXent(), [rows(6, 8), rows(6, 8), assignments], world_size=3)
+    config = Config(head=HeadConfig(16, D), target=TargetConfig(queue=N + 3))
+    return MoCo(config, build_encoder("resnet-tiny", image_size=16, width=8))
 
 
-def test_proto_nce_with_uneven_ignored_rows() -> None:
-    assignments = torch.tensor([0, 3, 19, -1, -1, 3, -1, -1])  # three rows count on rank 0, one on rank 1
-    prototypes, phi = nn.Parameter(torch.randn(20, 4).double()), nn.Parameter(torch.rand(20).double() + 0.2)
-    assert_matches_single_process(EveryProtoNCE(), (rows(8, 4), prototypes, assignments, phi))
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_everything_that_gathers(world_size: int) -> None:
+    # On the first rank all rows count, on the last none or few do.
+    labels = torch.tensor([0, 3, 19, 3, 0, 7, -1, 3, -1, -1, -1, -1])
+    prototypes, phi = nn.Parameter(torch.randn(K, D).double()), nn.Parameter(torch.rand(K).double() + 0.2)
+    inputs = [rows(N, D), rows(N, D), rows(N, C), rows(N, C), labels, prototypes, phi]
+    assert_matches_single_process(Everything(moco() if world_size == 2 else None), inputs, world_size)
 
 
-def test_without_gathering_the_batches_are_apart() -> None:
-    with pytest.raises(AssertionError, match="loss: Scalars are not close"):
-        assert_matches_single_process(NTXentLoss(0.2), (rows(6, 8), rows(6, 8)))
+class Apart(nn.Module):
+    """Nothing is gathered: neither the batch nor the bank."""
+
+    def __init__(self, fails: str) -> None:
+        super().__init__()
+        self.fails = fails
+        self.bank = NTXentLoss(0.2, (8, D))
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        if dist.is_initialized():
+            with pytest.raises(ValueError, match=r"gather_distributed: the batch expected as many rows on every rank"):
+                gather_rows(out0[dist.get_rank() :])
+        if self.fails == "loss":
+            return NTXentLoss(0.2)(out0, out1)
+        self.bank(out0, out1)
+        return (out0 * out1).sum(1).mean()
+
+
+@pytest.mark.parametrize(
+    ("fails", "message"),
+    [("loss", "loss: Scalars are not close"), ("bank", "buffer bank.bank on rank 0: Tensor-likes are not close")],
+)
+def test_without_gathering_the_batches_are_apart(fails: str, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        assert_matches_single_process(Apart(fails), (rows(6, D), rows(6, D)))
 
 
 def test_one_process_gathers_nothing() -> None:
@@ -63,6 +108,9 @@ def test_one_process_gathers_nothing() -> None:
     labels = torch.tensor([0, 1, -1, 0, 1, -1])
     gathered, plain = ProtoNCELoss(gather_distributed=True), ProtoNCELoss()
     assert torch.equal(gathered(out0, out1, labels, 0.2), plain(out0, out1, labels, 0.2))
+    spcl, gathered_spcl = (SPCLLoss(8, 2, gather_distributed=flag).double() for flag in (False, True))
+    gathered_spcl.load_state_dict(spcl.state_dict())
+    assert torch.equal(gathered_spcl(out0, out1, out0, out1, labels), spcl(out0, out1, out0, out1, labels))
 
 
 def test_bad_input_is_refused_by_name() -> None:

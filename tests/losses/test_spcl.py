@@ -86,9 +86,9 @@ def test_compiles_as_one_graph() -> None:
 def test_bad_input_is_refused_by_name() -> None:
     loss_fn = SPCLLoss(6, 5).double()
     *leaves, labels = problem()
-    with pytest.raises(ValueError, match="proto_nce: assignments expected -1 or 0 to 4"):
+    with pytest.raises(ValueError, match="SPCLLoss: assignments expected -1 or 0 to 4"):
         loss_fn(*leaves, labels.clamp(min=0) + 5)
-    with pytest.raises(ValueError, match=r"SiameseMetricLoss: features0 expected \(N, 6\) on cpu"):
+    with pytest.raises(ValueError, match=r"SPCLLoss: features0 expected \(N, 6\) on cpu"):
         loss_fn(leaves[0], leaves[1], leaves[0], leaves[1], labels)
-    with pytest.raises(ValueError, match="temperature expected a magnitude"):
+    with pytest.raises(ValueError, match="SPCLLoss: temperature expected a magnitude"):
         SPCLLoss(6, 5, temperature=0)

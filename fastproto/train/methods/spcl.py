@@ -26,7 +26,7 @@ class SPCL(Method):
         sets = config.prototypes.num
         expect(len(sets) == 1, "spcl", "prototypes.num", "one prototype set", str(sets))
         self.projector = mlp(encoder.num_features, config.head.hidden, config.head.dim)
-        self.loss = SPCLLoss(encoder.num_features, sets[0], self.temperature(0.5))
+        self.loss = SPCLLoss(encoder.num_features, sets[0], self.temperature(0.5), gather_distributed=True)
         self.cluster_dim = min(config.prototypes.whiten_dim, encoder.num_features)
 
     def outputs(self, views: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
