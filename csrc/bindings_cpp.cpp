@@ -5,6 +5,7 @@
 #include "common/isa.h"
 #include "contrast/bind.h"
 #include "crop_resize/bind.h"
+#include "siamese/bind.h"
 
 PYBIND11_MODULE(_fastproto_C, m) {
   using namespace fastproto;
@@ -22,5 +23,17 @@ PYBIND11_MODULE(_fastproto_C, m) {
         }));
   m.def("contrast_bwd_keys", contrast_binding([](const Contrast& args, int threads) {
           FASTPROTO_DISPATCH(contrast_bwd_keys, args, threads);
+        }));
+  m.def("siamese_pairs_fwd", siamese_pairs_binding([](const SiamesePairs& args, int threads) {
+          FASTPROTO_DISPATCH(siamese_pairs_fwd, args, threads);
+        }));
+  m.def("siamese_pairs_bwd", siamese_pairs_binding([](const SiamesePairs& args, int threads) {
+          FASTPROTO_DISPATCH(siamese_pairs_bwd, args, threads);
+        }));
+  m.def("siamese_all_pairs_fwd", siamese_all_pairs_binding([](const SiameseAllPairs& args, int threads) {
+          FASTPROTO_DISPATCH(siamese_all_pairs_fwd, args, threads);
+        }));
+  m.def("siamese_all_pairs_bwd", siamese_all_pairs_binding([](const SiameseAllPairs& args, int threads) {
+          FASTPROTO_DISPATCH(siamese_all_pairs_bwd, args, threads);
         }));
 }

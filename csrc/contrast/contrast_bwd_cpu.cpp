@@ -22,8 +22,14 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 // Per block: rows that count, padded to whole vectors with rows that do not (lse = ∞ gives p = 0).
 struct Block {
   int64_t first, count, padded;
-  float lse[ROWS], grad[ROWS];
+  alignas(64) float lse[ROWS];
+  alignas(64) float grad[ROWS];
   const float *across, *along;
+};
+
+struct Scratch {
+  Buffer y, rows, across, along, scores;
+  std::vector<float> dy, db;
 };
 
 // scores[i] of one key and block become q_ij. Returns their sum.
@@ -45,7 +51,7 @@ template <int M>
 void key_tile(const Contrast& args, const Block& block, int64_t first, const float* y, float* scores, float* dy,
               float* db) {
   for (int64_t panel = 0; panel < block.padded / NR; ++panel)
-    tile_product<M>(y, args.D, block.across + panel * args.D * NR, args.D, scores + panel * NR, ROWS, nullptr);
+    tile_product<M, 1, MR>(y, block.across + panel * args.D * NR, args.D, scores + panel * NR, ROWS, nullptr);
   float keep[M];
   for (int m = 0; m < M; ++m) {
     db[m] += gradient_row(args, block, first + m, scores + m * ROWS);
@@ -53,7 +59,7 @@ void key_tile(const Contrast& args, const Block& block, int64_t first, const flo
   }
   const int64_t width = round_up(args.D, NR);
   for (int64_t panel = 0; panel < width / NR; ++panel)
-    tile_product<M>(scores, ROWS, block.along + panel * block.padded * NR, block.padded, dy + panel * NR, width, keep);
+    tile_product<M, ROWS, 1>(scores, block.along + panel * block.padded * NR, block.padded, dy + panel * NR, width, keep);
 }
 
 template <int M = MR>
@@ -64,17 +70,19 @@ void keys_left(int count, const Contrast& args, const Block& block, int64_t firs
 }
 
 void task(const Contrast& args, int64_t begin, int64_t end) {
-  thread_local std::vector<float> y, rows, across, along, scores, dy, db;
-  const int64_t width = round_up(args.D, NR);
-  y.resize((end - begin) * args.D);
-  rows.resize(ROWS * args.D);
-  across.resize(ROWS * args.D);
-  along.resize(ROWS * width);
-  scores.resize(MR * ROWS);
-  dy.assign((end - begin) * width, 0.f);
-  db.assign(end - begin, 0.f);
-  for (int64_t j = begin; j < end; ++j)
-    load_row(args.y, args.y_dtype, j * args.stride_y, args.D, y.data() + (j - begin) * args.D);
+  thread_local Scratch scratch;
+  const int64_t width = round_up(args.D, NR), keys = end - begin;
+  float* loaded = scratch.rows.take(std::max(ROWS, keys) * args.D);
+  float* y = scratch.y.take(round_up(keys, MR) * args.D);
+  float* across = scratch.across.take(ROWS * args.D);
+  float* along = scratch.along.take(ROWS * width);
+  float* scores = scratch.scores.take(MR * ROWS);
+  scratch.dy.assign(keys * width, 0.f);
+  scratch.db.assign(keys, 0.f);
+  float *dy = scratch.dy.data(), *db = scratch.db.data();
+  for (int64_t j = 0; j < keys; ++j)
+    load_row(args.y, args.y_dtype, (begin + j) * args.stride_y, args.D, loaded + j * args.D);
+  pack_tall(loaded, keys, args.D, y);
   for (int64_t first = 0; first < args.N; first += ROWS) {
     Block block;
     block.first = first;
@@ -84,21 +92,21 @@ void task(const Contrast& args, int64_t begin, int64_t end) {
       const bool counted = i < block.count && args.target[first + i] >= 0;
       block.lse[i] = counted ? args.lse[first + i] : INF;
       block.grad[i] = counted ? args.grad[first + i] : 0.f;
-      float* row = rows.data() + i * args.D;
+      float* row = loaded + i * args.D;
       // An ignored row is emptied, so that not even a NaN in it reaches the keys.
       if (counted) load_row(args.x, args.x_dtype, (first + i) * args.stride_x, args.D, row);
       else if (i < block.count) std::fill(row, row + args.D, 0.f);
     }
-    pack_across(rows.data(), block.count, args.D, across.data());
-    pack_along(rows.data(), block.count, args.D, block.padded, along.data());
-    block.across = across.data();
-    block.along = along.data();
-    for (int64_t j = begin; j < end; j += MR)
-      keys_left(static_cast<int>(std::min<int64_t>(MR, end - j)), args, block, j, y.data() + (j - begin) * args.D,
-                scores.data(), dy.data() + (j - begin) * width, db.data() + (j - begin));
+    pack_across(loaded, block.count, args.D, across);
+    pack_along(loaded, block.count, args.D, block.padded, along);
+    block.across = across;
+    block.along = along;
+    for (int64_t j = 0; j < keys; j += MR)
+      keys_left(static_cast<int>(std::min<int64_t>(MR, keys - j)), args, block, begin + j, y + j * args.D, scores,
+                dy + j * width, db + j);
   }
   for (int64_t j = begin; j < end; ++j) {
-    const float* from = dy.data() + (j - begin) * width;
+    const float* from = dy + (j - begin) * width;
     for (int64_t d = 0; d < args.D; ++d) args.dy[j * args.D + d] = args.a[j] * from[d];
     if (args.db) args.db[j] = db[j - begin];
   }

@@ -20,6 +20,8 @@ namespace {
 constexpr int64_t KEYS = 256 / NR * NR;
 constexpr int64_t MAX_ROWS = 64 * MR;  // of a chunk: x and its gradient at D = 128 take 2 · 200 KB
 constexpr float INF = std::numeric_limits<float>::infinity();
+// Below every score, and finite: no −∞ − (−∞) while a row has seen nothing.
+constexpr float LOWEST = std::numeric_limits<float>::lowest();
 
 // Running state of a chunk's rows over one segment of keys.
 struct Segment {
@@ -31,28 +33,36 @@ struct Segment {
 // Per block: scale, bias and group of its keys, padded to whole vectors with keys that no row may see.
 struct Block {
   int64_t first, count, padded;
-  float a[KEYS], b[KEYS];
+  int64_t lowest_group, highest_group;
+  alignas(64) float a[KEYS];
+  alignas(64) float b[KEYS];
   const float *across, *along;
 };
 
 struct Scratch {
-  std::vector<float> x, rows, across, along, scores;
+  Buffer x, rows, across, along, scores;
 };
 
-// scores[m, j] = s_ij of one row and block, −inf where the row may not see the key. Returns their maximum.
+// −∞ where the row may not see a key. Most blocks of NT-Xent or a queue hold no key of the row's group.
+inline void hide_group(const Contrast& args, const Block& block, int64_t i, float* scores) {
+  const int64_t mine = args.group[i], target = args.target[i] - block.first;
+  if (mine < block.lowest_group || mine > block.highest_group) return;
+  const bool has_target = target >= 0 && target < block.count;
+  const float positive = has_target ? scores[target] : 0.f;
+  const int64_t* groups = args.key_group + block.first;
+  for (int64_t j = 0; j < block.count; ++j) scores[j] = groups[j] == mine ? -INF : scores[j];
+  if (has_target) scores[target] = positive;
+}
+
+// scores[j] = s_ij of one row and block. Returns their maximum, of numbers: a NaN shows in the sum of exponentials.
 inline float finish_scores(const Contrast& args, const Block& block, int64_t i, float* scores) {
   for (int64_t j = 0; j < block.padded; j += LANES)
     store(scores + j, load(scores + j) * load(block.a + j) + load(block.b + j));
-  const int64_t target = args.target[i] - block.first;
-  if (args.group) {
-    const int64_t mine = args.group[i];
-    for (int64_t j = 0; j < block.count; ++j)
-      if (args.key_group[block.first + j] == mine && j != target) scores[j] = -INF;
-  }
-  Vec best = splat(-INF);
+  if (args.group) hide_group(args, block, i, scores);
+  Vec best = splat(LOWEST);
   for (int64_t j = 0; j < block.padded; j += LANES) {
     const Vec s = load(scores + j);
-    best = (s > best) | (s != s) ? s : best;
+    best = s > best ? s : best;
   }
   return largest(best);
 }
@@ -75,15 +85,10 @@ inline void add_stats(const Block& block, const float* scores, float max, float 
 // there.
 inline float add_row(const Contrast& args, const Block& block, int64_t i, float* scores, Segment& segment) {
   const float before = segment.max[i];
-  const float here = finish_scores(args, block, i, scores);
-  const float max = here > before || here != here ? here : before;
-  if (max == -INF) {  // nothing seen so far
-    std::fill(scores, scores + block.padded, 0.f);
-    return 1.f;
-  }
+  const float max = std::max(before, finish_scores(args, block, i, scores));
   const int64_t target = args.target[i] - block.first;
   if (target >= 0 && target < block.count) segment.positive[i] = scores[target];
-  const float shrink = before == -INF ? 0.f : std::exp(before - max);
+  const float shrink = before == max ? 1.f : std::exp(before - max);
   if (segment.weighted) add_stats(block, scores, max, shrink, i, segment);
   Vec total{};
   for (int64_t j = 0; j < block.padded; j += LANES) {
@@ -100,14 +105,14 @@ inline float add_row(const Contrast& args, const Block& block, int64_t i, float*
 template <int M>
 void row_tile(const Contrast& args, const Block& block, int64_t first, const float* x, float* scores, Segment& segment) {
   for (int64_t panel = 0; panel < block.padded / NR; ++panel)
-    tile_product<M>(x, args.D, block.across + panel * args.D * NR, args.D, scores + panel * NR, KEYS, nullptr);
+    tile_product<M, 1, MR>(x, block.across + panel * args.D * NR, args.D, scores + panel * NR, KEYS, nullptr);
   float shrink[M];
   for (int m = 0; m < M; ++m) shrink[m] = add_row(args, block, first + m, scores + m * KEYS, segment);
   if (!segment.acc) return;
   const int64_t width = round_up(args.D, NR);
   for (int64_t panel = 0; panel < width / NR; ++panel)
-    tile_product<M>(scores, KEYS, block.along + panel * block.padded * NR, block.padded,
-                    segment.acc + first * width + panel * NR, width, shrink);
+    tile_product<M, KEYS, 1>(scores, block.along + panel * block.padded * NR, block.padded,
+                             segment.acc + first * width + panel * NR, width, shrink);
 }
 
 template <int M = MR>
@@ -120,13 +125,15 @@ void rows_left(int count, const Contrast& args, const Block& block, int64_t firs
 void task(const Contrast& args, int64_t row_begin, int64_t row_end, int64_t key_begin, int64_t key_end,
           Segment segment) {
   thread_local Scratch scratch;
-  scratch.x.resize((row_end - row_begin) * args.D);
-  scratch.rows.resize(KEYS * args.D);
-  scratch.across.resize(KEYS * args.D);
-  scratch.along.resize(KEYS * round_up(args.D, NR));
-  scratch.scores.resize(MR * KEYS);
-  for (int64_t i = row_begin; i < row_end; ++i)
-    load_row(args.x, args.x_dtype, i * args.stride_x, args.D, scratch.x.data() + (i - row_begin) * args.D);
+  const int64_t rows = row_end - row_begin;
+  float* loaded = scratch.rows.take(std::max(KEYS, rows) * args.D);
+  float* x = scratch.x.take(round_up(rows, MR) * args.D);
+  float* across = scratch.across.take(KEYS * args.D);
+  float* along = segment.acc ? scratch.along.take(KEYS * round_up(args.D, NR)) : nullptr;
+  float* scores = scratch.scores.take(MR * KEYS);
+  for (int64_t i = 0; i < rows; ++i)
+    load_row(args.x, args.x_dtype, (row_begin + i) * args.stride_x, args.D, loaded + i * args.D);
+  pack_tall(loaded, rows, args.D, x);
   for (int64_t first = key_begin; first < key_end; first += KEYS) {
     Block block;
     block.first = first;
@@ -136,29 +143,30 @@ void task(const Contrast& args, int64_t row_begin, int64_t row_end, int64_t key_
       const bool real = j < block.count;
       block.a[j] = real ? args.a[first + j] : 0.f;
       block.b[j] = real ? (args.b ? args.b[first + j] : 0.f) : -INF;
-      if (real) load_row(args.y, args.y_dtype, (first + j) * args.stride_y, args.D, scratch.rows.data() + j * args.D);
+      if (real) load_row(args.y, args.y_dtype, (first + j) * args.stride_y, args.D, loaded + j * args.D);
     }
-    pack_across(scratch.rows.data(), block.count, args.D, scratch.across.data());
-    if (segment.acc) pack_along(scratch.rows.data(), block.count, args.D, block.padded, scratch.along.data());
-    block.across = scratch.across.data();
-    block.along = scratch.along.data();
-    for (int64_t i = row_begin; i < row_end; i += MR)
-      rows_left(static_cast<int>(std::min<int64_t>(MR, row_end - i)), args, block, i,
-                scratch.x.data() + (i - row_begin) * args.D, scratch.scores.data(), segment);
+    if (args.group) {
+      const auto [low, high] = std::minmax_element(args.key_group + first, args.key_group + first + block.count);
+      block.lowest_group = *low, block.highest_group = *high;
+    }
+    pack_across(loaded, block.count, args.D, across);
+    if (along) pack_along(loaded, block.count, args.D, block.padded, along);
+    block.across = across;
+    block.along = along;
+    for (int64_t i = 0; i < rows; i += MR)
+      rows_left(static_cast<int>(std::min<int64_t>(MR, rows - i)), args, block, row_begin + i, x + i * args.D, scores,
+                segment);
   }
 }
 
 // Merges a row's segments in their order and writes what was asked for.
 void finish_row(const Contrast& args, const std::vector<Segment>& segments, int64_t i) {
   const int64_t width = round_up(args.D, NR), target = args.target[i];
-  float max = -INF, sum = 0, positive = -INF, weighted = 0, best = -INF;
+  float max = LOWEST, sum = 0, positive = -INF, weighted = 0, best = -INF;
   int64_t top1 = -1;
+  for (const Segment& segment : segments) max = std::max(max, segment.max[i]);
   for (const Segment& segment : segments) {
-    const float here = segment.max[i];
-    if (here > max || here != here) max = here;
-  }
-  for (const Segment& segment : segments) {
-    const float share = segment.max[i] == -INF ? 0.f : std::exp(segment.max[i] - max);
+    const float share = std::exp(segment.max[i] - max);
     sum += segment.sum[i] * share;
     if (segment.positive[i] != -INF) positive = segment.positive[i];
     if (!segment.weighted) continue;
@@ -179,7 +187,6 @@ void finish_row(const Contrast& args, const std::vector<Segment>& segments, int6
   std::fill(dx, dx + args.D, 0.f);
   if (!counted) return;
   for (const Segment& segment : segments) {
-    if (segment.max[i] == -INF) continue;
     const float share = std::exp(segment.max[i] - max) / sum;
     for (int64_t d = 0; d < args.D; ++d) dx[d] += segment.acc[i * width + d] * share;
   }
@@ -198,8 +205,9 @@ void contrast_fwd(const Contrast& args, int threads) {
   const int64_t splits = std::max<int64_t>(1, std::min(1024 / args.N, args.K / (4 * KEYS)));
   const int64_t keys = round_up((args.K + splits - 1) / splits, KEYS);
   const int64_t width = round_up(args.D, NR);
-  const int64_t even = (args.N + threads - 1) / threads;
-  const int64_t rows = std::min(MAX_ROWS, round_up(even, MR));
+  // As many chunks as keep every thread busy to the end.
+  const int64_t turns = (args.N + threads * MAX_ROWS - 1) / (threads * MAX_ROWS) * threads;
+  const int64_t rows = round_up((args.N + turns - 1) / turns, MR);
   const int64_t chunks = (args.N + rows - 1) / rows;
 
   const int64_t floats = args.N * (3 + (args.entropy ? 2 : 0) + (args.dx ? width : 0));
@@ -210,7 +218,7 @@ void contrast_fwd(const Contrast& args, int threads) {
     float* next = state.data() + s * floats;
     auto take = [&](int64_t count) { float* p = next; next += count; return p; };
     segments[s] = {take(args.N), take(args.N), take(args.N), nullptr, nullptr, nullptr, nullptr};
-    std::fill(segments[s].max, segments[s].max + args.N, -INF);
+    std::fill(segments[s].max, segments[s].max + args.N, LOWEST);
     std::fill(segments[s].positive, segments[s].positive + args.N, -INF);
     if (args.entropy) {
       segments[s].weighted = take(args.N);

@@ -1,0 +1,64 @@
+// The siamese metric loss: what the CPU kernels take. docs/math/siamese.md derives the gradients.
+//
+//   s(a, b)    = <w, |a − b|> + β
+//   M(a, b, t) = log(1 + e^z),  z = −s where t = 1, s where t = 0      dM/dz = 1 / (1 + e^−z)
+//
+// N rows, C backbone features.
+#pragma once
+
+#include <cstdint>
+
+namespace fastproto {
+
+// Given pairs: row i of a with row i of b.
+struct SiamesePairs {
+  int64_t N, C;
+  const void* a;            // (N, C), row stride stride_a
+  const void* b;            // (N, C), row stride stride_b
+  int64_t stride_a, stride_b;
+  int a_dtype, b_dtype;
+  const int64_t* same;      // (N,) t, or negative: the pair does not count
+  const float* w;           // (C,)
+  // Forward.
+  const float* beta;        // ()
+  float* loss;              // (N,) M
+  float* slope;             // (N,) dM/ds
+  // Backward.
+  const float* coefficient; // (N,) dL/ds
+  float* da;                // (N, C) dL/da = −dL/db; null: not wanted
+  float* dw;                // (C,); null: not wanted
+};
+
+// Every unordered pair of rows, by kind: 0 one image, 1 one prototype, 2 two prototypes.
+struct SiameseAllPairs {
+  int64_t N, C;
+  const void* x;            // (N, C), row stride stride_x
+  int64_t stride_x;
+  int x_dtype;
+  const int64_t* image;     // (N,)
+  const int64_t* prototype; // (N,), negative: none
+  const float* w;           // (C,)
+  const float* beta;        // ()
+  // Forward, each (3,), one number per kind.
+  float* mean;              // of M; 0 where there is no such pair
+  float* slope;             // of dM/ds
+  float* share;             // 1 / number of pairs; 0 where there is none
+  // Backward.
+  const float* coefficient; // (3,) dL/dM of a pair of that kind
+  float* dx;                // (N, C)
+  float* dw;                // (C,)
+};
+
+#define FASTPROTO_DECLARE(ISA)                                            \
+  namespace ISA {                                                         \
+  void siamese_pairs_fwd(const SiamesePairs& args, int threads);          \
+  void siamese_pairs_bwd(const SiamesePairs& args, int threads);          \
+  void siamese_all_pairs_fwd(const SiameseAllPairs& args, int threads);   \
+  void siamese_all_pairs_bwd(const SiameseAllPairs& args, int threads);   \
+  }
+FASTPROTO_DECLARE(baseline)
+FASTPROTO_DECLARE(avx2)
+FASTPROTO_DECLARE(avx512)
+#undef FASTPROTO_DECLARE
+
+}  // namespace fastproto
