@@ -30,6 +30,7 @@ def main(folder: Path, rank: int, bounds: list[int]) -> None:
         found.append(attributes(KMeans(**case, process_group=group).fit(cases["x"][mine], weights)))
     bank = PrototypeBank(len(cases["x"]), cases["x"].shape[1], **cases["bank"], process_group=group)
     bank.update(cases["x"][mine])
+    bank.update(-cases["x"][mine])
     try:
         KMeans(2, process_group=group).fit(cases["broken"][mine])
         error = ""

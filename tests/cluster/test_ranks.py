@@ -1,4 +1,4 @@
-"""Clustering over ranks: two gloo processes with unequal shares against this process with all rows."""
+"""Clustering over ranks: gloo processes with unequal shares against this process with all rows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from fastproto.cluster import KMeans, PrototypeBank
@@ -25,18 +26,18 @@ CASES = [
 ]
 
 
-def test_two_ranks_find_what_one_process_finds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bounds", [[0, 120, 307], [0, 0, 251, 307]])
+def test_ranks_find_what_one_process_finds(tmp_path: Path, bounds: list[int]) -> None:
     x, weights = torch.randn(307, 6), torch.rand(307)
     broken = x.clone()
     broken[250] = torch.nan
     bank = {"num_prototypes": (4, 9), "n_iter": 3}
     torch.save({"x": x, "weights": weights, "broken": broken, "kmeans": CASES, "bank": bank}, tmp_path / "cases.pt")
-    bounds = [0, 120, 307]
     command = [sys.executable, str(Path(__file__).parent / "_ranks.py"), str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     ranks = [
         subprocess.Popen([*command, str(rank), json.dumps(bounds)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
+        for rank in range(len(bounds) - 1)
     ]
     try:
         for rank in ranks:
@@ -45,15 +46,15 @@ def test_two_ranks_find_what_one_process_finds(tmp_path: Path) -> None:
     finally:
         for rank in ranks:
             rank.kill()
-    found = [torch.load(tmp_path / f"found_{rank}.pt") for rank in range(2)]
+    found = [torch.load(tmp_path / f"found_{rank}.pt") for rank in range(len(ranks))]
 
     for index, case in enumerate(CASES):
         options = {name: value for name, value in case.items() if name != "weighted"}
         single = KMeans(**options).fit(x, weights if "weighted" in case else None)
-        both = [rank["kmeans"][index] for rank in found]
-        assert torch.equal(torch.cat([one["labels_"] for one in both]), single.labels_)
-        for one in both:
-            assert torch.equal(one["cluster_centers_"], both[0]["cluster_centers_"])
+        alike = [rank["kmeans"][index] for rank in found]
+        assert torch.equal(torch.cat([one["labels_"] for one in alike]), single.labels_)
+        for one in alike:
+            assert torch.equal(one["cluster_centers_"], alike[0]["cluster_centers_"])
             torch.testing.assert_close(one["cluster_centers_"], single.cluster_centers_)
             torch.testing.assert_close(one["concentration_"], single.concentration_)
             assert torch.equal(one["counts_"], single.counts_)
@@ -62,6 +63,7 @@ def test_two_ranks_find_what_one_process_finds(tmp_path: Path) -> None:
 
     expected = PrototypeBank(307, 6, **bank)
     expected.update(x)
+    expected.update(-x)
     for rank in found:
         for name, tensor in expected.state_dict().items():
             torch.testing.assert_close(rank["bank"][name], tensor)
