@@ -35,9 +35,11 @@ def expect_reduction(reduction: str, op: str) -> None:
     expect(reduction in ("mean", "sum", "none"), op, "reduction", '"mean", "sum" or "none"', repr(reduction))
 
 
-def expect_temperature(temperature: float, op: str) -> None:
+def expect_temperature(temperature: float, op: str, *, signed: bool = False) -> None:
+    """At least 1e-8; with ``signed`` its magnitude, as lightly wants it."""
     expect_type(temperature, (float, int), op, "temperature", "a number")
-    expect(abs(temperature) >= 1e-8, op, "temperature", "a magnitude of at least 1e-8", temperature)
+    size, expected = (abs(temperature), "a magnitude of at least 1e-8") if signed else (temperature, "at least 1e-8")
+    expect(size >= 1e-8, op, "temperature", expected, temperature)
 
 
 def expect_views(x0: Tensor, x1: Tensor, op: str, names: tuple[str, str]) -> None:

@@ -57,7 +57,7 @@ def nt_xent(
     Source: SimCLR, arXiv 2002.05709, Eq. 1.
     """
     expect_views(out0, out1, "nt_xent", ("out0", "out1"))
-    expect_temperature(temperature, "nt_xent")
+    expect_temperature(temperature, "nt_xent", signed=True)
     expect_reduction(reduction, "nt_xent")
     n, device = out0.shape[0], out0.device
 
@@ -107,7 +107,7 @@ def info_nce(
 
     Raises:
         TypeError: something is no tensor, or of another dtype.
-        ValueError: shapes or devices do not fit, |τ| < 1e-8, or an unknown reduction.
+        ValueError: shapes or devices do not fit, τ < 1e-8, or an unknown reduction.
 
     Example:
         >>> query, queue = torch.eye(2), torch.tensor([[0.0, -1.0]])
@@ -185,7 +185,7 @@ class NTXentLoss(nn.Module):
         self, temperature: float = 0.5, memory_bank_size: int | Sequence[int] = 0, gather_distributed: bool = False
     ) -> None:
         super().__init__()
-        expect_temperature(temperature, "NTXentLoss")
+        expect_temperature(temperature, "NTXentLoss", signed=True)
         expect_type(memory_bank_size, (int, tuple, list), "NTXentLoss", "memory_bank_size", "0, M or (M, D)")
         size = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
         valid = len(size) in (1, 2) and all(isinstance(entry, int) and entry >= 0 for entry in size)
@@ -281,7 +281,7 @@ class InfoNCELoss(nn.Module):
         query, key: (N, D), queue: (M, D), none of them normalised. Output: scalar.
 
     Raises:
-        ValueError: |τ| < 1e-8, or shapes that do not fit.
+        ValueError: τ < 1e-8, or shapes that do not fit.
         TypeError: something is no tensor, or of another dtype.
 
     Example:

@@ -59,7 +59,7 @@ class PAUCLoss(nn.Module):
         Nothing needs to be normalised. Output: scalar.
 
     Raises:
-        ValueError: |τ| < 1e-8, t ≤ 0, an unknown correlation, shapes or numbers of sets that do not fit, an assignment
+        ValueError: τ < 1e-8, t ≤ 0, an unknown correlation, shapes or numbers of sets that do not fit, an assignment
             out of range, or φ that is not positive.
         TypeError: something is no tensor, or of another dtype.
 

@@ -145,8 +145,8 @@ class SiameseMetricLoss(nn.Module):
 
     def forward(self, features0: Tensor, features1: Tensor, assignments: Tensor) -> Tensor:
         weight, bias = self.metric.weight[0], self.metric.bias[0]
-        expect_views(features0, features1, "SiameseMetricLoss", ("features0", "features1"))
         expect_tensor(features0, "SiameseMetricLoss", "features0", ("N", len(weight)), FLOATS, weight.device)
+        expect_views(features0, features1, "SiameseMetricLoss", ("features0", "features1"))
         if self.pairs == "all":
             return siamese_metric_all_pairs(features0, features1, assignments, weight, bias)
         n = features0.shape[0]

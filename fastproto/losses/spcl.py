@@ -73,7 +73,7 @@ class SPCLLoss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        expect_temperature(temperature, "SPCLLoss")
+        expect_temperature(temperature, "SPCLLoss", signed=True)
         self.contrast_weight = contrast_weight
         self.metric_weight = metric_weight
         self.prototype_weight = prototype_weight

@@ -133,7 +133,7 @@ def test_compiles_as_one_graph() -> None:
 
 
 def test_bad_input_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="PAUCLoss: temperature expected a magnitude"):
+    with pytest.raises(ValueError, match="PAUCLoss: temperature expected at least 1e-8"):
         PAUCLoss(temperature=0.0)
     with pytest.raises(ValueError, match="PAUCLoss: uniform_t expected a positive number"):
         PAUCLoss(uniform_t=0.0)
