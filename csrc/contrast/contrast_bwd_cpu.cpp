@@ -19,9 +19,16 @@ constexpr int64_t ROWS = 256 / NR * NR;
 constexpr int64_t MAX_KEYS = 64 * MR;  // of a chunk: y and its gradient at D = 128 take 2 · 200 KB
 constexpr float INF = std::numeric_limits<float>::infinity();
 
+// A row of the block whose target is one of the task's keys.
+struct Hit {
+  int64_t key, row;
+};
+
 // Per block: rows that count, padded to whole vectors with rows that do not (lse = ∞ gives p = 0).
 struct Block {
   int64_t first, count, padded;
+  int64_t lowest_group, highest_group;
+  std::vector<Hit> hits;  // by key, then row
   alignas(64) float lse[ROWS];
   alignas(64) float grad[ROWS];
   const float *across, *along;
@@ -32,16 +39,20 @@ struct Scratch {
   std::vector<float> dy, db;
 };
 
-// scores[i] of one key and block become q_ij. Returns their sum.
-inline float gradient_row(const Contrast& args, const Block& block, int64_t j, float* scores) {
-  const float a = args.a[j], b = args.b ? args.b[j] : 0.f;
+// scores[i] of one key and block become q_ij. Returns their sum. hit … end are the rows whose target the key is.
+inline float gradient_row(const Contrast& args, const Block& block, int64_t j, const Hit* hit, const Hit* end,
+                          float* scores) {
+  const float b = args.b ? args.b[j] : 0.f;
   for (int64_t i = 0; i < block.padded; i += LANES)
-    store(scores + i, exp(load(scores + i) * a + b - load(block.lse + i)) * load(block.grad + i));
-  for (int64_t i = 0; i < block.count; ++i) {
-    const bool is_target = args.target[block.first + i] == j;
-    if (args.group && !is_target && args.group[block.first + i] == args.key_group[j]) scores[i] = 0;
-    if (is_target) scores[i] -= block.grad[i];
+    store(scores + i, exp(load(scores + i) + b - load(block.lse + i)) * load(block.grad + i));
+  if (args.group && args.key_group[j] >= block.lowest_group && args.key_group[j] <= block.highest_group) {
+    float seen[ROWS];
+    for (const Hit* h = hit; h < end; ++h) seen[h - hit] = scores[h->row];
+    const int64_t* groups = args.group + block.first;
+    for (int64_t i = 0; i < block.count; ++i) scores[i] = groups[i] == args.key_group[j] ? 0.f : scores[i];
+    for (const Hit* h = hit; h < end; ++h) scores[h->row] = seen[h - hit];
   }
+  for (; hit < end; ++hit) scores[hit->row] -= block.grad[hit->row];
   Vec total{};
   for (int64_t i = 0; i < block.padded; i += LANES) total += load(scores + i);
   return sum(total);
@@ -53,8 +64,13 @@ void key_tile(const Contrast& args, const Block& block, int64_t first, const flo
   for (int64_t panel = 0; panel < block.padded / NR; ++panel)
     tile_product<M, 1, MR>(y, block.across + panel * args.D * NR, args.D, scores + panel * NR, ROWS, nullptr);
   float keep[M];
+  const Hit *hit = block.hits.data(), *const last = hit + block.hits.size();
+  while (hit < last && hit->key < first) ++hit;
   for (int m = 0; m < M; ++m) {
-    db[m] += gradient_row(args, block, first + m, scores + m * ROWS);
+    const Hit* end = hit;
+    while (end < last && end->key == first + m) ++end;
+    db[m] += gradient_row(args, block, first + m, hit, end, scores + m * ROWS);
+    hit = end;
     keep[m] = 1.f;
   }
   const int64_t width = round_up(args.D, NR);
@@ -80,14 +96,25 @@ void task(const Contrast& args, int64_t begin, int64_t end) {
   scratch.dy.assign(keys * width, 0.f);
   scratch.db.assign(keys, 0.f);
   float *dy = scratch.dy.data(), *db = scratch.db.data();
-  for (int64_t j = 0; j < keys; ++j)
+  for (int64_t j = 0; j < keys; ++j) {
     load_row(args.y, args.y_dtype, (begin + j) * args.stride_y, args.D, loaded + j * args.D);
+    scale_row(loaded + j * args.D, args.D, args.a[begin + j]);
+  }
   pack_tall(loaded, keys, args.D, y);
   for (int64_t first = 0; first < args.N; first += ROWS) {
     Block block;
     block.first = first;
     block.count = std::min(ROWS, args.N - first);
     block.padded = round_up(block.count, NR);
+    for (int64_t i = 0; i < block.count; ++i) {
+      const int64_t target = args.target[first + i];
+      if (target >= begin && target < end) block.hits.push_back({target, i});
+    }
+    std::stable_sort(block.hits.begin(), block.hits.end(), [](Hit p, Hit q) { return p.key < q.key; });
+    if (args.group) {
+      const auto [low, high] = std::minmax_element(args.group + first, args.group + first + block.count);
+      block.lowest_group = *low, block.highest_group = *high;
+    }
     for (int64_t i = 0; i < block.padded; ++i) {
       const bool counted = i < block.count && args.target[first + i] >= 0;
       block.lse[i] = counted ? args.lse[first + i] : INF;

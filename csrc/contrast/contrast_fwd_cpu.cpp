@@ -30,12 +30,12 @@ struct Segment {
   float* acc;                                     // (N, D) Σ e^{s−max} a y
 };
 
-// Per block: scale, bias and group of its keys, padded to whole vectors with keys that no row may see.
+// A block of keys a_j y_j in both layouts, padded to whole vectors with keys that no row may see.
 struct Block {
   int64_t first, count, padded;
   int64_t lowest_group, highest_group;
-  alignas(64) float a[KEYS];
-  alignas(64) float b[KEYS];
+  bool biased;                // some b is not 0, be it of the padding
+  alignas(64) float b[KEYS];  // −∞ for the padding
   const float *across, *along;
 };
 
@@ -56,8 +56,8 @@ inline void hide_group(const Contrast& args, const Block& block, int64_t i, floa
 
 // scores[j] = s_ij of one row and block. Returns their maximum, of numbers: a NaN shows in the sum of exponentials.
 inline float finish_scores(const Contrast& args, const Block& block, int64_t i, float* scores) {
-  for (int64_t j = 0; j < block.padded; j += LANES)
-    store(scores + j, load(scores + j) * load(block.a + j) + load(block.b + j));
+  if (block.biased)
+    for (int64_t j = 0; j < block.padded; j += LANES) store(scores + j, load(scores + j) + load(block.b + j));
   if (args.group) hide_group(args, block, i, scores);
   Vec best = splat(LOWEST);
   for (int64_t j = 0; j < block.padded; j += LANES) {
@@ -81,7 +81,7 @@ inline void add_stats(const Block& block, const float* scores, float max, float 
   segment.weighted[i] = weighted;
 }
 
-// Takes one row's scores of a block into its state: scores become a_j e^{s−max}. Returns by what to shrink what was
+// Takes one row's scores of a block into its state: scores become e^{s−max}. Returns by what to shrink what was
 // there.
 inline float add_row(const Contrast& args, const Block& block, int64_t i, float* scores, Segment& segment) {
   const float before = segment.max[i];
@@ -94,7 +94,7 @@ inline float add_row(const Contrast& args, const Block& block, int64_t i, float*
   for (int64_t j = 0; j < block.padded; j += LANES) {
     const Vec e = exp(load(scores + j) - max);
     total += e;
-    store(scores + j, e * load(block.a + j));
+    store(scores + j, e);
   }
   segment.sum[i] = segment.sum[i] * shrink + sum(total);
   segment.max[i] = max;
@@ -139,12 +139,13 @@ void task(const Contrast& args, int64_t row_begin, int64_t row_end, int64_t key_
     block.first = first;
     block.count = std::min(KEYS, key_end - first);
     block.padded = round_up(block.count, NR);
-    for (int64_t j = 0; j < block.padded; ++j) {
-      const bool real = j < block.count;
-      block.a[j] = real ? args.a[first + j] : 0.f;
-      block.b[j] = real ? (args.b ? args.b[first + j] : 0.f) : -INF;
-      if (real) load_row(args.y, args.y_dtype, (first + j) * args.stride_y, args.D, loaded + j * args.D);
+    block.biased = args.b || block.count < block.padded;
+    for (int64_t j = 0; j < block.count; ++j) {
+      block.b[j] = args.b ? args.b[first + j] : 0.f;
+      load_row(args.y, args.y_dtype, (first + j) * args.stride_y, args.D, loaded + j * args.D);
+      scale_row(loaded + j * args.D, args.D, args.a[first + j]);
     }
+    std::fill(block.b + block.count, block.b + block.padded, -INF);
     if (args.group) {
       const auto [low, high] = std::minmax_element(args.key_group + first, args.key_group + first + block.count);
       block.lowest_group = *low, block.highest_group = *high;

@@ -82,7 +82,7 @@ void panel_lanes(const SiameseAllPairs& args, int64_t first, int64_t end, const 
   for (int64_t i = 0; i < count; ++i)
     load_row(args.x, args.x_dtype, i * args.stride_x + channel, width, x.data() + i * LANES);
   for (int64_t begin = 0; begin < end; begin += COLUMNS)
-    for (int64_t i = std::max(first, begin / GROUP * GROUP); i < end; i += GROUP)
+    for (int64_t i = std::max(first, begin); i < end; i += GROUP)
       add_pairs(c + (i - first) * ldc, ldc, i, begin, std::min(begin + COLUMNS, i + GROUP), x.data(), G.data());
   for (int64_t i = 0; i < count; ++i)
     for (int64_t k = 0; k < width; ++k) args.dx[i * args.C + channel + k] += G[i * LANES + k];
