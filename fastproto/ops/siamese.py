@@ -1,19 +1,211 @@
-"""The siamese metric loss of SPCL: on given pairs, and over all pairs of a batch."""
+"""The siamese metric loss of SPCL: on given pairs, and over all pairs of a batch.
+
+Both forwards return dM/ds beside M. It is the gradient of β, and on given pairs all that the backward pass needs; over
+all pairs that pass computes the logits again, so that nothing of size (N, N) waits for it. docs/math/siamese.md
+derives the gradients.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastproto import _native
 from fastproto._check import FLOATS, INTEGERS, expect_tensor
-from fastproto.ops._dispatch import Op
-from fastproto.ops.contrast import expect_index
+from fastproto.ops._dispatch import DTYPE_CODES, Op
+from fastproto.ops.contrast import _rows, expect_index
 from fastproto.reference import siamese as reference
 
-_pairs_op = Op("siamese_pairs", reference=reference.siamese_pairs)
-_all_pairs_op = Op("siamese_all_pairs", reference=reference.siamese_all_pairs)
+
+def _cpp_pairs_fwd(a: Tensor, b: Tensor, same: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    loss, slope = _floats(len(a), like=a), _floats(len(a), like=a)
+    _launch_pairs("siamese_pairs_fwd", a, b, same, weight, bias, loss, slope, None, None, None)
+    return loss, slope
+
+
+def _cpp_pairs_bwd(
+    a: Tensor, b: Tensor, same: Tensor, weight: Tensor, coefficient: Tensor, need_rows: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    da = _floats(*a.shape, like=a) if need_rows else _floats(0, like=a)
+    dw = _floats(a.shape[1], like=a) if need_weight else _floats(0, like=a)
+    _launch_pairs("siamese_pairs_bwd", a, b, same, weight, None, None, None, coefficient.contiguous(), da, dw)
+    return da, dw
+
+
+def _cpp_all_pairs_fwd(
+    features: Tensor, images: Tensor, prototypes: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = _floats(3, like=features), _floats(3, like=features), _floats(3, like=features)
+    _launch_all_pairs("siamese_all_pairs_fwd", features, images, prototypes, weight, bias, *out, None, None, None)
+    return out
+
+
+def _cpp_all_pairs_bwd(
+    features: Tensor, images: Tensor, prototypes: Tensor, weight: Tensor, bias: Tensor, coefficient: Tensor
+) -> tuple[Tensor, Tensor]:
+    dx, dw = _floats(*features.shape, like=features), _floats(features.shape[1], like=features)
+    outputs = (None, None, None, coefficient.contiguous(), dx, dw)
+    _launch_all_pairs("siamese_all_pairs_bwd", features, images, prototypes, weight, bias, *outputs)
+    return dx, dw
+
+
+def _launch_pairs(
+    name: str, a: Tensor, b: Tensor, same: Tensor, weight: Tensor, bias: Tensor | None, *rest: Tensor | None
+) -> None:
+    a, b = _rows(a), _rows(b)
+    sizes = (*a.shape, a.stride(0), b.stride(0), DTYPE_CODES[a.dtype], DTYPE_CODES[b.dtype])
+    _launch(name, sizes, a, b, same, weight.float().contiguous(), None if bias is None else bias.float(), *rest)
+
+
+def _launch_all_pairs(
+    name: str, x: Tensor, images: Tensor, prototypes: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor | None
+) -> None:
+    x = _rows(x)
+    sizes = (*x.shape, x.stride(0), DTYPE_CODES[x.dtype])
+    _launch(name, sizes, x, images, prototypes, weight.float().contiguous(), bias.float(), *rest)
+
+
+def _launch(name: str, sizes: tuple[int, ...], *tensors: Tensor | None) -> None:
+    """Calls the C++ kernel of that name with addresses in the order of csrc/siamese/bind.h."""
+    addresses = [0 if t is None or not t.numel() else t.data_ptr() for t in tensors]
+    getattr(_native.cpp, name)(sizes, addresses, torch.get_num_threads())
+
+
+def _floats(*shape: int, like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _op(name: str, schema: str, cpp: Callable[..., Any]) -> Op:
+    """The op with its three backends; float64 is for the reference."""
+    plain = getattr(reference, name)
+
+    def triton(*args: Any) -> Any:
+        from fastproto.kernels import siamese as kernels
+
+        return getattr(kernels, name)(*args)
+
+    def below_double(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            double = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in args)
+            return (plain if double else kernel)(*args)
+
+        return run
+
+    return Op(name, schema, reference=plain, cpp=below_double(cpp), triton=below_double(triton))
+
+
+_pairs_fwd = _op(
+    "siamese_pairs_fwd",
+    "(Tensor a, Tensor b, Tensor same, Tensor weight, Tensor bias) -> (Tensor, Tensor)",
+    _cpp_pairs_fwd,
+)
+_pairs_bwd = _op(
+    "siamese_pairs_bwd",
+    "(Tensor a, Tensor b, Tensor same, Tensor weight, Tensor coefficient, bool need_rows, bool need_weight) "
+    "-> (Tensor, Tensor)",
+    _cpp_pairs_bwd,
+)
+_all_pairs_fwd = _op(
+    "siamese_all_pairs_fwd",
+    "(Tensor features, Tensor images, Tensor prototypes, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)",
+    _cpp_all_pairs_fwd,
+)
+_all_pairs_bwd = _op(
+    "siamese_all_pairs_bwd",
+    "(Tensor features, Tensor images, Tensor prototypes, Tensor weight, Tensor bias, Tensor coefficient) "
+    "-> (Tensor, Tensor)",
+    _cpp_all_pairs_bwd,
+)
+
+
+@_pairs_fwd.fake
+def _fake_pairs_fwd(a: Tensor, b: Tensor, same: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = _result_dtype(a, b, weight)
+    return a.new_empty(len(a), dtype=dtype), a.new_empty(len(a), dtype=dtype)
+
+
+@_pairs_bwd.fake
+def _fake_pairs_bwd(
+    a: Tensor, b: Tensor, same: Tensor, weight: Tensor, coefficient: Tensor, need_rows: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = _result_dtype(a, b, weight)
+    da = a.new_empty(a.shape if need_rows else (0,), dtype=dtype)
+    return da, a.new_empty(a.shape[1] if need_weight else 0, dtype=dtype)
+
+
+@_all_pairs_fwd.fake
+def _fake_all_pairs_fwd(features: Tensor, images: Tensor, prototypes: Tensor, weight: Tensor, bias: Tensor) -> Any:
+    return tuple(features.new_empty(3, dtype=_result_dtype(features, weight)) for _ in range(3))
+
+
+@_all_pairs_bwd.fake
+def _fake_all_pairs_bwd(
+    features: Tensor, images: Tensor, prototypes: Tensor, weight: Tensor, bias: Tensor, coefficient: Tensor
+) -> tuple[Tensor, Tensor]:
+    dtype = _result_dtype(features, weight)
+    return features.new_empty(features.shape, dtype=dtype), features.new_empty(features.shape[1], dtype=dtype)
+
+
+def _result_dtype(*tensors: Tensor) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+class _Pairs(torch.autograd.Function):
+    """dM/ds waits from forward to backward, and the rows only where something but β has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, same: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        loss, slope = _pairs_fwd(a, b, same, weight, bias)
+        need_pass = any(ctx.needs_input_grad[i] for i in (0, 1, 3))
+        ctx.save_for_backward(slope, *((a, b, same, weight) if need_pass else ()))
+        ctx.dtypes = [tensor.dtype for tensor in (a, b, same, weight, bias)]
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        slope, *args = ctx.saved_tensors
+        need_a, need_b, _, need_w, need_beta = ctx.needs_input_grad
+        coefficient = grad * slope
+        gradients: list[Tensor | None] = [None] * 5
+        if args:
+            da, dw = _pairs_bwd(*args, coefficient, need_a or need_b, need_w)
+            gradients = [da if need_a else None, -da if need_b else None, None, dw if need_w else None, None]
+        gradients[4] = coefficient.sum() if need_beta else None
+        return tuple(g if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
+
+
+class _AllPairs(torch.autograd.Function):
+    """The rows wait from forward to backward, and only where something but β has a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, images: Tensor, prototypes: Tensor, weight: Tensor, bias: Tensor
+    ) -> Tensor:
+        args = (features, images, prototypes, weight, bias)
+        mean, slope, share = _all_pairs_fwd(*args)
+        need_pass = ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
+        ctx.save_for_backward(slope, share, *(args if need_pass else ()))
+        ctx.dtypes = [tensor.dtype for tensor in args]
+        return mean
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        slope, share, *args = ctx.saved_tensors
+        need_x, _, _, need_w, need_beta = ctx.needs_input_grad
+        gradients: list[Tensor | None] = [None] * 5
+        if args:
+            dx, dw = _all_pairs_bwd(*args, grad * share)
+            gradients = [dx if need_x else None, None, None, dw if need_w else None, None]
+        gradients[4] = (grad * slope).sum() if need_beta else None
+        return tuple(g if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
 
 
 class AllPairs(NamedTuple):
@@ -65,7 +257,9 @@ def siamese_pairs(
     _expect_metric(weight, bias, a, "siamese_pairs")
     same = same.long()
     expect_index(same, "siamese_pairs", "same", 2, ignore_index)
-    return _pairs_op(a, b, same, weight, bias, ignore_index)
+    same = torch.where(same == ignore_index, -1, same)
+    # The compiler cannot trace an autograd.Function that is given one tensor twice.
+    return _Pairs.apply(a, b.view_as(b) if b is a else b, same, weight, bias)
 
 
 def siamese_all_pairs(
@@ -113,7 +307,8 @@ def siamese_all_pairs(
     expect_tensor(prototypes, "siamese_all_pairs", "prototypes", (n,), INTEGERS, device)
     _expect_metric(weight, bias, features, "siamese_all_pairs")
     expect_index(prototypes, "siamese_all_pairs", "prototypes", None, ignore_index)
-    return AllPairs(*_all_pairs_op(features, images, prototypes, weight, bias, ignore_index))
+    images, prototypes = images.long().contiguous(), torch.where(prototypes == ignore_index, -1, prototypes.long())
+    return AllPairs(*_AllPairs.apply(features, images, prototypes, weight, bias).unbind())
 
 
 def _expect_metric(weight: Tensor, bias: Tensor, features: Tensor, op: str) -> None:
