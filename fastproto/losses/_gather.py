@@ -31,13 +31,13 @@ def gather_rows(rows: Tensor) -> Tensor:
         ValueError: on every rank alike, where the numbers of rows differ (read on the CPU, on CUDA with
             ``fastproto.set_debug(True)``; a backend that meets them unchecked aborts or waits).
     """
-    world = rank_and_world()[1]
+    rank, world = rank_and_world()
     if world == 1:
         return rows
     if reads_data(rows):
         counts = torch.zeros(world, dtype=torch.int64, device=rows.device)
-        dist.all_gather_into_tensor(counts, torch.tensor([len(rows)], device=rows.device))
-        found = counts.tolist()
+        counts[rank] = len(rows)
+        found = sum_over_ranks(counts).tolist()
         expect(len(set(found)) == 1, "gather_distributed", "the batch", "as many rows on every rank", str(found))
     return _GatherRows.apply(rows)
 
