@@ -139,6 +139,18 @@ class Buffer {
   int64_t size_ = 0;
 };
 
+inline float dot(const float* a, const float* b, int64_t size) {
+  Vec total{};
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) total += load(a + i) * load(b + i);
+  float rest = sum(total);
+  for (; i < size; ++i) rest += a[i] * b[i];
+  return rest;
+}
+// 1 / |row|; of a zero row a large number, which leaves it zero.
+inline float inverse_length(const float* row, int64_t size) {
+  return 1.f / std::max(std::sqrt(dot(row, row, size)), 1e-12f);
+}
 inline void scale_row(float* row, int64_t size, float factor) {
   for (int64_t i = 0; i < size; ++i) row[i] *= factor;
 }

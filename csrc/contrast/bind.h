@@ -10,13 +10,14 @@
 
 namespace fastproto {
 
-// (N, K, D, stride_x, stride_y, x dtype, y dtype), then the addresses in the struct's order, then the threads.
+// (N, K, D, stride_x, stride_y, x dtype, y dtype, normalize), then the addresses in the struct's order, then the threads.
 template <typename Run> auto contrast_binding(Run run) {
-  return [run](std::array<int64_t, 7> sizes, std::array<uintptr_t, 16> at, int threads) {
+  return [run](std::array<int64_t, 8> sizes, std::array<uintptr_t, 17> at, int threads) {
     Contrast args{};
     args.N = sizes[0], args.K = sizes[1], args.D = sizes[2];
     args.stride_x = sizes[3], args.stride_y = sizes[4];
     args.x_dtype = static_cast<int>(sizes[5]), args.y_dtype = static_cast<int>(sizes[6]);
+    args.normalize = sizes[7] != 0;
     args.x = reinterpret_cast<const void*>(at[0]);
     args.y = reinterpret_cast<const void*>(at[1]);
     args.target = reinterpret_cast<const int64_t*>(at[2]);
@@ -32,7 +33,8 @@ template <typename Run> auto contrast_binding(Run run) {
     args.positive = reinterpret_cast<float*>(at[12]);
     args.grad = reinterpret_cast<const float*>(at[13]);
     args.dy = reinterpret_cast<float*>(at[14]);
-    args.db = reinterpret_cast<float*>(at[15]);
+    args.da = reinterpret_cast<float*>(at[15]);
+    args.db = reinterpret_cast<float*>(at[16]);
     pybind11::gil_scoped_release release;
     run(args, threads);
   };

@@ -3,7 +3,8 @@
 //   s_ij = <x_i, y_j> · a_j + b_j          A(i): t(i), and the keys j whose group is not row i's
 //   L_i  = log Σ_{j ∈ A(i)} exp(s_ij) − s_{i,t(i)}
 //
-// N rows x, K keys y, D embedding. Rows with t(i) < 0 are ignored.
+// N rows x, K keys y, D embedding. Rows with t(i) < 0 are ignored. Normalised, x_i and y_j stand for x_i / |x_i| and y_j / |y_j|,
+// and gradients are those of the rows as they came: dx = (dx̂ − <dx̂, x̂> x̂) / |x|.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +17,7 @@ struct Contrast {
   const void* y;            // (K, D), row stride stride_y
   int64_t stride_x, stride_y;
   int x_dtype, y_dtype;
+  bool normalize;
   const int64_t* target;    // (N,)
   const float* a;           // (K,) inverse temperatures
   const float* b;           // (K,) biases; null: 0
@@ -30,8 +32,9 @@ struct Contrast {
   float* positive;          // (N,) s_{i,t(i)}
   // Backward into the keys.
   const float* grad;        // (N,) dL / dL_i
-  float* dy;                // (K, D) Σ_i g_i (p_ij − [j = t(i)]) a_j x_i
-  float* db;                // (K,)   Σ_i g_i (p_ij − [j = t(i)]); null: not wanted
+  float* dy;                // (K, D) Σ_i q_ij a_j x_i, with q_ij = g_i (p_ij − [j = t(i)])
+  float* da;                // (K,)   Σ_i q_ij <x_i, y_j>
+  float* db;                // (K,)   Σ_i q_ij
 };
 
 #define FASTPROTO_DECLARE(ISA)                               \

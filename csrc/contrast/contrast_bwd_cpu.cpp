@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "../common/parallel.h"
-#include "../common/tile.h"
+#include "rows.h"
 
 namespace fastproto {
 namespace FASTPROTO_ISA {
@@ -96,10 +96,7 @@ void task(const Contrast& args, int64_t begin, int64_t end) {
   scratch.dy.assign(keys * width, 0.f);
   scratch.db.assign(keys, 0.f);
   float *dy = scratch.dy.data(), *db = scratch.db.data();
-  for (int64_t j = 0; j < keys; ++j) {
-    load_row(args.y, args.y_dtype, (begin + j) * args.stride_y, args.D, loaded + j * args.D);
-    scale_row(loaded + j * args.D, args.D, args.a[begin + j]);
-  }
+  for (int64_t j = 0; j < keys; ++j) load_key(args, begin + j, loaded + j * args.D);
   pack_tall(loaded, keys, args.D, y);
   for (int64_t first = 0; first < args.N; first += ROWS) {
     Block block;
@@ -121,7 +118,7 @@ void task(const Contrast& args, int64_t begin, int64_t end) {
       block.grad[i] = counted ? args.grad[first + i] : 0.f;
       float* row = loaded + i * args.D;
       // An ignored row is emptied, so that not even a NaN in it reaches the keys.
-      if (counted) load_row(args.x, args.x_dtype, (first + i) * args.stride_x, args.D, row);
+      if (counted) load_feature(args, first + i, row);
       else if (i < block.count) std::fill(row, row + args.D, 0.f);
     }
     pack_across(loaded, block.count, args.D, across);
@@ -133,9 +130,14 @@ void task(const Contrast& args, int64_t begin, int64_t end) {
                 dy + j * width, db + j);
   }
   for (int64_t j = begin; j < end; ++j) {
-    const float* from = dy + (j - begin) * width;
-    for (int64_t d = 0; d < args.D; ++d) args.dy[j * args.D + d] = args.a[j] * from[d];
-    if (args.db) args.db[j] = db[j - begin];
+    float *from = dy + (j - begin) * width, *to = args.dy + j * args.D;
+    load_row(args.y, args.y_dtype, j * args.stride_y, args.D, loaded);
+    const float inverse = args.normalize ? inverse_length(loaded, args.D) : 1.f;
+    scale_row(loaded, args.D, inverse);
+    args.da[j] = dot(from, loaded, args.D);
+    args.db[j] = db[j - begin];
+    for (int64_t d = 0; d < args.D; ++d) to[d] = args.a[j] * from[d];
+    if (args.normalize) through_length(args.D, loaded, inverse, to);
   }
 }
 

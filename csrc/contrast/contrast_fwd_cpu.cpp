@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "../common/parallel.h"
-#include "../common/tile.h"
+#include "rows.h"
 
 namespace fastproto {
 namespace FASTPROTO_ISA {
@@ -131,8 +131,7 @@ void task(const Contrast& args, int64_t row_begin, int64_t row_end, int64_t key_
   float* across = scratch.across.take(KEYS * args.D);
   float* along = segment.acc ? scratch.along.take(KEYS * round_up(args.D, NR)) : nullptr;
   float* scores = scratch.scores.take(MR * KEYS);
-  for (int64_t i = 0; i < rows; ++i)
-    load_row(args.x, args.x_dtype, (row_begin + i) * args.stride_x, args.D, loaded + i * args.D);
+  for (int64_t i = 0; i < rows; ++i) load_feature(args, row_begin + i, loaded + i * args.D);
   pack_tall(loaded, rows, args.D, x);
   for (int64_t first = key_begin; first < key_end; first += KEYS) {
     Block block;
@@ -142,8 +141,7 @@ void task(const Contrast& args, int64_t row_begin, int64_t row_end, int64_t key_
     block.biased = args.b || block.count < block.padded;
     for (int64_t j = 0; j < block.count; ++j) {
       block.b[j] = args.b ? args.b[first + j] : 0.f;
-      load_row(args.y, args.y_dtype, (first + j) * args.stride_y, args.D, loaded + j * args.D);
-      scale_row(loaded + j * args.D, args.D, args.a[first + j]);
+      load_key(args, first + j, loaded + j * args.D);
     }
     std::fill(block.b + block.count, block.b + block.padded, -INF);
     if (args.group) {
@@ -191,10 +189,11 @@ void finish_row(const Contrast& args, const std::vector<Segment>& segments, int6
     const float share = std::exp(segment.max[i] - max) / sum;
     for (int64_t d = 0; d < args.D; ++d) dx[d] += segment.acc[i * width + d] * share;
   }
-  thread_local std::vector<float> key;
-  key.resize(args.D);
-  load_row(args.y, args.y_dtype, target * args.stride_y, args.D, key.data());
-  for (int64_t d = 0; d < args.D; ++d) dx[d] -= args.a[target] * key[d];
+  thread_local std::vector<float> row;
+  row.resize(args.D);
+  load_key(args, target, row.data());
+  for (int64_t d = 0; d < args.D; ++d) dx[d] -= row[d];
+  if (args.normalize) through_length(args.D, row.data(), load_feature(args, i, row.data()), dx);
 }
 
 }  // namespace

@@ -19,6 +19,12 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(widen(x), dim=1)
 
 
+def join_rows(x0: Tensor, x1: Tensor) -> Tensor:
+    """The rows of both. Outside of autocast, whose concatenation refuses half precision of the kind that it is not for."""
+    with torch.autocast(x0.device.type, enabled=False):
+        return torch.cat([x0, x1])
+
+
 def reduce_rows(loss: Tensor, reduction: str, counted: Tensor | None = None) -> Tensor:
     """The mean over the rows that count (0 where none does), the sum, or the rows themselves.
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastproto._check import FLOATS, INTEGERS, expect, expect_tensor, expect_type
-from fastproto.losses._common import expect_reduction, expect_temperature, expect_views, reduce_rows, unit
+from fastproto.losses._common import expect_reduction, expect_temperature, expect_views, join_rows, reduce_rows, unit
 from fastproto.losses._gather import from_first_rank, gather_rows, rank_and_world
-from fastproto.ops.contrast import contrast, expect_index
+from fastproto.ops.contrast import contrast_unchecked, expect_index
 
 
 def nt_xent(
@@ -61,7 +61,7 @@ def nt_xent(
     expect_reduction(reduction, "nt_xent")
     n, device = out0.shape[0], out0.device
 
-    features = torch.cat([unit(out0), unit(out1)])
+    features = join_rows(out0, out1)
     keys = gather_rows(features) if gather_distributed else features
     first = rank_and_world()[0] * 2 * n if gather_distributed else 0
     rows = torch.arange(first, first + 2 * n, device=device)
@@ -76,10 +76,11 @@ def nt_xent(
         key_groups = torch.where(prototypes == ignore_index, -1 - key_groups, prototypes)
     groups = key_groups[first : first + 2 * n]
     targets = rows.roll(n)
-    loss = contrast(
-        features, keys, targets, scale=1 / temperature, groups=groups, key_groups=key_groups, stats=False
+    divisor = max(2 * n, 1) if reduction == "mean" else None
+    loss = contrast_unchecked(
+        features, keys, targets, 1 / temperature, groups=groups, key_groups=key_groups, normalize=True, divisor=divisor
     ).loss
-    return reduce_rows(loss, reduction)
+    return loss.sum() if reduction == "sum" else loss
 
 
 def info_nce(
@@ -119,26 +120,30 @@ def info_nce(
     expect_views(query, key, "info_nce", ("query", "key"))
     expect_temperature(temperature, "info_nce")
     expect_reduction(reduction, "info_nce")
-    key = unit(key.detach())
     if queue is None:
         rows = torch.arange(query.shape[0], device=query.device)
-        loss = contrast(unit(query), key, rows, scale=1 / temperature, stats=False).loss
+        loss = contrast_unchecked(query, key.detach(), rows, 1 / temperature, normalize=True).loss
     else:
         expect_tensor(queue, "info_nce", "queue", ("M", query.shape[1]), FLOATS, query.device)
-        loss = _against_queue(unit(query), key, unit(queue.detach()), temperature)
+        loss = _against_queue(query, key.detach(), queue.detach(), temperature)
     return reduce_rows(loss, reduction)
 
 
 def _against_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """Row losses (N,) of unit queries that see their own key and the queue (M, D), but not each other's keys."""
+    """Row losses (N,) of queries that see their own key and the queue (M, D), but not each other's keys."""
     n, device = query.shape[0], query.device
-    keys = torch.cat([key, queue])
+    keys = join_rows(key.detach(), queue)
     in_queue = (torch.arange(keys.shape[0], device=device) >= n).long()
     rows = torch.arange(n, device=device)
     groups = torch.zeros_like(rows)
-    return contrast(
-        query, keys, rows, scale=1 / temperature, groups=groups, key_groups=in_queue, stats=False
+    loss = contrast_unchecked(
+        query, keys, rows, 1 / temperature, groups=groups, key_groups=in_queue, normalize=True
     ).loss
+    if key.requires_grad:
+        # Of all keys only the N own ones take a gradient, p_ii - 1 = exp(-L_i) - 1 per logit: a term of value 0 brings it.
+        logit = (unit(query.detach()) * unit(key)).sum(1) / temperature
+        loss = loss + (logit - logit.detach()) * torch.expm1(-loss.detach())
+    return loss
 
 
 class NTXentLoss(nn.Module):
@@ -217,12 +222,12 @@ class NTXentLoss(nn.Module):
             self._start_bank(out0.shape[1], out0.device)
         assert self.bank is not None
         expect_tensor(out0, "NTXentLoss", "out0", ("N", self.bank.shape[1]), FLOATS, self.bank.device)
-        query, key = unit(out0), unit(out1)
-        if self.gather_distributed and query.requires_grad:
+        training = torch.is_grad_enabled() and out0.requires_grad
+        if self.gather_distributed and training:
             self._share_bank()
-        loss = reduce_rows(_against_queue(query, key, self.bank, self.temperature), "mean")
-        if query.requires_grad:
-            self._enqueue(key.detach())
+        loss = reduce_rows(_against_queue(out0, out1, self.bank, self.temperature), "mean")
+        if training:
+            self._enqueue(unit(out1.detach()))
         return loss
 
     def extra_repr(self) -> str:

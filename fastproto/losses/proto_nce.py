@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastproto._check import FLOATS, INTEGERS, expect, expect_tensor, expect_type, reads_data
-from fastproto.losses._common import expect_reduction, reduce_rows, unit, widen
+from fastproto.losses._common import expect_reduction, widen
 from fastproto.losses._gather import from_first_rank, gather_rows, rank_and_world, sum_over_ranks
-from fastproto.ops.contrast import Contrast, contrast, expect_index
+from fastproto.ops.contrast import Contrast, contrast_unchecked, expect_index
 
 # One prototype set, or one entry per set.
 Tensors = Tensor | Sequence[Tensor]
@@ -87,23 +87,24 @@ def proto_nce(
     expect_tensor(features, "proto_nce", "features", ("N", "D"))
     expect_reduction(reduction, "proto_nce")
     _expect_num_negatives(num_negatives, "proto_nce")
-    v = unit(features) if normalize else features
     losses, stats = [], []
     for keys, labels, phi, b in _sets(prototypes, assignments, concentration, bias):
         _expect_set(features, keys, labels, phi, b, ignore_index)
-        targets = torch.where(labels == ignore_index, -1, labels).long()
+        targets = labels.long() if ignore_index == -1 else torch.where(labels == ignore_index, -1, labels.long())
+        divisor = _divisor(targets, gather_distributed) if reduction == "mean" else None
         if num_negatives is None:
-            y = unit(keys) if normalize else keys
-            rows = contrast(v, y, targets, scale=_inverse(phi), bias=b, stats=return_stats)
+            rows = contrast_unchecked(
+                features, keys, targets, _inverse(phi), b, normalize=normalize, divisor=divisor, stats=return_stats
+            )
         else:
             batch = gather_rows(targets) if gather_distributed else targets
-            kept, kept_bias = _sample_keys(batch, keys.shape[0], num_negatives, generator, gather_distributed)
-            rows = _contrast_kept(v, keys, targets, phi, b, normalize, kept, kept_bias)
-        losses.append(_reduce(rows.loss, targets, reduction, gather_distributed))
+            sample = _sample_keys(batch, keys.shape[0], num_negatives, generator, gather_distributed)
+            rows = _contrast_sample(features, keys, targets, phi, b, normalize, divisor, *sample)
+        losses.append(rows.loss.sum() if reduction == "sum" else rows.loss)
         if return_stats:
-            top1 = torch.where(targets < 0, ignore_index, rows.top1)
+            top1 = rows.top1 if ignore_index == -1 else torch.where(targets < 0, ignore_index, rows.top1)
             stats.append(ProtoNCEStats(rows.lse, rows.entropy, top1, rows.positive_logit))
-    loss = torch.stack(losses).mean(0)
+    loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean(0)
     if not return_stats:
         return loss
     return loss, stats if isinstance(prototypes, (list, tuple)) else stats[0]
@@ -174,32 +175,35 @@ def _sample_keys(
     return kept, torch.zeros(kept.shape, device=kept.device).masked_fill(surplus, -torch.inf)
 
 
-def _contrast_kept(
-    v: Tensor,
+def _contrast_sample(
+    features: Tensor,
     keys: Tensor,
     targets: Tensor,
     phi: float | Tensor,
     bias: Tensor | None,
     normalize: bool,
+    divisor: Tensor | None,
     kept: Tensor,
     kept_bias: Tensor,
 ) -> Contrast:
     """The contrast with the kept keys only; ``top1`` counts in all keys."""
     position = torch.zeros(keys.shape[0], dtype=torch.int64, device=kept.device)
     position = position.scatter(0, kept, torch.arange(kept.shape[0], device=kept.device))
-    keys = keys[kept]
-    phi = phi[kept] if isinstance(phi, Tensor) else phi
-    bias = kept_bias if bias is None else bias[kept] + kept_bias
     kept_targets = torch.where(targets < 0, -1, position[targets.clamp(min=0)])
-    rows = contrast(v, unit(keys) if normalize else keys, kept_targets, scale=_inverse(phi), bias=bias)
-    return rows._replace(top1=kept[rows.top1.clamp(min=0)])
+    scale = _inverse(phi[kept] if isinstance(phi, Tensor) else phi)
+    bias = kept_bias if bias is None else bias[kept] + kept_bias
+    rows = contrast_unchecked(
+        features, keys[kept], kept_targets, scale, bias, normalize=normalize, divisor=divisor, stats=True
+    )
+    return rows._replace(top1=torch.where(targets < 0, -1, kept[rows.top1.clamp(min=0)]))
 
 
-def _reduce(loss: Tensor, targets: Tensor, reduction: str, gather_distributed: bool) -> Tensor:
+def _divisor(targets: Tensor, gather_distributed: bool) -> Tensor:
+    """How many rows the mean is over, of all ranks per rank where they are gathered; 1 where none counts."""
     counted = (targets >= 0).sum()
-    if gather_distributed and reduction == "mean":
-        loss, counted = loss * rank_and_world()[1], sum_over_ranks(counted)
-    return reduce_rows(loss, reduction, counted)
+    if gather_distributed:
+        return sum_over_ranks(counted).clamp(min=1) / rank_and_world()[1]
+    return counted.clamp(min=1)
 
 
 class ProtoNCELoss(nn.Module):

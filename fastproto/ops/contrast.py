@@ -22,55 +22,100 @@ def _cpp_fwd(features: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         return reference.contrast_fwd(features, keys, *rest)
     *options, need_dx, need_stats = rest
     out = _outputs(features, need_dx, need_stats)
-    _launch("contrast_fwd", (features, keys, *options), out, None, None)
+    _launch("contrast_fwd", features, keys, *options, (*out, None, None, None, None))
     return out
 
 
-def _cpp_bwd_keys(features: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _cpp_bwd_keys(features: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     if torch.float64 in (features.dtype, keys.dtype):
         return reference.contrast_bwd_keys(features, keys, *rest)
     *options, lse, grad = rest
-    dy = torch.empty(keys.shape, dtype=torch.float32, device=keys.device)
-    db = torch.empty(len(keys), dtype=torch.float32, device=keys.device)
-    none = features.new_empty(0)
-    out = (none, lse, none, none, none, none)
-    _launch("contrast_bwd_keys", (features, keys, *options), out, grad.contiguous(), (dy, db))
-    return dy, db
+    dy, da, db = (torch.empty(shape, dtype=torch.float32) for shape in (keys.shape, len(keys), len(keys)))
+    grad = grad.contiguous()
+    _launch("contrast_bwd_keys", features, keys, *options, (None, lse, None, None, None, None, grad, dy, da, db))
+    return dy, da, db
 
 
 def _outputs(features: Tensor, need_dx: bool, need_stats: bool) -> tuple[Tensor, ...]:
     """Loss, lse, dx, entropy, top1 and positive logit to be written, of size 0 where they are not needed."""
-    n, stats = len(features), len(features) if need_stats else 0
-    dtype = torch.promote_types(features.dtype, torch.float32)
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=features.device)
-
-    dx = empty(n, features.shape[1]) if need_dx else empty(0)
-    return empty(n), empty(n), dx, empty(stats), empty(stats, dtype=torch.int64), empty(stats)
+    n, d = features.shape
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    dx = features.new_empty((n, d) if need_dx else 0, dtype=dtype)
+    loss, lse = features.new_empty(n, dtype=dtype), features.new_empty(n, dtype=dtype)
+    stats = n if need_stats else 0
+    entropy, positive = features.new_empty(stats, dtype=dtype), features.new_empty(stats, dtype=dtype)
+    return loss, lse, dx, entropy, features.new_empty(stats, dtype=torch.int64), positive
 
 
 def _launch(
     name: str,
-    args: tuple[Tensor | None, ...],
-    out: tuple[Tensor, ...],
-    grad: Tensor | None,
-    gradients: tuple[Tensor, Tensor] | None,
+    features: Tensor,
+    keys: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    groups: Tensor | None,
+    key_groups: Tensor | None,
+    normalize: bool,
+    results: tuple[Tensor | None, ...],
 ) -> None:
     """Calls the C++ kernel of that name with addresses in the order of csrc/contrast/bind.h."""
-    features, keys, targets, scale, bias, groups, key_groups = args
-    assert features is not None and keys is not None and scale is not None
     features, keys = _rows(features), _rows(keys)
     scale = scale.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    loss, lse, dx, entropy, top1, positive = out
-    tensors = [features, keys, targets, scale, bias, groups, key_groups, loss, lse, dx, entropy, top1, positive, grad]
+    tensors = (features, keys, targets, scale, bias, groups, key_groups, *results)
     sizes = (len(features), *keys.shape, features.stride(0), keys.stride(0))
     getattr(_native.cpp, name)(
-        (*sizes, DTYPE_CODES[features.dtype], DTYPE_CODES[keys.dtype]),
-        [0 if t is None or not t.numel() else t.data_ptr() for t in (*tensors, *(gradients or (None, None)))],
+        (*sizes, DTYPE_CODES[features.dtype], DTYPE_CODES[keys.dtype], normalize),
+        [0 if t is None or not t.numel() else t.data_ptr() for t in tensors],
         torch.get_num_threads(),
     )
+
+
+def _triton_fwd(features: Tensor, keys: Tensor, targets: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    if torch.float64 in (features.dtype, keys.dtype):
+        return reference.contrast_fwd(features, keys, targets, scale, *rest)
+    from fastproto.kernels.contrast_fwd import contrast_fwd
+
+    *options, normalize, need_dx, need_stats = rest
+    out = _outputs(features, need_dx, need_stats)
+    x, y, a = _unit_inputs(features, keys, scale) if normalize else (features, keys, scale)
+    contrast_fwd(x, y, targets, a, *options, need_dx, need_stats, out)
+    if normalize and need_dx:
+        counted = (targets >= 0)[:, None]
+        out[2].copy_(reference.through_length(out[2], *reference.unit_rows(torch.where(counted, features, 0))))
+    return out
+
+
+def _triton_bwd_keys(features: Tensor, keys: Tensor, targets: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    if torch.float64 in (features.dtype, keys.dtype):
+        return reference.contrast_bwd_keys(features, keys, targets, scale, *rest)
+    from fastproto.kernels.contrast_bwd import contrast_bwd_keys
+
+    *options, normalize, lse, grad = rest
+    x, y, a = _unit_inputs(features, keys, scale) if normalize else (features, keys, scale)
+    dy, db = contrast_bwd_keys(x, y, targets, a, *options, lse, grad)
+    wide = keys.float()
+    if normalize:
+        length = torch.linalg.vector_norm(wide, dim=1).clamp(min=1e-12)
+        dy = dy if a is not scale else dy / length[:, None]
+    # dy is a_j / |y_j| Σ_i q_ij x_i here.
+    along = (wide * dy).sum(1)
+    if normalize:
+        dy = dy - wide * (along / length.square())[:, None]
+    return dy, along / scale.float(), db
+
+
+def _unit_inputs(features: Tensor, keys: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit rows, keys and scale for a kernel that takes them as they are.
+
+    Unit keys are not written out: their lengths go into the scale, a_j / |y_j|. Only float16 lacks the range for that.
+    """
+    x = reference.unit_rows(features)[0].to(features.dtype)
+    if keys.dtype == torch.float16:
+        return x, reference.unit_rows(keys)[0].to(keys.dtype), scale
+    length = torch.linalg.vector_norm(keys, dim=1, dtype=torch.float32).clamp(min=1e-12)
+    return x, keys, scale.float() / length
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -80,18 +125,21 @@ def _rows(x: Tensor) -> Tensor:
 
 _ARGUMENTS = (
     "Tensor features, Tensor keys, Tensor targets, Tensor scale, Tensor? bias, Tensor? groups, Tensor? key_groups, "
+    "bool normalize, "
 )
 _fwd = Op(
     "contrast_fwd",
     f"({_ARGUMENTS} bool need_dx, bool need_stats) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.contrast_fwd,
     cpp=_cpp_fwd,
+    triton=_triton_fwd,
 )
 _bwd_keys = Op(
     "contrast_bwd_keys",
-    f"({_ARGUMENTS} Tensor lse, Tensor grad) -> (Tensor, Tensor)",
+    f"({_ARGUMENTS} Tensor lse, Tensor grad) -> (Tensor, Tensor, Tensor)",
     reference=reference.contrast_bwd_keys,
     cpp=_cpp_bwd_keys,
+    triton=_triton_bwd_keys,
 )
 
 
@@ -101,9 +149,10 @@ def _fake_fwd(features: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 @_bwd_keys.fake
-def _fake_bwd_keys(features: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake_bwd_keys(features: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     dtype = torch.promote_types(torch.promote_types(features.dtype, keys.dtype), torch.float32)
-    return keys.new_empty(keys.shape, dtype=dtype), keys.new_empty(len(keys), dtype=dtype)
+    k = len(keys)
+    return keys.new_empty(keys.shape, dtype=dtype), keys.new_empty(k, dtype=dtype), keys.new_empty(k, dtype=dtype)
 
 
 class _Contrast(torch.autograd.Function):
@@ -119,37 +168,43 @@ class _Contrast(torch.autograd.Function):
         bias: Tensor | None,
         groups: Tensor | None,
         key_groups: Tensor | None,
+        normalize: bool,
+        divisor: Tensor | float | None,
         need_stats: bool,
     ) -> tuple[Tensor, ...]:
-        need_dx = ctx.needs_input_grad[0]
+        need_x, need_y, _, need_a, need_b, *_ = ctx.needs_input_grad
         args = (features, keys, targets, scale, bias, groups, key_groups)
-        loss, lse, dx, *stats = _fwd(*args, need_dx, need_stats)
-        need_keys = any(ctx.needs_input_grad[i] for i in (1, 3, 4))
-        ctx.save_for_backward(dx, lse, *(args if need_keys else ()))
-        ctx.dtype = features.dtype
+        loss, lse, dx, *stats = _fwd(*args, normalize, need_x, need_stats)
+        if divisor is not None:
+            loss, dx = loss.sum() / divisor, dx / divisor
+        ctx.normalize, ctx.dtype = normalize, features.dtype
+        # A tensor is for autograd to keep, a number is not.
+        ctx.divisor = None if isinstance(divisor, Tensor) else divisor
+        for_keys = (lse, divisor if isinstance(divisor, Tensor) else None, *args)
+        ctx.save_for_backward(dx, *(for_keys if need_y or need_a or need_b else ()))
         ctx.mark_non_differentiable(lse, *stats)
         return loss, lse, *stats
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        dx, lse, *args = ctx.saved_tensors
-        need_x, need_y, _, need_a, need_b, *_ = ctx.needs_input_grad
-        gradients: list[Tensor | None] = [None] * 8
-        if need_x:
-            gradients[0] = (grad[:, None] * dx).to(ctx.dtype)
-        if args:
-            _, keys, _, scale, bias, _, _ = args
-            dy, db = _bwd_keys(*args, lse, grad)
-            # Σ_i q_ij <x_i, y_j> = <y_j, dy_j> / a_j
-            gradients[3] = ((keys.to(dy.dtype) * dy).sum(1) / scale.to(dy.dtype)).to(scale.dtype) if need_a else None
-            gradients[1] = dy.to(keys.dtype) if need_y else None
-            gradients[4] = db.to(bias.dtype) if need_b else None
+        dx, *for_keys = ctx.saved_tensors
+        gradients: list[Tensor | None] = [None] * 10
+        if ctx.needs_input_grad[0]:
+            gradients[0] = ((grad[:, None] if grad.ndim else grad) * dx).to(ctx.dtype)
+        if for_keys:
+            lse, divisor, *args = for_keys
+            divisor = ctx.divisor if divisor is None else divisor
+            grad = grad if divisor is None else (grad / divisor).expand(lse.shape).contiguous()
+            # Of keys, scale and bias, arguments 1, 3 and 4.
+            for i, gradient in zip((1, 3, 4), _bwd_keys(*args, ctx.normalize, lse, grad), strict=True):
+                if ctx.needs_input_grad[i]:
+                    gradients[i] = gradient.to(args[i].dtype)
         return tuple(gradients)
 
 
 class Contrast(NamedTuple):
-    """What :func:`contrast` gives, each (N,) and on the device. Only ``loss`` carries a gradient."""
+    """What :func:`contrast` gives, on the device: ``loss`` (N,), or () with a divisor; the others (N,), without gradient."""
 
     loss: Tensor
     lse: Tensor
@@ -167,6 +222,8 @@ def contrast(
     bias: Tensor | None = None,  # (K,) float
     groups: Tensor | None = None,  # (N,) int
     key_groups: Tensor | None = None,  # (K,) int
+    normalize: bool = False,
+    divisor: float | Tensor | None = None,  # () float
     ignore_index: int = -1,
     stats: bool = True,
 ) -> Contrast:
@@ -185,6 +242,8 @@ def contrast(
         scale: a, the inverse temperature: one number, or (K,) with a gradient.
         bias: b (K,), -inf hides a key from all rows.
         groups, key_groups: (N,) and (K,) integers, both or none.
+        normalize: scale rows and keys to length 1 first; a zero row stays zero. No copy of the keys is made.
+        divisor: the loss is the sum over the rows divided by it; None leaves the rows.
         ignore_index: the target of rows that do not count.
         stats: whether entropy, top1 and positive_logit are wanted; without, they are empty.
 
@@ -226,15 +285,39 @@ def contrast(
         expect_tensor(groups, "contrast", "groups", (n,), INTEGERS, device)
         expect_tensor(key_groups, "contrast", "key_groups", (k,), INTEGERS, device)
     expect_index(targets, "contrast", "targets", k, ignore_index)
-    targets = torch.where(targets == ignore_index, -1, targets.long())
+    return contrast_unchecked(
+        features, keys, targets, scale, bias, groups, key_groups, normalize=normalize, divisor=divisor,
+        ignore_index=ignore_index, stats=stats,
+    )  # fmt: skip
+
+
+def contrast_unchecked(
+    features: Tensor,
+    keys: Tensor,
+    targets: Tensor,
+    scale: float | Tensor,
+    bias: Tensor | None = None,
+    groups: Tensor | None = None,
+    key_groups: Tensor | None = None,
+    *,
+    normalize: bool = False,
+    divisor: float | Tensor | None = None,
+    ignore_index: int = -1,
+    stats: bool = False,
+) -> Contrast:
+    """:func:`contrast` for callers that have checked the arguments themselves: a small batch would feel it twice."""
+    targets = targets.long() if ignore_index == -1 else torch.where(targets == ignore_index, -1, targets.long())
     if not isinstance(scale, Tensor):
-        scale = torch.full((k,), float(scale), dtype=torch.promote_types(keys.dtype, torch.float32), device=device)
+        dtype = torch.promote_types(keys.dtype, torch.float32)
+        scale = torch.full((len(keys),), float(scale), dtype=dtype, device=keys.device)
     if groups is not None and key_groups is not None:
         groups, key_groups = groups.long().contiguous(), key_groups.long().contiguous()
         key_groups = key_groups.view_as(key_groups) if key_groups is groups else key_groups
     # The compiler cannot trace an autograd.Function that is given one tensor twice.
     keys = keys.view_as(keys) if keys is features else keys
-    rows = Contrast(*_Contrast.apply(features, keys, targets, scale, bias, groups, key_groups, stats))
+    rows = Contrast(
+        *_Contrast.apply(features, keys, targets, scale, bias, groups, key_groups, normalize, divisor, stats)
+    )
     return rows if ignore_index == -1 else rows._replace(top1=torch.where(targets < 0, ignore_index, rows.top1))
 
 
@@ -245,7 +328,9 @@ def expect_index(index: Tensor, op: str, argument: str, size: int | None, ignore
     """
     if not index.numel() or not reads_data(index):
         return
-    low, high = (int(value) for value in torch.where(index == ignore_index, 0, index).aminmax())
+    low, high = map(int, index.aminmax())
+    if low < 0 or low == ignore_index or high == ignore_index:
+        low, high = map(int, torch.where(index == ignore_index, 0, index).aminmax())
     expected = f"{ignore_index} or at least 0" if size is None else f"{ignore_index} or 0 to {size - 1}"
     fits = low >= 0 and (size is None or high < size)
     expect(fits, op, argument, expected, f"values from {low} to {high}")

@@ -4,7 +4,8 @@
     L_i  = log Σ_{j ∈ A(i)} exp(s_ij) - s_{i,t(i)}
 
 A(i) holds the target t(i) and every key whose group is not the row's. N rows, K keys, D embedding.
-The (N, K) logits are materialised.
+The (N, K) logits are materialised. Normalised, x_i and y_j stand for x_i / |x_i| and y_j / |y_j|, and gradients are those of the
+rows as they came.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ def contrast_fwd(
     bias: Tensor | None,  # (K,) float
     groups: Tensor | None,  # (N,) int64
     key_groups: Tensor | None,  # (K,) int64
+    normalize: bool,
     need_dx: bool,
     need_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss (N,), lse (N,), dx (N, D), entropy (N,), top1 (N,), positive logit (N,); what is not needed has size 0."""
-    x_nd, y_kd, logits_nk = _logits(features, keys, targets, scale, bias, groups, key_groups)
+    x_nd, y_kd, length_n1, _, logits_nk = _logits(features, keys, targets, scale, bias, groups, key_groups, normalize)
     counted_n, target_n1 = targets >= 0, targets.clamp(min=0)[:, None]
     # log_softmax and not lse - s: the difference of two large numbers would lose the digits of a small loss.
     log_p_nk = logits_nk.log_softmax(1)
@@ -39,7 +41,9 @@ def contrast_fwd(
     top1_n = targets.new_empty(0)
     if need_dx:
         q_nk = p_nk - torch.zeros_like(p_nk).scatter_(1, target_n1, 1.0)
-        dx_nd = torch.where(counted_n[:, None], (q_nk * scale.to(x_nd.dtype)) @ y_kd, 0)
+        dx_nd = (q_nk * scale.to(x_nd.dtype)) @ y_kd
+        dx_nd = through_length(dx_nd, x_nd, length_n1) if normalize else dx_nd
+        dx_nd = torch.where(counted_n[:, None], dx_nd, 0)
     if need_stats:
         entropy_n = torch.where(counted_n, torch.special.entr(p_nk).sum(1), 0)
         # argmax refuses a (0, 0) matrix.
@@ -56,16 +60,32 @@ def contrast_bwd_keys(
     bias: Tensor | None,  # (K,) float
     groups: Tensor | None,  # (N,) int64
     key_groups: Tensor | None,  # (K,) int64
+    normalize: bool,
     lse: Tensor,  # (N,)
     grad: Tensor,  # (N,) dL / dL_i
-) -> tuple[Tensor, Tensor]:
-    """dL/dy (K, D) and dL/db (K,), from q_ij = g_i (p_ij - 1[j = t(i)])."""
-    x_nd, _, logits_nk = _logits(features, keys, targets, scale, bias, groups, key_groups)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dL/dy (K, D), dL/da (K,) and dL/db (K,), from q_ij = g_i (p_ij - 1[j = t(i)])."""
+    x_nd, y_kd, _, length_k1, logits_nk = _logits(features, keys, targets, scale, bias, groups, key_groups, normalize)
     counted_n1, target_n1 = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]
     p_nk = (logits_nk - lse[:, None]).exp()
     q_nk = grad[:, None] * (p_nk - torch.zeros_like(p_nk).scatter_(1, target_n1, 1.0))
     q_nk = torch.where(counted_n1, q_nk, 0)
-    return scale.to(x_nd.dtype)[:, None] * (q_nk.T @ x_nd), q_nk.sum(0)
+    sum_kd = q_nk.T @ x_nd
+    dy_kd = scale.to(x_nd.dtype)[:, None] * sum_kd
+    dy_kd = through_length(dy_kd, y_kd, length_k1) if normalize else dy_kd
+    return dy_kd, (sum_kd * y_kd).sum(1), q_nk.sum(0)
+
+
+def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x_i / |x_i| (N, D) and the lengths (N, 1), in at least float32; a zero row stays zero."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=1e-12)
+    return x / length, length
+
+
+def through_length(grad: Tensor, unit: Tensor, length: Tensor) -> Tensor:
+    """The gradient of the rows that ``unit`` was made from: (g - <g, u> u) / |x|."""
+    return (grad - (grad * unit).sum(1, keepdim=True) * unit) / length
 
 
 def _logits(
@@ -76,16 +96,20 @@ def _logits(
     bias: Tensor | None,
     groups: Tensor | None,
     key_groups: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, keys and logits (N, K) in at least float32; -inf where a row may not see a key."""
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Rows, keys, the lengths they had, and logits (N, K), in at least float32; -inf where a row may not see a key."""
     dtype = torch.promote_types(torch.promote_types(features.dtype, keys.dtype), torch.float32)
     # An ignored row is emptied before the product, so that not even a NaN in it reaches the keys' gradient.
     x_nd = torch.where((targets >= 0)[:, None], features, 0).to(dtype)
     y_kd = keys.to(dtype)
+    length_n1 = length_k1 = None
+    if normalize:
+        (x_nd, length_n1), (y_kd, length_k1) = unit_rows(x_nd), unit_rows(y_kd)
     logits_nk = (x_nd @ y_kd.T) * scale.to(dtype)
     if bias is not None:
         logits_nk = logits_nk + bias.to(dtype)
     if groups is not None and key_groups is not None:
         hidden_nk = (groups[:, None] == key_groups).scatter(1, targets.clamp(min=0)[:, None], False)
         logits_nk = logits_nk.masked_fill(hidden_nk, -math.inf)
-    return x_nd, y_kd, logits_nk
+    return x_nd, y_kd, length_n1, length_k1, logits_nk

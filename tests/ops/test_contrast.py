@@ -295,3 +295,31 @@ def test_bad_input_is_refused_by_name(changes: dict[str, Any], error: type[Excep
     arguments = {"features": torch.ones(2, 4), "keys": torch.ones(3, 4), "targets": integers(0, 1)} | changes
     with pytest.raises(error, match=message):
         contrast(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_normalised_rows_are_those_of_torch(dtype: torch.dtype) -> None:
+    """Zero rows too, whose gradient F.normalize multiplies by 1e12."""
+    arguments = problem(7, 9, 5, dtype=dtype)
+    for name in ("features", "keys"):
+        arguments[name] = arguments[name].detach().mul(3).index_fill(0, torch.tensor([2]), 0).requires_grad_()
+    leaves = [arguments[name] for name in ("features", "keys", "scale", "bias")]
+    upstream = torch.linspace(-1, 1, 7, dtype=dtype)
+    ours = torch.autograd.grad(contrast(**arguments, normalize=True).loss, leaves, upstream)
+    unit = {name: torch.nn.functional.normalize(arguments[name], dim=1) for name in ("features", "keys")}
+    expected = torch.autograd.grad(contrast(**(arguments | unit)).loss, leaves, upstream)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=1e-6)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_divisor_makes_one_number_of_the_rows(as_tensor: bool) -> None:
+    arguments = problem(7, 9, 5)
+    leaves = [arguments[name] for name in ("features", "keys", "scale", "bias")]
+    divisor = torch.tensor(5.0, dtype=torch.float64) if as_tensor else 5.0
+    mean = contrast(**arguments, divisor=divisor).loss
+    expected = contrast(**arguments).loss.sum() / 5
+    assert mean.shape == ()
+    torch.testing.assert_close(mean, expected)
+    for a, b in zip(torch.autograd.grad(mean * 3, leaves), torch.autograd.grad(expected * 3, leaves), strict=True):
+        torch.testing.assert_close(a, b)
