@@ -3,6 +3,7 @@
 // A pool of our own rather than OpenMP, because PyTorch brings its own copy of the OpenMP runtime and two of them in one
 // process keep two sets of spinning threads. Tasks are handed out by an atomic counter: which thread runs a task is open,
 // so a task must not depend on it. A call that finds the pool busy (another Python thread is in it) runs its tasks itself.
+// A waiting thread spins for some microseconds before it sleeps: waking a core costs more than a small op.
 // After fork() the child has no threads: it forgets the pool and makes a new one at its first call.
 #pragma once
 
@@ -49,6 +50,7 @@ class ThreadPool {
     }
     wake_.notify_all();
     work();
+    spin([this] { return working_.load() == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return working_ == 0; });
     if (error_) std::rethrow_exception(error_);
@@ -64,6 +66,7 @@ class ThreadPool {
   void help(int me) {
     uint64_t seen = 0;
     for (;;) {
+      spin([&] { return round_.load() != seen; });
       {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return round_ != seen; });
@@ -73,6 +76,14 @@ class ThreadPool {
       work();
       std::lock_guard<std::mutex> lock(mutex_);
       if (--working_ == 0) done_.notify_one();
+    }
+  }
+
+  template <typename Done> static void spin(Done done) {
+    for (int turn = 0; turn < 2000 && !done(); ++turn) {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
     }
   }
 
@@ -94,8 +105,9 @@ class ThreadPool {
   const std::function<void(int64_t)>* task_ = nullptr;
   std::atomic<int64_t> next_{0};
   int64_t count_ = 0;
-  int started_ = 0, invited_ = 0, working_ = 0;
-  uint64_t round_ = 0;
+  int started_ = 0, invited_ = 0;
+  std::atomic<int> working_{0};
+  std::atomic<uint64_t> round_{0};
   std::exception_ptr error_;
 };
 

@@ -200,15 +200,18 @@ void finish_row(const Contrast& args, const std::vector<Segment>& segments, int6
 
 void contrast_fwd(const Contrast& args, int threads) {
   if (args.N == 0) return;
-  // Few rows leave threads idle and re-read every key for little work: split the keys, into no more than holds the
-  // segments' accumulators to 1024 rows.
-  const int64_t splits = std::max<int64_t>(1, std::min(1024 / args.N, args.K / (4 * KEYS)));
-  const int64_t keys = round_up((args.K + splits - 1) / splits, KEYS);
+  // Few rows are little work for every key that is packed: split the keys, into no more segments than hold the
+  // accumulators of 1024 rows.
+  const int64_t blocks = (args.K + KEYS - 1) / KEYS;
+  const int64_t wanted = std::max<int64_t>(1, std::min(1024 / args.N, blocks));
+  const int64_t keys = (blocks + wanted - 1) / wanted * KEYS;
+  const int64_t splits = (args.K + keys - 1) / keys;
   const int64_t width = round_up(args.D, NR);
-  // As many chunks as keep every thread busy to the end.
-  const int64_t turns = (args.N + threads * MAX_ROWS - 1) / (threads * MAX_ROWS) * threads;
-  const int64_t rows = round_up((args.N + turns - 1) / turns, MR);
-  const int64_t chunks = (args.N + rows - 1) / rows;
+  // As many chunks of rows as keep every thread busy to the end.
+  int64_t chunks = (args.N + MAX_ROWS - 1) / MAX_ROWS;
+  while (chunks * splits < 4 * threads && chunks * splits % threads != 0 && chunks * MR < args.N) ++chunks;
+  const int64_t rows = round_up((args.N + chunks - 1) / chunks, MR);
+  chunks = (args.N + rows - 1) / rows;
 
   const int64_t floats = args.N * (3 + (args.entropy ? 2 : 0) + (args.dx ? width : 0));
   std::vector<float> state(splits * floats, 0.f);

@@ -22,7 +22,7 @@ def _cpp_fwd(features: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         return reference.contrast_fwd(features, keys, *rest)
     *options, need_dx, need_stats = rest
     out = _outputs(features, need_dx, need_stats)
-    _launch("contrast_fwd", features, keys, *options, (*out, None, None, None, None))
+    _launch("contrast_fwd", (*out, None, None, None, None), features, keys, *options)
     return out
 
 
@@ -32,7 +32,7 @@ def _cpp_bwd_keys(features: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, .
     *options, lse, grad = rest
     dy, da, db = (torch.empty(shape, dtype=torch.float32) for shape in (keys.shape, len(keys), len(keys)))
     grad = grad.contiguous()
-    _launch("contrast_bwd_keys", features, keys, *options, (None, lse, None, None, None, None, grad, dy, da, db))
+    _launch("contrast_bwd_keys", (None, lse, None, None, None, None, grad, dy, da, db), features, keys, *options)
     return dy, da, db
 
 
@@ -49,6 +49,7 @@ def _outputs(features: Tensor, need_dx: bool, need_stats: bool) -> tuple[Tensor,
 
 def _launch(
     name: str,
+    results: tuple[Tensor | None, ...],
     features: Tensor,
     keys: Tensor,
     targets: Tensor,
@@ -57,7 +58,6 @@ def _launch(
     groups: Tensor | None,
     key_groups: Tensor | None,
     normalize: bool,
-    results: tuple[Tensor | None, ...],
 ) -> None:
     """Calls the C++ kernel of that name with addresses in the order of csrc/contrast/bind.h."""
     features, keys = _rows(features), _rows(keys)

@@ -97,13 +97,13 @@ def _logits(
     groups: Tensor | None,
     key_groups: Tensor | None,
     normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Rows, keys, the lengths they had, and logits (N, K), in at least float32; -inf where a row may not see a key."""
     dtype = torch.promote_types(torch.promote_types(features.dtype, keys.dtype), torch.float32)
     # An ignored row is emptied before the product, so that not even a NaN in it reaches the keys' gradient.
     x_nd = torch.where((targets >= 0)[:, None], features, 0).to(dtype)
     y_kd = keys.to(dtype)
-    length_n1 = length_k1 = None
+    length_n1 = length_k1 = x_nd.new_ones(1)
     if normalize:
         (x_nd, length_n1), (y_kd, length_k1) = unit_rows(x_nd), unit_rows(y_kd)
     logits_nk = (x_nd @ y_kd.T) * scale.to(dtype)
