@@ -45,10 +45,12 @@ def test_the_readme_stays_short():
 
 
 @pytest.mark.parametrize("name", [*losses.__all__, *functional.__all__])
-def test_every_public_loss_says_what_it_raises_shows_an_example_and_cites(name):
+def test_every_public_loss_says_what_it_raises_and_keeps_shows_an_example_and_cites(name):
     entry = getattr(losses, name, None) or getattr(functional, name)
     if not inspect.ismodule(entry):
-        assert all(part in entry.__doc__ for part in ("Raises:", "Example:", "Source: "))
+        of_modules = ("Shape:", "Distributed:") if inspect.isclass(entry) else ()
+        for part in ("Raises:", "Memory:", "Example:", "Source: ", *of_modules):
+            assert part in entry.__doc__, part
 
 
 def test_what_the_readme_links_to_is_there():

@@ -20,7 +20,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def join_rows(x0: Tensor, x1: Tensor) -> Tensor:
-    """The rows of both. Outside of autocast, whose concatenation refuses half precision of the kind that it is not for."""
+    """The rows of both. Outside of autocast, whose concatenation refuses half precision of the other kind."""
     with torch.autocast(x0.device.type, enabled=False):
         return torch.cat([x0, x1])
 

@@ -33,8 +33,8 @@ def nt_xent(
     except the other view of i: false negatives leave.
 
     Args:
-        out0, out1: embeddings of the two views (N, D), not normalised.
-        assignments: prototype of each sample (N,), or ``ignore_index`` for a sample that shares none.
+        out0, out1: embeddings of the two views (N, D), float16, bfloat16, float32 or float64, not normalised.
+        assignments: prototype of each sample (N,) int64 or int32, or ``ignore_index`` for a sample that shares none.
         temperature: τ.
         gather_distributed: candidates are the views of all ranks, anchors the local ones; DDP's mean of the gradients
             equals one process on the whole batch. Every rank has the same N.
@@ -46,8 +46,12 @@ def nt_xent(
 
     Raises:
         TypeError: something is no tensor, or of another dtype.
-        ValueError: shapes or devices do not fit, |τ| < 1e-8, an unknown reduction, or a negative assignment that is not
-            ``ignore_index``.
+        ValueError: shapes or devices do not fit, |τ| < 1e-8, an unknown reduction, a negative assignment that is not
+            ``ignore_index``, or ranks with another N (data is read on the CPU, on CUDA with
+            ``fastproto.set_debug(True)``).
+
+    Memory: grows with N · D, gathered with that of all ranks. The logits of all pairs of rows exist in the reference
+    backend only.
 
     Example:
         >>> out0, out1 = torch.eye(2), torch.eye(2)
@@ -98,7 +102,7 @@ def info_nce(
     Without a queue the other keys of the batch are the negatives. Keys and queue are constants: they get no gradient.
 
     Args:
-        query, key: embeddings of the two views (N, D), not normalised.
+        query, key: embeddings of the two views (N, D), float16, bfloat16, float32 or float64, not normalised.
         queue: earlier keys (M, D), not normalised; M may be 0.
         temperature: τ.
         reduction: "mean", "sum", or "none" for the rows (N,).
@@ -109,6 +113,9 @@ def info_nce(
     Raises:
         TypeError: something is no tensor, or of another dtype.
         ValueError: shapes or devices do not fit, τ < 1e-8, or an unknown reduction.
+
+    Memory: grows with (N + M) · D: own keys and queue are joined. The (N, M) logits exist in the reference backend
+    only.
 
     Example:
         >>> query, queue = torch.eye(2), torch.tensor([[0.0, -1.0]])
@@ -140,7 +147,8 @@ def _against_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: float
         query, keys, rows, 1 / temperature, groups=groups, key_groups=in_queue, normalize=True
     ).loss
     if key.requires_grad:
-        # Of all keys only the N own ones take a gradient, p_ii - 1 = exp(-L_i) - 1 per logit: a term of value 0 brings it.
+        # Of all keys only the N own ones take a gradient, p_ii - 1 = exp(-L_i) - 1 per logit: a term of value 0 brings
+        # it.
         logit = (unit(query.detach()) * unit(key)).sum(1) / temperature
         loss = loss + (logit - logit.detach()) * torch.expm1(-loss.detach())
     return loss
@@ -160,18 +168,19 @@ class NTXentLoss(nn.Module):
     Args:
         temperature: τ.
         memory_bank_size: 0 for none, (M, D) for a bank of M rows, or M alone: D is then taken from the first batch.
-        gather_distributed: contrast with the views of all ranks, so that DDP's mean of the gradients equals one process
-            on the whole batch; with a bank, enqueue those of all ranks. Every rank has the same N.
+        gather_distributed: contrast with the views of all ranks; with a bank, enqueue those of all ranks.
 
     Attributes:
         bank: the bank (M, D), a buffer, or None.
         bank_ptr: the next row to be written, a buffer (), or None.
 
     Shape:
-        out0, out1: (N, D), not normalised. assignments: (N,), only without a bank; -1 for none. Output: scalar.
+        out0, out1: (N, D) float16, bfloat16, float32 or float64, not normalised. assignments: (N,) int64 or int32, only
+        without a bank; -1 for none. Output: scalar of at least float32.
 
     Raises:
-        ValueError: |τ| < 1e-8, a bad bank size, shapes that do not fit, or assignments with a bank.
+        ValueError: |τ| < 1e-8, a bad bank size, shapes or devices that do not fit, an assignment below -1, assignments
+            with a bank, or ranks with another N (data is read on the CPU, on CUDA with ``fastproto.set_debug(True)``).
         TypeError: something is no tensor, or of another dtype.
 
     Example:
@@ -179,6 +188,13 @@ class NTXentLoss(nn.Module):
         >>> out0, out1 = torch.eye(4), torch.eye(4)
         >>> loss_fn(out0, out1)
         tensor(0.0003)
+
+    Distributed: with ``gather_distributed`` local rows are set against gathered candidates, whose gradients are summed
+    over ranks, so DDP's mean of the gradients equals one process on the whole batch. The first rank's bank is given to
+    all before the first step, and all enqueue the same rows, so they hold one bank. Every rank has the same N. Without
+    it every rank contrasts within its own batch, or with a bank of its own.
+
+    Memory: grows with N · D, gathered with that of all ranks, and M · D. Logits exist in the reference backend only.
 
     Source: SimCLR, arXiv 2002.05709, Eq. 1; the bank: MoCo, arXiv 1911.05722, section 3.2.
     """
@@ -283,16 +299,22 @@ class InfoNCELoss(nn.Module):
         temperature: τ.
 
     Shape:
-        query, key: (N, D), queue: (M, D), none of them normalised. Output: scalar.
+        query, key: (N, D), queue: (M, D), float16, bfloat16, float32 or float64, none of them normalised. Output:
+        scalar of at least float32.
 
     Raises:
-        ValueError: τ < 1e-8, or shapes that do not fit.
+        ValueError: τ < 1e-8, or shapes or devices that do not fit.
         TypeError: something is no tensor, or of another dtype.
 
     Example:
         >>> loss_fn = InfoNCELoss(temperature=0.1)
         >>> loss_fn(torch.eye(4), torch.eye(4), queue=torch.ones(1, 4))
         tensor(0.0067)
+
+    Distributed: nothing has to be gathered. With the same queue and N on every rank DDP's mean of the gradients equals
+    one process on the whole batch; without a queue the negatives are the keys of a rank's own batch.
+
+    Memory: grows with (N + M) · D. The (N, M) logits exist in the reference backend only.
 
     Source: MoCo, arXiv 1911.05722, Eq. 1; MoCo v2, arXiv 2003.04297 (τ 0.2).
     """

@@ -21,7 +21,8 @@ class NegativeCosineSimilarity(nn.Module):
         eps: ε.
 
     Shape:
-        x0, x1: the same shape, (N, D) as a rule. Output: scalar, 0 for an empty batch.
+        x0, x1: the same shape, (N, D) as a rule; float16, bfloat16, float32 or float64. Output: scalar of at least
+        float32, 0 for an empty batch.
 
     Raises:
         TypeError: something is no tensor, or of another dtype.
@@ -31,6 +32,11 @@ class NegativeCosineSimilarity(nn.Module):
         >>> loss_fn = NegativeCosineSimilarity()
         >>> loss_fn(torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 4.0]]))
         tensor(-0.6000)
+
+    Distributed: row by row, so under DDP the mean of the gradients equals one process on the whole batch, where every
+    rank has the same N.
+
+    Memory: grows with N · D.
 
     Source: SimSiam, arXiv 2011.10566, Eq. 1; BYOL, arXiv 2006.07733, Eq. 2 (2 + 2 · L).
     """

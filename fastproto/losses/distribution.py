@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastproto._check import INTEGERS, expect, expect_tensor, expect_type
 from fastproto.losses._common import expect_reduction, expect_views, reduce_rows, unit, widen
-from fastproto.ops.contrast import expect_index
+from fastproto.ops.contrast import contrast_unchecked, expect_index
 
 # Barlow Twins' weight of the off-diagonal entries, arXiv 2103.03230.
 OFF_DIAGONAL = 0.0051
@@ -55,6 +55,8 @@ def batch_prototypes(features: Tensor, assignments: Tensor, *, ignore_index: int
                 [0.7071, 0.7071],
                 [0.0000, 1.0000]]), mask=tensor([ True, False,  True]))
 
+    Memory: grows with N · D and N².
+
     Source: our reading of PAUC, arXiv 2210.10194.
     """
     expect_tensor(features, "batch_prototypes", "features", ("N", "D"))
@@ -95,6 +97,8 @@ def alignment(
         TypeError: something is no tensor, or of another dtype.
         ValueError: shapes or devices do not fit, alpha < 1, or an unknown reduction.
 
+    Memory: grows with N · D.
+
     Example:
         >>> alignment(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 3.0]]))
         tensor(2.0000)
@@ -126,6 +130,8 @@ def uniformity(x: Tensor, *, t: float = 2, mask: Tensor | None = None) -> Tensor
         TypeError: something is no tensor, or of another dtype.
         ValueError: shapes or devices do not fit, or t is not positive.
 
+    Memory: grows with N · D and N².
+
     Example:
         >>> uniformity(torch.tensor([[1.0, 0.0], [-3.0, 0.0]]))
         tensor(-8.)
@@ -136,16 +142,27 @@ def uniformity(x: Tensor, *, t: float = 2, mask: Tensor | None = None) -> Tensor
     expect_t(t, "uniformity")
     mask = _mask_of(x, mask, "uniformity")
     x_nd = unit(_masked(x, mask))
-    pair_nn = (mask[:, None] & mask).fill_diagonal_(False)
-    pairs = pair_nn.sum()
+    n, rows = len(x_nd), torch.arange(len(x_nd), device=x.device)
+    pairs = mask.sum() * (mask.sum() - 1)
+    # -t ||x_i - x_j||² = s_ij - t |x_i|², with the scale 2t and the bias -t |x_j|² in the contrast of all rows with all
+    # others. Its rows are lse_i - s_i,t(i), so each takes a row that counts as target, and s_i,t(i) is added again.
+    square_n = x_nd.detach().square().sum(1)
+    bias = torch.where(mask, -t * square_n, -math.inf)
+    is_first = mask & (mask.cumsum(0) == 1)
+    is_second = mask & (mask.cumsum(0) == 2)
+    first, second = (rows * is_first).sum(), (rows * is_second).sum()
+    targets = torch.where(mask & (pairs > 0), torch.where(is_first, second, first), -1)
+    contrasted = contrast_unchecked(x_nd, x_nd, targets, 2 * t, bias, rows, rows).loss
     with torch.autocast(x.device.type, enabled=False):
-        square_n = x_nd.square().sum(1)
-        distance_nn = square_n[:, None] + square_n - 2 * (x_nd @ x_nd.T)
-    potential_nn = torch.where(pair_nn, -t * distance_nn, -math.inf)
+        first_d, second_d = is_first.to(x_nd.dtype) @ x_nd, is_second.to(x_nd.dtype) @ x_nd
+        partner_n = torch.where(is_first, (first_d * second_d).sum(), x_nd @ first_d)
+    # The squares are constants: a row of length 1 stays on the sphere.
+    partner_square_n = torch.where(is_first, (square_n * is_second).sum(), (square_n * is_first).sum())
+    lse_n = contrasted + 2 * t * partner_n - t * (partner_square_n + square_n)
     # A log-sum-exp over nothing has no gradient: without a pair it is over zeros, and dropped.
-    potential_nn = torch.where(pairs > 0, potential_nn, 0)
-    loss = potential_nn.flatten().logsumexp(0) - pairs.clamp(min=1).to(x_nd.dtype).log()
-    return torch.where(pairs > 0, loss, 0)
+    lse_n = torch.where(mask | (pairs == 0), lse_n, -math.inf)
+    lse = lse_n.logsumexp(0) if n else lse_n.sum()
+    return torch.where(pairs > 0, lse - pairs.clamp(min=1).to(x_nd.dtype).log(), 0)
 
 
 def cross_correlation(x0: Tensor, x1: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -166,6 +183,8 @@ def cross_correlation(x0: Tensor, x1: Tensor, *, mask: Tensor | None = None) -> 
     Raises:
         TypeError: something is no tensor, or of another dtype.
         ValueError: shapes or devices do not fit.
+
+    Memory: grows with N · D and D².
 
     Example:
         >>> x = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
@@ -202,6 +221,8 @@ def covariance(x: Tensor, *, mask: Tensor | None = None) -> Tensor:
     Raises:
         TypeError: something is no tensor, or of another dtype.
         ValueError: shapes or devices do not fit.
+
+    Memory: grows with N · D and D².
 
     Example:
         >>> covariance(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
@@ -262,15 +283,20 @@ class AlignmentLoss(nn.Module):
         alpha: alpha >= 1.
 
     Shape:
-        x0, x1: (N, D), not normalised. mask: (N,) bool, the rows that count. Output: scalar.
+        x0, x1: (N, D) float16, bfloat16, float32 or float64, not normalised. mask: (N,) bool, the rows that count.
+        Output: scalar of at least float32.
 
     Raises:
-        ValueError: alpha < 1, or shapes that do not fit.
+        ValueError: alpha < 1, or shapes or devices that do not fit.
         TypeError: something is no tensor, or of another dtype.
 
     Example:
         >>> AlignmentLoss()(torch.eye(2), torch.eye(2))
         tensor(0.)
+
+    Distributed: row by row; DDP's mean equals one process on the whole batch where as many rows count on every rank.
+
+    Memory: grows with N · D.
 
     Source: Wang and Isola, arXiv 2005.10242, section 4.1.
     """
@@ -294,15 +320,20 @@ class UniformityLoss(nn.Module):
         t: t > 0.
 
     Shape:
-        x: (N, D), not normalised. mask: (N,) bool, the rows that count. Output: scalar, 0 for fewer than two rows.
+        x: (N, D) float16, bfloat16, float32 or float64, not normalised. mask: (N,) bool, the rows that count. Output:
+        scalar of at least float32, 0 for fewer than two rows.
 
     Raises:
-        ValueError: t is not positive, or shapes that do not fit.
+        ValueError: t is not positive, or shapes or devices that do not fit.
         TypeError: something is no tensor, or of another dtype.
 
     Example:
         >>> UniformityLoss()(torch.eye(3))
         tensor(-4.)
+
+    Distributed: pairs are those of a rank's own batch.
+
+    Memory: grows with N · D and N².
 
     Source: Wang and Isola, arXiv 2005.10242, section 4.1.
     """
@@ -326,16 +357,21 @@ class CorrelationLoss(nn.Module):
         kind: "cross" or "covariance".
 
     Shape:
-        x0, x1: (N, D). mask: (N,) bool, the rows that count. Output: scalar, 0 for fewer than two rows.
+        x0, x1: (N, D) float16, bfloat16, float32 or float64. mask: (N,) bool, the rows that count. Output: scalar of
+        at least float32, 0 for fewer than two rows.
 
     Raises:
-        ValueError: an unknown kind, or shapes that do not fit.
+        ValueError: an unknown kind, or shapes or devices that do not fit.
         TypeError: something is no tensor, or of another dtype.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
         >>> CorrelationLoss("covariance")(x, 2 * x)
         tensor(34.)
+
+    Distributed: statistics are those of a rank's own batch.
+
+    Memory: grows with N · D and D².
 
     Source: Barlow Twins, arXiv 2103.03230, Eq. 1; VICReg, arXiv 2105.04906, section 4.
     """

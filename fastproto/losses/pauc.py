@@ -54,9 +54,10 @@ class PAUCLoss(nn.Module):
         correlation: "cross" or "covariance".
 
     Shape:
-        query, key: (N, D). prototypes: (K, D). assignments: (N,), -1 for rows without a prototype. concentration: a
-        number or (K,). queue: (M, D). Prototypes, assignments and concentration may be lists, one entry per set.
-        Nothing needs to be normalised. Output: scalar.
+        query, key: (N, D). prototypes: (K, D). assignments: (N,) int64 or int32, -1 for rows without a prototype.
+        concentration: a number or (K,). queue: (M, D). Floats are float16, bfloat16, float32 or float64. Prototypes,
+        assignments and concentration may be lists, one entry per set. Nothing needs to be normalised. Output: scalar
+        of at least float32.
 
     Raises:
         ValueError: τ < 1e-8, t ≤ 0, an unknown correlation, shapes or numbers of sets that do not fit, an assignment
@@ -70,6 +71,12 @@ class PAUCLoss(nn.Module):
         >>> loss = loss_fn(query, key, prototypes, assignments, 0.2, queue=torch.randn(16, 4))
         >>> loss_fn.forward_components(query, key, prototypes, assignments, 0.2)._fields
         ('info_nce', 'proto_nce', 'align', 'uniform', 'correlation')
+
+    Distributed: nothing is gathered; the prototypes that the batch spans are those of a rank's own batch. With one
+    queue on all ranks and the same number of rows that count, InfoNCE and ProtoNCE are those of the whole batch.
+
+    Memory: grows with (N + M + K) · D, D² for "cross" and "covariance", and N² for the batch's prototypes; the (N, M)
+    and (N, K) logits exist in the reference backend only.
 
     Source: PAUC, arXiv 2210.10194; its parts: MoCo, arXiv 1911.05722; PCL, arXiv 2005.04966; Wang and Isola,
     arXiv 2005.10242; Barlow Twins, arXiv 2103.03230; VICReg, arXiv 2105.04906.

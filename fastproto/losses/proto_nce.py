@@ -47,9 +47,9 @@ def proto_nce(
         L_i = log Σ_j exp(<v_i, c_j> / φ_j + b_j) - <v_i, c_y> / φ_y - b_y,  y the prototype of row i
 
     Args:
-        features: (N, D).
+        features: (N, D), float16, bfloat16, float32 or float64, as are all that follow but the assignments.
         prototypes: (K, D), frozen or with a gradient.
-        assignments: the prototype of each row (N,), or ``ignore_index``.
+        assignments: the prototype of each row (N,) int64 or int32, or ``ignore_index``.
         concentration: φ > 0, one number or (K,), with a gradient where it asks for one.
         bias: b (K,), with a gradient where it asks for one.
         normalize: scale the rows of features and prototypes to length 1.
@@ -73,6 +73,9 @@ def proto_nce(
         TypeError: something is no tensor, or of another dtype.
         ValueError: shapes, devices or numbers of sets do not fit, an assignment is out of range, φ is not positive
             (tensors are read on the CPU, on CUDA with ``fastproto.set_debug(True)``), or an unknown reduction.
+
+    Memory: grows with (N + K) · D, with negatives (N + r) · D in place of K · D; frozen prototypes get no gradient and
+    nothing of their size is computed for one. The (N, K) logits exist in the reference backend only.
 
     Example:
         >>> features, prototypes = torch.eye(2), torch.eye(2)
@@ -216,15 +219,15 @@ class ProtoNCELoss(nn.Module):
     Args:
         num_negatives: r, to sum only over the batch's distinct positives and r other prototypes, drawn anew in each
             call; None sums over all K.
-        gather_distributed: mean and positives over all ranks; DDP's mean of the gradients equals one process on the
-            whole batch. Every rank has the same N.
+        gather_distributed: mean and positives over all ranks.
 
     Shape:
-        features: (N, D). prototypes: (K, D). assignments: (N,), -1 for rows that do not count. concentration: a number
-        or (K,). Output: scalar.
+        features: (N, D). prototypes: (K, D). concentration: a number or (K,). All float16, bfloat16, float32 or
+        float64. assignments: (N,) int64 or int32, -1 for rows that do not count. Output: scalar of at least float32.
 
     Raises:
-        ValueError: shapes or numbers of sets do not fit, an assignment is out of range, or φ is not positive.
+        ValueError: shapes, devices or numbers of sets do not fit, an assignment is out of range, or φ is not positive
+            (tensors are read on the CPU, on CUDA with ``fastproto.set_debug(True)``).
         TypeError: something is no tensor, or of another dtype.
 
     Example:
@@ -234,6 +237,13 @@ class ProtoNCELoss(nn.Module):
         tensor(0.2395)
         >>> loss_fn(features, [coarse, fine], [torch.tensor([0, 1, -1]), torch.tensor([0, 1, 2])], [0.5, 0.5])
         tensor(0.1832)
+
+    Distributed: with ``gather_distributed`` the mean is over the rows that count on all ranks, however they are spread,
+    and negatives are drawn on the first rank, so DDP's mean of the gradients equals one process on the whole batch.
+    Prototypes are the same on every rank; with ``num_negatives`` N is, too. Without it the mean is that of a rank's own
+    rows.
+
+    Memory: grows with (N + K) · D. The (N, K) logits exist in the reference backend only.
 
     Source: PCL, arXiv 2005.04966, Eq. 11.
     """

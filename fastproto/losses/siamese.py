@@ -44,6 +44,8 @@ def siamese_metric(
         >>> siamese_metric(a, b, torch.tensor([1, -1]), torch.tensor([-1.0, -1.0]), torch.tensor(2.0))
         tensor(0.1269)
 
+    Memory: a - b (N, C).
+
     Source: SPCL, arXiv 2208.08819.
     """
     expect_reduction(reduction, "siamese_metric")
@@ -88,6 +90,8 @@ def siamese_metric_all_pairs(
         >>> siamese_metric_all_pairs(features, features, torch.tensor([0, 0, 1]), weight, bias)
         tensor(0.3936)
 
+    Memory: grows with N · C; nothing of size (N, N, C), and nothing of size (N, N) is kept.
+
     Source: SPCL, arXiv 2208.08819; the form over all pairs is this library's.
     """
     expect_views(features0, features1, "siamese_metric_all_pairs", ("features0", "features1"))
@@ -119,11 +123,12 @@ class SiameseMetricLoss(nn.Module):
         metric: the linear layer C → 1 that holds w and β.
 
     Shape:
-        features0, features1: raw backbone features of the two views (N, C); N even for "sampled". assignments: (N,), an
-        image with -1 only pairs its own two views. Output: scalar.
+        features0, features1: raw backbone features of the two views (N, C), float16, bfloat16, float32 or float64; N
+        even for "sampled". assignments: (N,) int64 or int32, an image with -1 only pairs its own two views. Output:
+        scalar of at least float32.
 
     Raises:
-        ValueError: an unknown ``pairs``, or shapes that do not fit.
+        ValueError: an unknown ``pairs``, shapes or devices that do not fit, or an assignment below -1.
         TypeError: something is no tensor, or of another dtype.
 
     Example:
@@ -133,6 +138,11 @@ class SiameseMetricLoss(nn.Module):
         >>> loss_fn.metric.weight.grad.shape
         torch.Size([1, 3])
         >>> pair_loss = loss_fn.pairwise(torch.eye(3), torch.eye(3), torch.tensor([1, 1, 0]))
+
+    Distributed: pairs are those of a rank's own batch; :class:`SPCLLoss` gathers those of all ranks where asked to.
+
+    Memory: "all" grows with N · C, nothing of size (N, N, C), and nothing of size (N, N) is kept; "sampled" holds six
+    differences (N/2, C).
 
     Source: SPCL, arXiv 2208.08819.
     """

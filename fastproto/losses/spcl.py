@@ -37,18 +37,20 @@ class SPCLLoss(nn.Module):
         num_prototypes: K.
         temperature: τ of NT-Xent.
         contrast_weight, metric_weight, prototype_weight: λ_c, λ_m, λ_p.
-        gather_distributed: all three terms are those of the images of all ranks.
+        gather_distributed: all three terms are over the images of all ranks, see below.
 
     Attributes:
         metric: the SiameseMetricLoss.
         classifier: the linear layer C → K.
 
     Shape:
-        out0, out1: embeddings (N, D). features0, features1: (N, C). assignments: (N,), -1 for images without a
-        prototype, which are contrasted and pair their own two views, no more. Output: scalar.
+        out0, out1: embeddings (N, D). features0, features1: (N, C). All float16, bfloat16, float32 or float64.
+        assignments: (N,) int64 or int32, -1 for images without a prototype, which are contrasted and pair their own
+        two views, no more. Output: scalar of at least float32.
 
     Raises:
-        ValueError: shapes do not fit, or an assignment is out of range.
+        ValueError: |τ| < 1e-8, shapes or devices that do not fit, or an assignment out of range (read on the CPU, on
+            CUDA with ``fastproto.set_debug(True)``).
         TypeError: something is no tensor, or of another dtype.
 
     Example:
@@ -58,6 +60,14 @@ class SPCLLoss(nn.Module):
         >>> terms = loss_fn.forward_components(z0, z1, h0, h1, torch.tensor([0, 1, -1]))
         >>> terms._fields
         ('contrast', 'metric', 'prototype')
+
+    Distributed: with ``gather_distributed`` DDP's mean of the gradients equals one process on the whole batch. NT-Xent
+    sets local rows against the views of all ranks, the cross-entropy is a mean over all ranks' rows, and every rank
+    computes the metric of all pairs of the whole batch: on W ranks W² times the pairs of one rank's batch. Every rank
+    has the same N. Without it all terms are of a rank's own batch.
+
+    Memory: grows with N · D and N · C; the (2N, 2N) and (N, K) logits exist in the reference backend only, and nothing
+    of size (N, N, C) is kept.
 
     Source: SPCL, arXiv 2208.08819.
     """

@@ -8,7 +8,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastproto.cluster import PrototypeBank
-from fastproto.losses import InfoNCELoss, NTXentLoss, ProtoNCELoss, SPCLLoss
+from fastproto.losses import (
+    AlignmentLoss,
+    InfoNCELoss,
+    NegativeCosineSimilarity,
+    NTXentLoss,
+    ProtoNCELoss,
+    SPCLLoss,
+)
 from fastproto.losses._gather import gather_rows
 from fastproto.testing import assert_matches_single_process
 
@@ -20,7 +27,10 @@ def rows(n: int, d: int) -> Tensor:
 
 
 class Everything(nn.Module):
-    """All that gathers, in one call, since processes take seconds to start. What it keeps is compared as buffers."""
+    """All that gathers or has no need to, in one call, since processes take seconds to start.
+
+    What the parts keep, banks and queues, is compared as buffers.
+    """
 
     def __init__(self, method: nn.Module | None) -> None:
         super().__init__()
@@ -45,6 +55,10 @@ class Everything(nn.Module):
         self.prototypes.update(out0)
         ids = rank * len(out1) + torch.arange(len(out1))
         loss = loss + exact(out1, *self.prototypes.lookup(ids))
+
+        # Row by row, so that there is nothing to gather.
+        loss = loss + InfoNCELoss()(out0, out1, sets[0]) + NegativeCosineSimilarity()(out0, out1)
+        loss = loss + AlignmentLoss()(out0, out1)
 
         if self.method is not None:
             self.method._keys = out1.detach().float()
