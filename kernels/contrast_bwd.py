@@ -1,0 +1,169 @@
+# mypy: allow-untyped-defs
+"""Contrast of rows against keys, backward into the keys and their biases.
+
+    p_ij = exp(s_ij - lse_i) on A(i)       q_ij = g_i (p_ij - [j = t(i)])
+    dy_j = a_j Σ_i q_ij x_i                db_j = Σ_i q_ij
+
+N rows x, K keys y, D embedding, S parts of the rows. Rows with t(i) < 0 are ignored. docs/math/contrast.md derives it.
+
+A program owns a tile of keys and walks the rows, or one part of them, block by block, computing the scores again from
+the saved log-sum-exp. No two programs write one place and the parts are added in their order: no atomic, the same bits
+for the same sizes on the same GPU. In memory are S · K · D floats (and S is 1 where the key tiles fill the GPU), never
+the (N, K) scores.
+
+Source: FlashAttention-2, arXiv 2307.08691; the derivation is ours.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from fastproto.kernels._tiles import (
+    INF,
+    LOG2E,
+    Tile,
+    aligned_rows,
+    choose_splits,
+    load_rows,
+    load_scale,
+    part_length,
+    product,
+    tile_for,
+)
+from torch import Tensor
+
+# What the largest gradient of a float16 batch is brought to: small ones stay above float16's 6e-8, sums are float32.
+FLOAT16_PEAK = 1024.0
+
+
+@triton.jit(do_not_specialize=["N", "K", "part"])
+def _contrast_bwd_keys_kernel(
+    x_ptr,  # (N, D) at stride_x
+    y_ptr,  # (K, D) at stride_y
+    target_ptr,  # (N,) int64
+    a_ptr,  # (K,) float32
+    b_ptr,  # (K,) float32
+    group_ptr,  # (N,) int64
+    key_group_ptr,  # (K,) int64
+    lse_ptr,  # (N,) float32
+    grad_ptr,  # (N,) float32
+    dy_ptr,  # (S, K, D) float32
+    db_ptr,  # (S, K) float32
+    N,
+    K,
+    part,
+    stride_x,
+    stride_y,
+    D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_GROUPS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    WHOLE: tl.constexpr = D <= BLOCK_D and BLOCK_D == BLOCK_V
+    EVEN_D: tl.constexpr = D % BLOCK_D == 0
+    EVEN_V: tl.constexpr = D % BLOCK_V == 0
+    pid_s, pid_v = tl.program_id(1), tl.program_id(2)
+    here_n, here_k, here_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    offs_v = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    start_k = tl.program_id(0).to(tl.int64) * BLOCK_K
+    offs_k = start_k + here_k
+    mask_k = offs_k < K
+    y_ptr += start_k * stride_y
+    a_k, b_k = load_scale(a_ptr, b_ptr, offs_k, mask_k, HAS_BIAS)
+    if HAS_GROUPS:
+        group_k = tl.load(key_group_ptr + offs_k, mask=mask_k, other=0)
+    if WHOLE:
+        y_kd = load_rows(y_ptr, stride_y, here_k, mask_k, here_d, D, EVEN_D)
+
+    acc_kv = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    bias_k = tl.zeros((BLOCK_K,), tl.float32)
+    begin = pid_s.to(tl.int64) * part
+    for start_n in range(begin, tl.minimum(begin + part, N), BLOCK_N):
+        mask_n = here_n < tl.minimum(N - start_n, BLOCK_N).to(tl.int32)
+        block_ptr = x_ptr + start_n * stride_x
+        target_n = tl.load(target_ptr + start_n + here_n, mask=mask_n, other=-1)
+        scores_kn = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+        if WHOLE:
+            x_nv = load_rows(block_ptr, stride_x, here_n, mask_n, here_d, D, EVEN_D)
+            scores_kn = product(y_kd, tl.trans(x_nv), scores_kn)
+        else:
+            for start_d in range(0, D, BLOCK_D):
+                y_kd = load_rows(y_ptr, stride_y, here_k, mask_k, start_d + here_d, D, EVEN_D)
+                x_nd = load_rows(block_ptr, stride_x, here_n, mask_n, start_d + here_d, D, EVEN_D)
+                scores_kn = product(y_kd, tl.trans(x_nd), scores_kn)
+        # An ignored row has p = 0 and g = 0, whatever came in for it.
+        lse_n = tl.where(target_n < 0, INF, tl.load(lse_ptr + start_n + here_n, mask=mask_n, other=0.0) * LOG2E)
+        grad_n = tl.where(target_n < 0, 0.0, tl.load(grad_ptr + start_n + here_n, mask=mask_n, other=0.0))
+        p_kn = tl.exp2(tl.fma(scores_kn, a_k[:, None], b_k[:, None]) - lse_n[None, :])
+        # The target's place in this tile in 32 bits, or -1: a comparison per score at half the price.
+        place_n = target_n - start_k
+        place_n = tl.where((place_n >= 0) & (place_n < BLOCK_K), place_n, -1).to(tl.int32)
+        is_target_kn = here_k[:, None] == place_n[None, :]
+        if HAS_GROUPS:
+            group_n = tl.load(group_ptr + start_n + here_n, mask=mask_n, other=0)
+            p_kn = tl.where((group_k[:, None] == group_n[None, :]) & ~is_target_kn, 0.0, p_kn)
+        q_kn = tl.where(is_target_kn, p_kn - 1.0, p_kn) * grad_n[None, :]
+        bias_k += tl.sum(q_kn, 1)
+        if not WHOLE:
+            x_nv = load_rows(block_ptr, stride_x, here_n, mask_n, offs_v, D, EVEN_V)
+        acc_kv = product(q_kn.to(x_nv.dtype), x_nv, acc_kv)
+
+    at = pid_s.to(tl.int64) * K + offs_k
+    a_k = tl.load(a_ptr + offs_k, mask=mask_k, other=0.0)
+    mask_kv = mask_k[:, None] if EVEN_V else mask_k[:, None] & (offs_v < D)[None, :]
+    tl.store(dy_ptr + at[:, None] * D + offs_v[None, :], acc_kv * a_k[:, None], mask=mask_kv)
+    if pid_v == 0:
+        tl.store(db_ptr + at, bias_k, mask=mask_k)
+
+
+def contrast_bwd_keys(
+    features: Tensor,  # (N, D) float32, float16 or bfloat16
+    keys: Tensor,  # (K, D) likewise
+    targets: Tensor,  # (N,) int64, -1 for an ignored row
+    scale: Tensor,  # (K,) float
+    bias: Tensor | None,  # (K,) float
+    groups: Tensor | None,  # (N,) int64
+    key_groups: Tensor | None,  # (K,) int64
+    lse: Tensor,  # (N,) float32
+    grad: Tensor,  # (N,) float32, dL / dL_i
+    *,
+    tile: Tile | None = None,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dL/dy (K, D) and dL/db (K,), float32; tile and splits are for tests."""
+    n, k, columns_out = len(features), *keys.shape
+    if n == 0:
+        return keys.new_zeros(k, columns_out, dtype=torch.float32), keys.new_zeros(k, dtype=torch.float32)
+    counted = targets >= 0
+    # An ignored row is emptied before the product, so that not even a NaN in it reaches the keys' gradient. Masking
+    # its load instead would let every load wait for a target.
+    dtype = torch.promote_types(features.dtype, keys.dtype)
+    x, y = aligned_rows(torch.where(counted[:, None], features, 0), dtype), aligned_rows(keys, dtype)
+    peak = None
+    if dtype == torch.float16:
+        peak = torch.where(counted, grad.abs(), 0).amax().clamp(min=1e-30) / FLOAT16_PEAK
+        grad = grad / peak
+    d = x.shape[1]
+    tile = tile or tile_for("contrast_bwd_keys", x)
+    columns, tiles = triton.cdiv(d, tile.block_v), triton.cdiv(k, tile.block_k)
+    parts = splits or choose_splits(tiles * columns, triton.cdiv(n, tile.block_n), x.device)
+    part = part_length(n, parts, tile.block_n)
+    parts = triton.cdiv(n, part)
+    dy = torch.empty(parts, k, d, dtype=torch.float32, device=x.device)
+    db = torch.empty(parts, k, dtype=torch.float32, device=x.device)
+    bias = None if bias is None else bias.float().contiguous()
+    inputs = (x, y, targets.contiguous(), scale.float().contiguous(), bias, groups, key_groups)
+    with torch.cuda.device_of(x):
+        _contrast_bwd_keys_kernel[tiles, parts, columns](
+            *inputs, lse.contiguous(), grad.contiguous(), dy, db, n, k, part, x.stride(0), y.stride(0),
+            D=d, HAS_BIAS=bias is not None, HAS_GROUPS=groups is not None,
+            BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_D=tile.block_d, BLOCK_V=tile.block_v,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    dy, db = (dy[0], db[0]) if parts == 1 else (dy.sum(0), db.sum(0))
+    dy = dy[:, :columns_out].contiguous()
+    return (dy, db) if peak is None else (dy * peak, db * peak)

@@ -1,0 +1,306 @@
+# mypy: allow-untyped-defs
+"""Contrast of rows against keys, forward: loss, log-sum-exp and dL/dx in one pass over the keys.
+
+    s_ij = <x_i, y_j> · a_j + b_j          A(i): t(i), and the keys j whose group is not row i's
+    L_i  = log Σ_{j ∈ A(i)} exp(s_ij) - s_{i,t(i)}
+    dx_i = Σ_j p_ij a_j y_j - a_t y_t
+
+N rows x, K keys y, D embedding, S parts of the keys. Rows with t(i) < 0 are ignored. docs/math/contrast.md derives it.
+
+A program takes a tile of rows through one part of the keys, block by block, as attention with keys = values does: the
+running maximum m, l = Σ exp(s - m), o = Σ exp(s - m) a y. A second kernel merges the parts in their order. In memory
+are S · N · D floats for o (and S is 1 where the row tiles fill the GPU), never the (N, K) scores. There is no atomic:
+the same sizes on the same GPU give the same bits.
+
+Scores are kept in base 2: a_j · log2 e and b_j · log2 e meet the float32 sums of the product, so the keys enter it at
+unit scale. Half-precision probabilities enter the second product rounded to the keys' dtype; all sums are float32.
+
+Source: FlashAttention-2, arXiv 2307.08691; the derivation is ours.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from fastproto.kernels._tiles import (
+    INF,
+    LN2,
+    Tile,
+    aligned_rows,
+    choose_splits,
+    load_rows,
+    load_scale,
+    part_length,
+    product,
+    tile_for,
+)
+from torch import Tensor
+
+MERGE_ROWS, MERGE_COLUMNS = 64, 64
+
+
+@triton.jit(do_not_specialize=["N", "K", "part"])
+def _contrast_fwd_kernel(
+    x_ptr,  # (N, D) at stride_x
+    y_ptr,  # (K, D) at stride_y
+    target_ptr,  # (N,) int64
+    a_ptr,  # (K,) float32
+    b_ptr,  # (K,) float32
+    group_ptr,  # (N,) int64
+    key_group_ptr,  # (K,) int64
+    max_ptr,  # (S, N) float32, in base 2
+    sum_ptr,  # (S, N) float32
+    acc_ptr,  # (S, N, D) float32: Σ exp(s - m) a y, a in base 2
+    spread_ptr,  # (S, N) float32: Σ exp(s - m) (s - m), in base 2
+    top1_ptr,  # (S, N) int64
+    N,
+    K,
+    part,
+    stride_x,
+    stride_y,
+    D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_GROUPS: tl.constexpr,
+    NEED_DX: tl.constexpr,
+    NEED_STATS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    WHOLE: tl.constexpr = D <= BLOCK_D and BLOCK_D == BLOCK_V
+    EVEN_D: tl.constexpr = D % BLOCK_D == 0
+    EVEN_V: tl.constexpr = D % BLOCK_V == 0
+    pid_s, pid_v = tl.program_id(1), tl.program_id(2)
+    here_n, here_k, here_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    offs_v = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    start_n = tl.program_id(0).to(tl.int64) * BLOCK_N
+    offs_n = start_n + here_n
+    mask_n = offs_n < N
+    x_ptr += start_n * stride_x
+    target_n = tl.load(target_ptr + offs_n, mask=mask_n, other=-1)
+    # Ignored rows are taken as zeros: not even a NaN in one goes further.
+    counted_n = target_n >= 0
+    if HAS_GROUPS:
+        group_n = tl.load(group_ptr + offs_n, mask=mask_n, other=0)
+    if WHOLE:
+        x_nd = load_rows(x_ptr, stride_x, here_n, counted_n, here_d, D, EVEN_D)
+
+    max_n = tl.full((BLOCK_N,), -INF, tl.float32)
+    sum_n = tl.zeros((BLOCK_N,), tl.float32)
+    acc_nv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    spread_n = tl.zeros((BLOCK_N,), tl.float32)
+    top1_n = tl.zeros((BLOCK_N,), tl.int64)
+    begin = pid_s.to(tl.int64) * part
+    for start_k in range(begin, tl.minimum(begin + part, K), BLOCK_K):
+        mask_k = here_k < tl.minimum(K - start_k, BLOCK_K).to(tl.int32)
+        block_ptr = y_ptr + start_k * stride_y
+        scores_nk = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        if WHOLE:
+            y_kv = load_rows(block_ptr, stride_y, here_k, mask_k, here_d, D, EVEN_D)
+            scores_nk = product(x_nd, tl.trans(y_kv), scores_nk)
+        else:
+            for start_d in range(0, D, BLOCK_D):
+                x_nd = load_rows(x_ptr, stride_x, here_n, counted_n, start_d + here_d, D, EVEN_D)
+                y_kd = load_rows(block_ptr, stride_y, here_k, mask_k, start_d + here_d, D, EVEN_D)
+                scores_nk = product(x_nd, tl.trans(y_kd), scores_nk)
+        a_k, b_k = load_scale(a_ptr + start_k, b_ptr + start_k if HAS_BIAS else None, here_k, mask_k, HAS_BIAS)
+        scores_nk = tl.fma(scores_nk, a_k[None, :], b_k[None, :])
+        if HAS_GROUPS:
+            group_k = tl.load(key_group_ptr + start_k + here_k, mask=mask_k, other=0)
+            # The target's place in this block in 32 bits, or -1: a comparison per score at half the price.
+            place_n = target_n - start_k
+            place_n = tl.where((place_n >= 0) & (place_n < BLOCK_K), place_n, -1).to(tl.int32)
+            hidden_nk = (group_n[:, None] == group_k[None, :]) & (place_n[:, None] != here_k[None, :])
+            scores_nk = tl.where(hidden_nk, -INF, scores_nk)
+
+        block_max_n = tl.max(scores_nk, 1)
+        if NEED_STATS:
+            first_n = tl.min(tl.where(scores_nk == block_max_n[:, None], here_k[None, :], BLOCK_K), 1)
+            top1_n = tl.where(block_max_n > max_n, start_k + first_n, top1_n)
+        before_n = max_n
+        max_n = tl.maximum(max_n, block_max_n)
+        # Where nothing has been seen yet, m = -inf, the exponents are -inf - 0 and not -inf + inf.
+        level_n = tl.where(max_n == -INF, 0.0, max_n)
+        shrink_n = tl.exp2(before_n - level_n)
+        below_nk = scores_nk - level_n[:, None]
+        p_nk = tl.exp2(below_nk)
+        if NEED_STATS:
+            lowered_n = sum_n * tl.where(before_n == -INF, 0.0, before_n - level_n)
+            below_nk = tl.where(p_nk == 0.0, 0.0, below_nk)
+            spread_n = (spread_n + lowered_n) * shrink_n + tl.sum(p_nk * below_nk, 1)
+        sum_n = sum_n * shrink_n + tl.sum(p_nk, 1)
+        if NEED_DX:
+            if not WHOLE:
+                y_kv = load_rows(block_ptr, stride_y, here_k, mask_k, offs_v, D, EVEN_V)
+            weight_nk = (p_nk * a_k[None, :]).to(y_kv.dtype)
+            acc_nv = product(weight_nk, y_kv, acc_nv * shrink_n[:, None])
+
+    at = pid_s.to(tl.int64) * N + offs_n
+    if pid_v == 0:
+        tl.store(max_ptr + at, max_n, mask=mask_n)
+        tl.store(sum_ptr + at, sum_n, mask=mask_n)
+        if NEED_STATS:
+            tl.store(spread_ptr + at, spread_n, mask=mask_n)
+            tl.store(top1_ptr + at, top1_n, mask=mask_n)
+    if NEED_DX:
+        mask_nv = mask_n[:, None] if EVEN_V else mask_n[:, None] & (offs_v < D)[None, :]
+        tl.store(acc_ptr + at[:, None] * D + offs_v[None, :], acc_nv, mask=mask_nv)
+
+
+@triton.jit(do_not_specialize=["N", "parts"])
+def _contrast_merge_kernel(
+    x_ptr,
+    y_ptr,
+    target_ptr,
+    a_ptr,
+    b_ptr,
+    max_ptr,
+    sum_ptr,
+    acc_ptr,
+    spread_ptr,
+    part_top1_ptr,
+    loss_ptr,  # (N,) float32, as the next ones
+    lse_ptr,
+    dx_ptr,  # (N, D_OUT) float32
+    entropy_ptr,
+    top1_ptr,  # (N,) int64
+    positive_ptr,
+    N,
+    parts,
+    stride_x,
+    stride_y,
+    D: tl.constexpr,
+    D_OUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NEED_DX: tl.constexpr,
+    NEED_STATS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    target_n = tl.load(target_ptr + offs_n, mask=mask_n, other=-1)
+    counted_n = target_n >= 0
+    key_n = tl.maximum(target_n, 0)
+
+    max_n = tl.full((BLOCK_N,), -INF, tl.float32)
+    top1_n = tl.zeros((BLOCK_N,), tl.int64)
+    at = offs_n
+    for _ in range(parts):
+        here_n = tl.load(max_ptr + at, mask=mask_n, other=0.0)
+        if NEED_STATS:
+            top1_n = tl.where(here_n > max_n, tl.load(part_top1_ptr + at, mask=mask_n, other=0), top1_n)
+        max_n = tl.maximum(max_n, here_n)
+        at += N
+    level_n = tl.where(max_n == -INF, 0.0, max_n)
+
+    sum_n = tl.zeros((BLOCK_N,), tl.float32)
+    spread_n = tl.zeros((BLOCK_N,), tl.float32)
+    at = offs_n
+    for _ in range(parts):
+        below_n = tl.load(max_ptr + at, mask=mask_n, other=0.0) - level_n
+        part_n = tl.load(sum_ptr + at, mask=mask_n, other=0.0)
+        sum_n += part_n * tl.exp2(below_n)
+        if NEED_STATS:
+            lowered_n = part_n * tl.where(below_n == -INF, 0.0, below_n)
+            spread_n += (tl.load(spread_ptr + at, mask=mask_n, other=0.0) + lowered_n) * tl.exp2(below_n)
+        at += N
+
+    # An ignored row may see no key at all.
+    sum_n = tl.where(counted_n, sum_n, 1.0)
+    if NEED_DX:
+        offs_v = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        acc_nv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        at = offs_n
+        for _ in range(parts):
+            shrink_n = tl.exp2(tl.load(max_ptr + at, mask=mask_n, other=0.0) - level_n)
+            acc_nv += load_rows(acc_ptr, D, at, mask_n, offs_v, D, False) * shrink_n[:, None]
+            at += N
+        y_nv = load_rows(y_ptr, stride_y, key_n, counted_n, offs_v, D, False).to(tl.float32)
+        a_n = tl.load(a_ptr + key_n, mask=counted_n, other=0.0)
+        share_n = LN2 / sum_n
+        dx_nv = acc_nv * share_n[:, None] - a_n[:, None] * y_nv
+        dx_nv = tl.where(counted_n[:, None], dx_nv, 0.0)
+        mask_nv = mask_n[:, None] & (offs_v < D_OUT)[None, :]
+        tl.store(dx_ptr + offs_n[:, None] * D_OUT + offs_v[None, :], dx_nv, mask=mask_nv)
+
+    if tl.program_id(1) == 0:
+        # The positive scores are the diagonal of one more tile, of the same instructions as all scores, so that a
+        # positive that is the maximum has its very bits. Finding each in its block would cost every score a comparison.
+        offs_d = tl.arange(0, BLOCK_D)
+        scores_nn = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+        for start_d in range(0, D, BLOCK_D):
+            x_nd = load_rows(x_ptr, stride_x, offs_n, counted_n, start_d + offs_d, D, False)
+            y_nd = load_rows(y_ptr, stride_y, key_n, counted_n, start_d + offs_d, D, False)
+            scores_nn = product(x_nd, tl.trans(y_nd), scores_nn)
+        here = tl.arange(0, BLOCK_N)
+        diagonal_n = tl.sum(tl.where(here[:, None] == here[None, :], scores_nn, 0.0), 1)
+        scale_n, bias_n = load_scale(a_ptr, b_ptr, key_n, counted_n, HAS_BIAS)
+        positive_n = tl.fma(diagonal_n, scale_n, bias_n)
+        log_sum_n = tl.log(sum_n)
+        # (m - s_t) + log l, not lse - s_t: the difference of two large numbers would lose the digits of a small loss.
+        loss_n = (max_n - positive_n) * LN2 + log_sum_n
+        tl.store(loss_ptr + offs_n, tl.where(counted_n, loss_n, 0.0), mask=mask_n)
+        tl.store(lse_ptr + offs_n, tl.where(counted_n, max_n * LN2 + log_sum_n, 0.0), mask=mask_n)
+        if NEED_STATS:
+            # Neither term is negative: log l, and Σ p (m - s).
+            entropy_n = log_sum_n - spread_n / sum_n * LN2
+            tl.store(entropy_ptr + offs_n, tl.where(counted_n, entropy_n, 0.0), mask=mask_n)
+            tl.store(top1_ptr + offs_n, tl.where(counted_n, top1_n, -1), mask=mask_n)
+            tl.store(positive_ptr + offs_n, tl.where(counted_n, positive_n * LN2, 0.0), mask=mask_n)
+
+
+def contrast_fwd(
+    features: Tensor,  # (N, D) float32, float16 or bfloat16
+    keys: Tensor,  # (K, D) likewise
+    targets: Tensor,  # (N,) int64, -1 for an ignored row
+    scale: Tensor,  # (K,) float
+    bias: Tensor | None,  # (K,) float
+    groups: Tensor | None,  # (N,) int64
+    key_groups: Tensor | None,  # (K,) int64
+    need_dx: bool,
+    need_stats: bool,
+    out: tuple[Tensor, ...],  # loss, lse, dx, entropy, top1, positive logit; what is not needed has size 0
+    *,
+    tile: Tile | None = None,
+    splits: int | None = None,
+) -> None:
+    """Writes loss, lse, dx, entropy, top1 and positive logit of every row; tile and splits are for tests."""
+    n, k = len(features), len(keys)
+    if n == 0:
+        return
+    dtype = torch.promote_types(features.dtype, keys.dtype)
+    x, y = aligned_rows(features, dtype), aligned_rows(keys, dtype)
+    d = x.shape[1]
+    tile = tile or tile_for("contrast_fwd", x)
+    if need_stats:
+        # They want registers of their own.
+        tile = tile._replace(block_k=tile.block_k // 2)
+    columns = triton.cdiv(d, tile.block_v) if need_dx else 1
+    tiles = triton.cdiv(n, tile.block_n)
+    parts = splits or choose_splits(tiles * columns, triton.cdiv(k, tile.block_k), x.device)
+    part = part_length(k, parts, tile.block_k)
+    parts = triton.cdiv(k, part)
+    stats = n if need_stats else 0
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    partial = (empty(parts, n), empty(parts, n), empty(parts, n if need_dx else 0, d),
+               empty(parts, stats), empty(parts, stats, dtype=torch.int64))  # fmt: skip
+    bias = None if bias is None else bias.float().contiguous()
+    inputs = (x, y, targets.contiguous(), scale.float().contiguous(), bias, groups, key_groups)
+    flags = {"D": d, "HAS_BIAS": bias is not None, "NEED_DX": need_dx, "NEED_STATS": need_stats}
+    strides = (x.stride(0), y.stride(0))
+    with torch.cuda.device_of(x):
+        _contrast_fwd_kernel[tiles, parts, columns](
+            *inputs, *partial, n, k, part, *strides, **flags, HAS_GROUPS=groups is not None,
+            BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_D=tile.block_d, BLOCK_V=tile.block_v,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        _contrast_merge_kernel[triton.cdiv(n, MERGE_ROWS), triton.cdiv(d, MERGE_COLUMNS) if need_dx else 1](
+            *inputs[:5], *partial, *out, n, parts, *strides, **flags, D_OUT=features.shape[1],
+            BLOCK_N=MERGE_ROWS, BLOCK_D=MERGE_COLUMNS, num_warps=4,
+        )  # fmt: skip

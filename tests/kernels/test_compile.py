@@ -1,0 +1,118 @@
+"""Every tile of the tables compiled ahead of time, without a GPU: no spills, the shared memory that there is, and
+tensor-core instructions for half precision."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastproto import _settings
+
+triton = pytest.importorskip("triton")
+if _settings.triton_interpreted:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from fastproto.kernels import _tiles, contrast_bwd, contrast_fwd  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+KERNELS = {
+    "contrast_fwd": contrast_fwd._contrast_fwd_kernel,
+    "contrast_bwd_keys": contrast_bwd._contrast_bwd_keys_kernel,
+    "contrast_merge": contrast_fwd._contrast_merge_kernel,
+}
+INTEGERS = {"N", "K", "part", "parts"}
+STRIDES = {"stride_x", "stride_y"}
+POINTERS = {"x_ptr": "", "y_ptr": ""} | dict.fromkeys(
+    ("target_ptr", "group_ptr", "key_group_ptr", "top1_ptr", "part_top1_ptr"), "*i64"
+)
+# sm_80 stands for all that take the default tiles, so those are held to the least shared memory among them.
+SHARED = {"default": 99 * 1024, "sm_90": 232448, "sm_100": 232448}
+CAPABILITY = {"default": 80, "sm_90": 90, "sm_100": 100}
+TENSOR_CORES = {"default": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+PLAIN = {"HAS_BIAS": False, "HAS_GROUPS": False, "NEED_DX": True, "NEED_STATS": False}
+FULL = {"HAS_BIAS": True, "HAS_GROUPS": True, "NEED_DX": True, "NEED_STATS": True}
+
+
+def compile_kernel(name: str, arch: str, dtype: str, warps: int, stages: int, constants: dict[str, Any]) -> Any:
+    kernel = KERNELS[name]
+    signature, values, attributes = {}, {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument], values[(i,)] = "constexpr", constants[argument]
+        elif argument in INTEGERS | STRIDES:
+            signature[argument] = "i32"
+        else:
+            signature[argument] = POINTERS.get(argument, "*fp32") or f"*{dtype}"
+        if signature[argument] != "constexpr" and argument not in INTEGERS:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature=signature, constexprs=values, attrs=attributes)
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=GPUTarget("cuda", CAPABILITY[arch], 32), options=options)
+
+
+def registers_and_stack(compiled: Any) -> tuple[int, int]:
+    """Registers of a thread and the bytes that did not fit in them, from the machine code."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        text = subprocess.run([os.fspath(tool), "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found, text
+    return int(found[1]), int(found[2])
+
+
+def constants(tile: _tiles.Tile, d: int, flags: dict[str, bool]) -> dict[str, Any]:
+    return {
+        "D": d, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_D": tile.block_d, "BLOCK_V": tile.block_v,
+        **flags,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", [PLAIN, FULL], ids=["plain", "full"])
+@pytest.mark.parametrize("name", ["contrast_fwd", "contrast_bwd_keys"])
+@pytest.mark.parametrize("arch", list(SHARED))
+def test_half_precision_tiles(name: str, arch: str, flags: dict[str, bool]) -> None:
+    for widest, tile in _tiles.TILES[arch][name][2].items():
+        d = 2 * tile.block_v if widest == _tiles.WIDE else widest
+        if flags["NEED_STATS"] and name == "contrast_fwd":
+            tile = tile._replace(block_k=tile.block_k // 2)
+        compiled = compile_kernel(name, arch, "bf16", tile.warps, tile.stages, constants(tile, d, flags))
+        assert registers_and_stack(compiled)[1] == 0, (d, tile)
+        assert compiled.metadata.shared <= SHARED[arch], (d, tile)
+        assert TENSOR_CORES[arch] in compiled.asm["ptx"], (d, tile)
+
+
+@pytest.mark.parametrize("name", ["contrast_fwd", "contrast_bwd_keys"])
+@pytest.mark.parametrize("arch", ["default", "sm_90"])
+def test_float32_tiles_are_exact(name: str, arch: str) -> None:
+    for widest, tile in _tiles.TILES[arch][name][4].items():
+        d = 2 * tile.block_v if widest == _tiles.WIDE else widest
+        compiled = compile_kernel(name, arch, "fp32", tile.warps, tile.stages, constants(tile, d, PLAIN))
+        assert registers_and_stack(compiled)[1] == 0, (d, tile)
+        assert compiled.metadata.shared <= SHARED["default"], (d, tile)
+        assert not re.search(r"mma|tf32", compiled.asm["ptx"]), (d, tile)
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [("default", "fp32"), ("default", "bf16"), ("sm_90", "bf16")])
+def test_merge(arch: str, dtype: str) -> None:
+    """The positive's score takes the same kind of instruction as all scores."""
+    sizes = {"D": 128, "D_OUT": 128, "BLOCK_N": contrast_fwd.MERGE_ROWS, "BLOCK_D": contrast_fwd.MERGE_COLUMNS}
+    compiled = compile_kernel("contrast_merge", arch, dtype, 4, 3, sizes | FULL)
+    assert registers_and_stack(compiled)[1] == 0
+    assert compiled.metadata.shared <= SHARED["default"]
+    assert (TENSOR_CORES[arch] in compiled.asm["ptx"]) == (dtype == "bf16")
+
+
+def test_sizes_do_not_compile_a_kernel_again() -> None:
+    for kernel in KERNELS.values():
+        for parameter in kernel.params:
+            assert parameter.do_not_specialize == (parameter.name in INTEGERS), parameter.name
+            assert parameter.is_constexpr == (parameter.name.isupper() and parameter.name not in INTEGERS)

@@ -1,0 +1,328 @@
+"""The contrast op's Triton kernels against the float64 reference.
+
+With a GPU the tests marked gpu run on it. Without one, a second pytest runs this file under Triton's interpreter, which
+has to be chosen before triton is first imported; bfloat16 is left out there, since the interpreter gets it wrong.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ops.test_contrast_kernels import LEAVES, assert_close, problem, run
+from torch import Tensor
+
+import fastproto
+from fastproto import _settings
+from fastproto.ops.contrast import contrast
+
+INTERPRETED = _settings.triton_interpreted
+DEVICE = "cpu" if INTERPRETED else "cuda"
+HALVES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
+SHAPES = [(1, 1, 24), (33, 507, 130), (1, 507, 96), (33, 3, 17), (40, 70, 24)]
+
+
+def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test for the GPU, unless the interpreter stands in for it."""
+    return test if INTERPRETED else pytest.mark.gpu(test)
+
+
+gpu_alone = pytest.mark.skipif(INTERPRETED, reason="of no meaning under the interpreter")
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests of this file run here themselves")
+def test_all_of_this_file_under_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_ADDOPTS", None)
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the interpreter: tiles that make small problems long, and two parts of every loop."""
+    if not INTERPRETED:
+        return
+    from fastproto.kernels import _tiles, contrast_bwd, contrast_fwd
+
+    for kernel in (contrast_fwd, contrast_bwd):
+        monkeypatch.setattr(kernel, "tile_for", lambda *_: _tiles.Tile(64, 128, 64, 64, 4, 1))
+        monkeypatch.setattr(kernel, "choose_splits", lambda *_: 2)
+
+
+@on_gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("grouped", "normalize"), [(False, True), (True, False)])
+def test_equals_the_reference(shape: tuple[int, int, int], grouped: bool, normalize: bool) -> None:
+    """Duplicates, ignored rows, a random scale and bias, an upstream gradient; D one tile wide or several."""
+    arguments = problem(*shape, grouped=grouped, normalize=normalize, device=DEVICE)
+    assert_close(run("triton", arguments, torch.float32), run("reference", arguments, torch.float64), 4e-6)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", [(33, 507, 130), (40, 70, 24)])
+def test_half_precision_is_as_exact_as_plain_pytorch(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """Twice the error of matrix product and cross-entropy in the same dtype at most, from the same rounded inputs."""
+    arguments = problem(*shape, grouped=False, device=DEVICE)
+    scale, bias = (arguments[name].to(dtype) for name in ("scale", "bias"))
+    features, keys = (arguments[name].to(dtype).requires_grad_() for name in ("features", "keys"))
+    targets, upstream = arguments["targets"], torch.rand(shape[0], device=DEVICE) / shape[0]
+    with fastproto.backend("triton"):
+        loss = contrast(features, keys, targets, scale=scale, bias=bias).loss
+    logits = features @ keys.T * scale + bias
+    plain = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+    x, y = features.detach().double().requires_grad_(), keys.detach().double().requires_grad_()
+    exact = F.cross_entropy(x @ y.T * scale.double() + bias.double(), targets, ignore_index=-1, reduction="none")
+
+    def of(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
+        return [loss.detach(), *torch.autograd.grad(loss, leaves, upstream.to(loss.dtype))]
+
+    results = [of(loss, features, keys), of(plain, features, keys), of(exact, x, y)]
+    for ours, theirs, right in zip(*results, strict=True):
+        error, allowed = (float((value.double() - right).abs().max()) for value in (ours, theirs))
+        assert error <= 2 * allowed + 1e-6 * float(right.abs().max())
+
+
+@on_gpu
+def test_small_float16_gradients_do_not_vanish() -> None:
+    """A mean over many rows: g_i p_ij is far below what float16 holds."""
+    arguments = problem(40, 300, 32, grouped=False, device=DEVICE)
+    arguments = {name: value.half() if value.is_floating_point() else value for name, value in arguments.items()}
+    *tensors, scale, bias = (arguments[name] for name in ("features", "keys", "targets", "scale", "bias"))
+    grad = torch.linspace(1e-8, 3e-8, 40, device=DEVICE)
+
+    def keys_gradient(backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        cast = [value.to(dtype) if value.is_floating_point() else value for value in tensors]
+        options = (scale.to(dtype), bias.to(dtype), None, None, False)
+        with fastproto.backend(backend):
+            _, lse, *_ = torch.ops.fastproto.contrast_fwd(*cast, *options, False, False)
+            return torch.ops.fastproto.contrast_bwd_keys(*cast, *options, lse, grad.to(lse.dtype))
+
+    pairs = zip(keys_gradient("triton", torch.float16), keys_gradient("reference", torch.double), strict=True)
+    for ours, exact in pairs:
+        assert (ours - exact).abs().max() <= 1e-3 * exact.abs().max()
+
+
+@on_gpu
+def test_sharp_temperatures_and_large_biases() -> None:
+    """φ = 0.01, and biases that put logits at ±100: the running maximum keeps every exponential finite."""
+    arguments = problem(33, 300, 24, device=DEVICE)
+    arguments["scale"] = torch.full_like(arguments["scale"], 100.0)
+    arguments["bias"] = arguments["bias"] * 50
+    exact = run("reference", arguments, torch.float64)
+    # A logit of 250 is known to 250 · 2⁻²⁴ · a few, and so is its probability.
+    assert_close(run("triton", arguments, torch.float32), exact, 2e-4)
+
+
+@on_gpu
+def test_a_small_loss_keeps_its_digits() -> None:
+    x, y = (torch.tensor(rows, device=DEVICE) for rows in ([[1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]))
+    with fastproto.backend("triton"):
+        loss = contrast(x, y, torch.tensor([0], device=DEVICE), scale=8.0).loss
+    torch.testing.assert_close(loss.cpu(), torch.tensor([math.log1p(math.exp(-8))]), rtol=1e-3, atol=0)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_a_positive_that_is_the_maximum_has_its_very_bits(dtype: torch.dtype) -> None:
+    """Alone in its group a row sees only its target: the loss is 0, not the rounding of two equal scores."""
+    arguments = problem(70, 200, 130, device=DEVICE)
+    arguments["groups"], arguments["key_groups"] = arguments["groups"] * 0, arguments["key_groups"] * 0
+    loss, lse, entropy, _, positive, *_ = run("triton", arguments, dtype)
+    # Under the interpreter a product is numpy's, whose bits depend on a row's place.
+    atol = 1e-5 if INTERPRETED else 0
+    torch.testing.assert_close(loss, torch.zeros_like(loss), rtol=0, atol=atol)
+    torch.testing.assert_close(lse, positive, rtol=0, atol=atol)
+    assert (entropy == 0).all()
+
+
+@on_gpu
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of a NaN under the interpreter
+def test_nan_stays_in_its_row_and_infinite_biases_hide() -> None:
+    arguments = problem(40, 300, 24, device=DEVICE)
+    arguments["features"][7, 3] = math.nan
+    arguments["targets"][7] = 5
+    arguments["targets"][8] = -1
+    arguments["features"][8] = math.nan
+    arguments["bias"][::3] = -math.inf
+    arguments["targets"][arguments["targets"] % 3 == 0] = 1
+    ours = run("triton", arguments, torch.float32)
+    assert ours[0].isnan().nonzero().flatten().tolist() == [7]
+    assert ours[5].isnan().any(1).nonzero().flatten().tolist() == [7]
+    assert ours[0][8] == 0
+    assert (ours[5][8] == 0).all()
+    arguments["targets"][7] = -1
+    assert_close(run("triton", arguments, torch.float32), run("reference", arguments, torch.float64), 4e-6)
+
+
+@on_gpu
+def test_any_stride_offset_and_mix_of_dtypes() -> None:
+    arguments = problem(33, 70, 48, device=DEVICE)
+    wide = torch.zeros(33, 96, device=DEVICE)
+    wide[:, 1:49] = arguments["features"]
+    doubled = torch.stack([arguments["features"]] * 2, -1)
+    loose = [arguments["features"].T.contiguous().T, wide[:, 1:49], doubled[..., 1]]
+    exact = run("reference", arguments, torch.float64)
+    for features in loose:
+        assert_close(run("triton", arguments | {"features": features}, torch.float32), exact, 4e-6)
+    with fastproto.backend("triton"):
+        same = contrast(torch.ones(1, 32, device=DEVICE).expand(4, 32), torch.ones(1, 32, device=DEVICE).expand(3, 32),
+                        torch.zeros(4, dtype=torch.int64, device=DEVICE))  # fmt: skip
+        mixed = contrast(**arguments | {"features": arguments["features"].half(), "keys": arguments["keys"].bfloat16()})
+    torch.testing.assert_close(same.loss, torch.full((4,), math.log(3), device=DEVICE))
+    rounded = {"features": arguments["features"].half().double(), "keys": arguments["keys"].bfloat16().double()}
+    with fastproto.backend("reference"):
+        torch.testing.assert_close(mixed.loss.double(), contrast(**arguments | rounded).loss, rtol=2e-6, atol=2e-6)
+
+
+@on_gpu
+def test_parts_and_repeats() -> None:
+    """However many parts, the same result; with as many, the same bits."""
+    from fastproto.kernels import contrast_bwd, contrast_fwd
+
+    from fastproto.ops.contrast import _outputs
+
+    arguments = problem(70, 300, 24, device=DEVICE)
+    tensors = list(arguments.values())
+    grad = torch.linspace(-1, 1, 70, device=DEVICE)
+
+    def results(parts: int) -> list[Tensor]:
+        out = _outputs(arguments["features"], True, True)
+        contrast_fwd.contrast_fwd(*tensors, True, True, out, splits=parts)
+        return [*out, *contrast_bwd.contrast_bwd_keys(*tensors, out[1], grad, splits=parts)]
+
+    whole = results(1)
+    for parts in (2, 3, 7):
+        several = results(parts)
+        assert all(map(torch.equal, several, results(parts)))
+        for a, b in zip(several, whole, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@on_gpu
+@pytest.mark.parametrize("k", [0, 5])
+def test_empty_batch(k: int) -> None:
+    features = torch.zeros(0, 3, device=DEVICE, requires_grad=True)
+    keys = torch.randn(k, 3, device=DEVICE, requires_grad=True)
+    with fastproto.backend("triton"):
+        rows = contrast(features, keys, torch.zeros(0, dtype=torch.int64, device=DEVICE))
+        rows.loss.sum().backward()
+    assert all(value.shape == (0,) for value in rows)
+    assert torch.equal(keys.grad, torch.zeros_like(keys))
+    assert features.grad.shape == (0, 3)
+
+
+@on_gpu
+def test_only_ignored_rows_give_nothing() -> None:
+    arguments = problem(33, 20, 24, device=DEVICE)
+    arguments["features"][:], arguments["targets"][:] = math.nan, -1
+    loss, *_, top1, _, dx, dy, da, db = run("triton", arguments, torch.float32)
+    assert (top1 == -1).all()
+    for value in (loss, dx, dy, da, db):
+        assert torch.equal(value, torch.zeros_like(value))
+
+
+@on_gpu
+def test_ops_are_sound() -> None:
+    tensors = tuple(problem(9, 11, 5, normalize=True, device=DEVICE).values())
+    rest = torch.rand(9, device=DEVICE), torch.rand(9, device=DEVICE)
+    with fastproto.backend("triton"):
+        torch.library.opcheck(torch.ops.fastproto.contrast_fwd.default, (*tensors, True, True))
+        torch.library.opcheck(torch.ops.fastproto.contrast_bwd_keys.default, (*tensors, *rest))
+
+
+def test_splits_fill_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = pytest.importorskip("fastproto.kernels._tiles")
+    monkeypatch.setattr(tiles, "processors", lambda _: 132)
+
+    def splits(programs: int, blocks: int) -> int:
+        return tiles.choose_splits(programs, blocks, torch.device("cpu"))
+
+    assert splits(32, 512) == 4  # 128 of 132
+    assert splits(132, 512) == 1
+    assert splits(1000, 512) == 1
+    assert splits(2, 512) == 64  # 8 blocks each, as 66 parts would have
+    assert splits(128, 3) == 1
+    assert splits(70, 512) == 7  # 490 of 528, where 2 parts would be 140 of 264
+    assert tiles.part_length(507, 2, 64) == 256
+
+
+@on_gpu
+@gpu_alone
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("d", [64, 128, 200, 256, 384, 1024])
+def test_every_tile_of_the_table(dtype: torch.dtype, d: int) -> None:
+    arguments = {
+        name: value.to(dtype).float() if value.is_floating_point() else value
+        for name, value in problem(300, 1000, d, device=DEVICE).items()
+    }
+    ours, exact = run("triton", arguments, dtype), run("reference", arguments, torch.float64)
+    assert_close(ours[:5] + exact[5:], exact, 4e-6)
+    assert_close(exact[:5] + ours[5:], exact, max(2 * torch.finfo(dtype).eps, 4e-6))
+
+
+@on_gpu
+@gpu_alone
+def test_compiles_as_one_graph() -> None:
+    arguments = problem(300, 1000, 128, device=DEVICE)
+    leaves = [arguments[name].requires_grad_() for name in LEAVES]
+    ours, theirs = torch.compile(contrast, fullgraph=True)(**arguments), contrast(**arguments)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    gradients = (torch.autograd.grad(rows.loss.sum(), leaves) for rows in (ours, theirs))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@on_gpu
+@gpu_alone
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_is_captured_into_a_cuda_graph(dtype: torch.dtype) -> None:
+    """Replayed on new numbers in the same places: nothing was decided on the host."""
+    arguments = {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in problem(300, 1000, 128, device=DEVICE).items()
+    }
+    leaves = [arguments[name].requires_grad_() for name in LEAVES]
+
+    def step() -> list[Tensor]:
+        rows = contrast(**arguments)
+        return [*(row.detach() for row in rows), *torch.autograd.grad(rows.loss.sum(), leaves)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        arguments["features"].copy_(arguments["features"].flip(0))
+        arguments["targets"].copy_(arguments["targets"].flip(0))
+    graph.replay()
+    assert all(map(torch.equal, captured, step()))
+
+
+@on_gpu
+@gpu_alone
+def test_addresses_beyond_two_to_the_31() -> None:
+    """Keys of 4.3 GB, of which the last rows matter alone."""
+    k, d = (1 << 31) // 64 + 1000, 64
+    keys = torch.zeros(k, d, dtype=torch.bfloat16, device=DEVICE)
+    keys[-1], keys[-2] = 0.25, -0.25
+    features = torch.full((3, d), 1.0, dtype=torch.bfloat16, device=DEVICE)
+    rows = contrast(features, keys, torch.tensor([k - 1, k - 2, -1], device=DEVICE))
+    lse = math.log(k - 2 + math.exp(16) + math.exp(-16))
+    expected = torch.tensor([lse - 16, lse + 16, 0.0], device=DEVICE)
+    torch.testing.assert_close(rows.loss, expected, rtol=1e-4, atol=1e-4)
+    assert rows.top1.tolist() == [k - 1, k - 1, -1]
