@@ -7,6 +7,7 @@ derives the gradients.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -78,14 +79,12 @@ def _floats(*shape: int, like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def _op(name: str, schema: str, cpp: Callable[..., Any]) -> Op:
-    """The op with its three backends; float64 is for the reference."""
+def _op(name: str, module: str, schema: str, cpp: Callable[..., Any]) -> Op:
+    """The op with its three backends, Triton's in that module; float64 is for the reference."""
     plain = getattr(reference, name)
 
     def triton(*args: Any) -> Any:
-        from fastproto.kernels import siamese as kernels
-
-        return getattr(kernels, name)(*args)
+        return getattr(importlib.import_module(f"fastproto.kernels.{module}"), name)(*args)
 
     def below_double(kernel: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
@@ -99,22 +98,26 @@ def _op(name: str, schema: str, cpp: Callable[..., Any]) -> Op:
 
 _pairs_fwd = _op(
     "siamese_pairs_fwd",
+    "siamese_pairs",
     "(Tensor a, Tensor b, Tensor same, Tensor weight, Tensor bias) -> (Tensor, Tensor)",
     _cpp_pairs_fwd,
 )
 _pairs_bwd = _op(
     "siamese_pairs_bwd",
+    "siamese_pairs",
     "(Tensor a, Tensor b, Tensor same, Tensor weight, Tensor coefficient, bool need_rows, bool need_weight) "
     "-> (Tensor, Tensor)",
     _cpp_pairs_bwd,
 )
 _all_pairs_fwd = _op(
     "siamese_all_pairs_fwd",
+    "siamese",
     "(Tensor features, Tensor images, Tensor prototypes, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)",
     _cpp_all_pairs_fwd,
 )
 _all_pairs_bwd = _op(
     "siamese_all_pairs_bwd",
+    "siamese",
     "(Tensor features, Tensor images, Tensor prototypes, Tensor weight, Tensor bias, Tensor coefficient) "
     "-> (Tensor, Tensor)",
     _cpp_all_pairs_bwd,
