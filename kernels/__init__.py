@@ -1,1 +1,5 @@
-"""Triton kernels, installed as fastproto.kernels and imported on first use only."""
+"""Triton kernels, installed as fastproto.kernels and imported on first use only.
+
+contrast_fwd, contrast_bwd   softmax cross-entropy of rows against keys, and its gradients
+_tiles                       tile sizes per architecture, how work is split, shared lines of Triton
+"""

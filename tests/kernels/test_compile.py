@@ -81,6 +81,8 @@ def constants(tile: _tiles.Tile, d: int, flags: dict[str, bool]) -> dict[str, An
 @pytest.mark.parametrize("arch", list(SHARED))
 def test_half_precision_tiles(name: str, arch: str, flags: dict[str, bool]) -> None:
     for widest, tile in _tiles.TILES[arch][name][2].items():
+        if flags == FULL and arch != "sm_90" and widest != 128:
+            continue  # minutes for what the others say already
         d = 2 * tile.block_v if widest == _tiles.WIDE else widest
         if flags["NEED_STATS"] and name == "contrast_fwd":
             tile = tile._replace(block_k=tile.block_k // 2)
