@@ -7,6 +7,12 @@
 #include "crop_resize/bind.h"
 #include "siamese/bind.h"
 
+namespace fastproto {
+namespace baseline { double peak_flops(int threads); }
+namespace avx2 { double peak_flops(int threads); }
+namespace avx512 { double peak_flops(int threads); }
+}  // namespace fastproto
+
 PYBIND11_MODULE(_fastproto_C, m) {
   using namespace fastproto;
   m.doc() = "CPU kernels of fastproto: pointers, sizes and strides in, nothing owned.";
@@ -16,6 +22,11 @@ PYBIND11_MODULE(_fastproto_C, m) {
     std::vector<std::string> names;
     for (Isa isa : supported_isas()) names.emplace_back(isa_name(isa));
     return names;
+  });
+  m.def("peak_flops", [](int threads) {
+    double result = 0;
+    FASTPROTO_DISPATCH_TO(result =, peak_flops, threads);
+    return result;
   });
   bind_crop_resize<int>(m, [](const CropResize& args, int threads) { FASTPROTO_DISPATCH(crop_resize, args, threads); });
   m.def("contrast_fwd", contrast_binding([](const Contrast& args, int threads) {

@@ -52,14 +52,15 @@ inline void set_isa(const std::string& name) {
 
 }  // namespace fastproto
 
-// Calls FUNCTION from the namespace of the instruction set in use.
+// Calls FUNCTION from the namespace of the instruction set in use, and assigns what it returns.
 #if defined(__x86_64__)
-#define FASTPROTO_DISPATCH(FUNCTION, ...)                                            \
-  switch (::fastproto::current_isa()) {                                              \
-    case ::fastproto::Isa::avx512: ::fastproto::avx512::FUNCTION(__VA_ARGS__); break; \
-    case ::fastproto::Isa::avx2: ::fastproto::avx2::FUNCTION(__VA_ARGS__); break;     \
-    default: ::fastproto::baseline::FUNCTION(__VA_ARGS__);                            \
+#define FASTPROTO_DISPATCH_TO(RESULT, FUNCTION, ...)                                         \
+  switch (::fastproto::current_isa()) {                                                      \
+    case ::fastproto::Isa::avx512: RESULT ::fastproto::avx512::FUNCTION(__VA_ARGS__); break; \
+    case ::fastproto::Isa::avx2: RESULT ::fastproto::avx2::FUNCTION(__VA_ARGS__); break;     \
+    default: RESULT ::fastproto::baseline::FUNCTION(__VA_ARGS__);                            \
   }
 #else
-#define FASTPROTO_DISPATCH(FUNCTION, ...) ::fastproto::baseline::FUNCTION(__VA_ARGS__)
+#define FASTPROTO_DISPATCH_TO(RESULT, FUNCTION, ...) RESULT ::fastproto::baseline::FUNCTION(__VA_ARGS__)
 #endif
+#define FASTPROTO_DISPATCH(FUNCTION, ...) FASTPROTO_DISPATCH_TO(, FUNCTION, __VA_ARGS__)
