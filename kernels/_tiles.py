@@ -52,7 +52,7 @@ Table = dict[str, dict[int, dict[int, Tile]]]
 
 # Exact float32 runs on the ordinary cores, alike on all architectures, and small tiles are what fits their registers.
 FLOAT32_FWD = {64: Tile(64, 32, 32, 64, 8, 2), WIDE: Tile(64, 32, 32, 128, 8, 2)}
-FLOAT32_BWD = {64: Tile(32, 64, 32, 64, 8, 2), WIDE: Tile(32, 64, 16, 128, 8, 2)}
+FLOAT32_BWD = {64: Tile(32, 64, 16, 64, 8, 2), WIDE: Tile(32, 64, 16, 128, 8, 2)}
 
 # Two warp groups of 64 rows of the accumulator each. What is streamed is as long as registers allow, since a block
 # costs a maximum across threads and a wait. "default" fits the 99 KB of sm_86, sm_89 and sm_120.
@@ -142,6 +142,7 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@functools.lru_cache(maxsize=1024)
 def choose_splits(programs: int, blocks: int, device: torch.device) -> int:
     """Into how many parts to split a loop of so many blocks that so many programs walk alike.
 

@@ -93,7 +93,7 @@ def test_half_precision_tiles(name: str, arch: str, flags: dict[str, bool]) -> N
 
 
 @pytest.mark.parametrize("name", ["contrast_fwd", "contrast_bwd_keys"])
-@pytest.mark.parametrize("arch", ["default", "sm_90"])
+@pytest.mark.parametrize("arch", list(SHARED))
 def test_float32_tiles_are_exact(name: str, arch: str) -> None:
     for widest, tile in _tiles.TILES[arch][name][4].items():
         d = 2 * tile.block_v if widest == _tiles.WIDE else widest
@@ -103,7 +103,7 @@ def test_float32_tiles_are_exact(name: str, arch: str) -> None:
         assert not re.search(r"mma|tf32", compiled.asm["ptx"]), (d, tile)
 
 
-@pytest.mark.parametrize(("arch", "dtype"), [("default", "fp32"), ("default", "bf16"), ("sm_90", "bf16")])
+@pytest.mark.parametrize(("arch", "dtype"), [("default", "fp32"), *((arch, "bf16") for arch in SHARED)])
 def test_merge(arch: str, dtype: str) -> None:
     """The positive's score takes the same kind of instruction as all scores."""
     sizes = {"D": 128, "D_OUT": 128, "BLOCK_N": contrast_fwd.MERGE_ROWS, "BLOCK_D": contrast_fwd.MERGE_COLUMNS}
