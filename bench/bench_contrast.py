@@ -1,9 +1,11 @@
-"""The contrast losses, forward and backward, against eager PyTorch, torch.compile and lightly.
+"""The contrast losses, forward and backward, against eager PyTorch, torch.compile, lightly and PML.
 
 Operations that must be done: 2 products of 2·N·K·D with frozen keys, 4 with learnt ones.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -32,39 +34,69 @@ def backward(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad])
 
 
-@pytest.mark.parametrize(("name", "learnt"), [("ProtoNCE frozen", False), ("ProtoNCE learnt", True)])
-def test_proto_nce(suite: Suite, benchmark, name: str, learnt: bool) -> None:
-    n, k, d = 1024, 16384, 128
-    x = torch.randn(n, d, requires_grad=True)
-    y = torch.randn(k, d, requires_grad=learnt)
+def compare_proto_nce(suite: Suite, benchmark, name: str, n: int, k: int, **options) -> None:
+    learnt, autocast, peers = (options.get(key) for key in ("learnt", "autocast", "peers"))
+    d = 128
+    x, y = torch.randn(n, d, requires_grad=True), torch.randn(k, d, requires_grad=bool(learnt))
     t = torch.randint(k, (n,))
-    compiled = torch.compile(eager_proto_nce)
 
-    def ours() -> tuple[Tensor, ...]:
-        return backward(proto_nce(x, y, t, PHI), x, y)
+    def run(loss_fn: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        def step() -> tuple[Tensor, ...]:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bool(autocast)):
+                loss = loss_fn(x, y, t)
+            return backward(loss, x, y)
 
-    methods = {
-        "fastproto": ours,
-        "eager": lambda: backward(eager_proto_nce(x, y, t), x, y),
-        "torch.compile": lambda: backward(compiled(x, y, t), x, y),
-    }
+        return step
+
+    ours = run(lambda x, y, t: proto_nce(x, y, t, PHI))
+    all_peers = {"eager": run(eager_proto_nce), "torch.compile": run(torch.compile(eager_proto_nce))}
+    methods = {"fastproto": ours, **{peer: all_peers[peer] for peer in peers or all_peers}}
     flop = (4 if learnt else 2) * 2 * n * k * d
-    suite.compare(Work(name, f"{n} x {d} x {k}", "float32", "cpu", flop=flop), methods, seconds=8)
+    dtype = "bfloat16 autocast" if autocast else "float32"
+    suite.compare(Work(name, f"{n} x {d} x {k}", dtype, "cpu", flop=flop), methods, options.get("seconds", 8))
     benchmark.pedantic(ours, rounds=3, warmup_rounds=1)
 
 
-def test_nt_xent(suite: Suite, benchmark) -> None:
-    n, d = 1024, 128
+def test_frozen(suite: Suite, benchmark) -> None:
+    compare_proto_nce(suite, benchmark, "ProtoNCE frozen", 1024, 16384)
+
+
+def test_learnt(suite: Suite, benchmark) -> None:
+    compare_proto_nce(suite, benchmark, "ProtoNCE learnt", 1024, 16384, learnt=True)
+
+
+def test_bfloat16(suite: Suite, benchmark) -> None:
+    """Without bfloat16 instructions the peers take seconds a step."""
+    compare_proto_nce(suite, benchmark, "ProtoNCE frozen", 1024, 16384, autocast=True, peers=["torch.compile"])
+
+
+def test_small(suite: Suite, benchmark) -> None:
+    """Arithmetic of a tenth of a millisecond: what a call costs."""
+    compare_proto_nce(suite, benchmark, "ProtoNCE small", 64, 1000, seconds=2)
+
+
+def test_large(suite: Suite, benchmark) -> None:
+    """Logits of 1 GB."""
+    compare_proto_nce(suite, benchmark, "ProtoNCE large", 2048, 131072, peers=["eager"])
+
+
+@pytest.mark.parametrize("n", [1024, 128])
+def test_nt_xent(suite: Suite, benchmark, n: int) -> None:
+    d = 128
     x0, x1 = torch.randn(2, n, d).unbind()
     x0.requires_grad_(), x1.requires_grad_()
-    mine, theirs = NTXentLoss(), pytest.importorskip("lightly.loss").NTXentLoss()
+    losses = {"fastproto": NTXentLoss(), "lightly": pytest.importorskip("lightly.loss").NTXentLoss()}
+    if n == 128:  # memory grows with N³: 34 GB at 1024
+        metric_learning = pytest.importorskip("pytorch_metric_learning.losses")
+        losses["pytorch-metric-learning"] = metric_learning.SelfSupervisedLoss(metric_learning.NTXentLoss(0.5))
 
-    def ours() -> tuple[Tensor, ...]:
-        return backward(mine(x0, x1), x0, x1)
+    def run(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        return lambda: backward(loss(x0, x1), x0, x1)
 
-    methods = {"fastproto": ours, "lightly": lambda: backward(theirs(x0, x1), x0, x1)}
-    suite.compare(Work("NT-Xent", f"2 x {n} x {d}", "float32", "cpu", flop=4 * 2 * (2 * n) ** 2 * d), methods)
-    benchmark.pedantic(ours, rounds=3, warmup_rounds=1)
+    methods = {name: run(loss) for name, loss in losses.items()}
+    work = Work(f"NT-Xent 2 x {n}", f"2 x {n} x {d}", "float32", "cpu", flop=4 * 2 * (2 * n) ** 2 * d)
+    suite.compare(work, methods)
+    benchmark.pedantic(methods["fastproto"], rounds=3, warmup_rounds=1)
 
 
 def test_queue(suite: Suite, benchmark) -> None:

@@ -22,7 +22,7 @@ import torch
 from fastproto import _native
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "torchvision", "lightly", "faiss-cpu", "kornia")
+PACKAGES = ("torch", "triton", "torchvision", "lightly", "pytorch-metric-learning", "faiss-cpu")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def bandwidth(device: str) -> float:
 
 
 def peak_flops(device: str) -> float:
-    """Operations a second: on a CPU float32 fused multiply-adds alone, on a GPU a large bfloat16 product; once a run."""
+    """Operations a second, measured once a run: of float32 FMAs alone on a CPU, of a large bfloat16 product on a GPU."""
     if (device, "flops") not in _measured:
         if device == "cuda":
             x = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "common/isa.h"
+#include "common/parallel.h"
 #include "contrast/bind.h"
 #include "crop_resize/bind.h"
 #include "siamese/bind.h"
@@ -23,6 +24,7 @@ PYBIND11_MODULE(_fastproto_C, m) {
     for (Isa isa : supported_isas()) names.emplace_back(isa_name(isa));
     return names;
   });
+  m.def("set_openmp_parallel", &set_openmp_parallel);
   m.def("peak_flops", [](int threads) {
     double result = 0;
     FASTPROTO_DISPATCH_TO(result =, peak_flops, threads);

@@ -1,10 +1,12 @@
-// parallel_for: tasks 0 … count-1 on a pool of threads that outlives the call.
+// parallel_for: tasks 0 … count-1 on the threads that PyTorch uses, or on a pool of our own.
 //
-// A pool of our own rather than OpenMP, because PyTorch brings its own copy of the OpenMP runtime and two of them in one
-// process keep two sets of spinning threads. Tasks are handed out by an atomic counter: which thread runs a task is open,
-// so a task must not depend on it. A call that finds the pool busy (another Python thread is in it) runs its tasks itself.
-// A waiting thread spins for some microseconds before it sleeps: waking a core costs more than a small op.
-// After fork() the child has no threads: it forgets the pool and makes a new one at its first call.
+// Two pools in one process fight for the cores: PyTorch's OpenMP threads spin for milliseconds after each of its ops, and
+// leave ours no core. Python therefore hands over GOMP_parallel of the OpenMP library that PyTorch has loaded (linking it
+// here would load a second copy). Where there is none, and in a child after fork(), which OpenMP does not survive, the
+// pool serves. Tasks are handed out by an atomic counter: which thread runs a task is open, so a task must not depend on
+// it. A call that finds the pool busy (another Python thread is in it) runs its tasks itself. After fork() the child has
+// no threads: it forgets the pool and makes a new one at its first call. A waiting thread of the pool spins for some
+// microseconds before it sleeps: waking a core costs more than a small op.
 #pragma once
 
 #include <atomic>
@@ -19,6 +21,48 @@
 
 namespace fastproto {
 
+// What the threads of one call share.
+class Tasks {
+ public:
+  Tasks(int64_t count, const std::function<void(int64_t)>& task) : count_(count), task_(task) {}
+
+  void work() {
+    for (int64_t i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) {
+      try {
+        task_(i);
+      } catch (...) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (!error_) error_ = std::current_exception();
+        next_.store(count_);
+      }
+    }
+  }
+  void rethrow() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  const int64_t count_;
+  const std::function<void(int64_t)>& task_;
+  std::atomic<int64_t> next_{0};
+  std::mutex mutex_;
+  std::exception_ptr error_;
+};
+
+// void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned flags)
+using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+inline std::atomic<OpenMpParallel>& openmp_parallel() {
+  static std::atomic<OpenMpParallel> function{nullptr};
+  return function;
+}
+
+inline void set_openmp_parallel(uintptr_t address) {
+  static std::once_flag once;
+  std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { openmp_parallel().store(nullptr); }); });
+  openmp_parallel().store(reinterpret_cast<OpenMpParallel>(address));
+}
+
 class ThreadPool {
  public:
   static ThreadPool& instance() {
@@ -30,30 +74,23 @@ class ThreadPool {
     return *pool();
   }
 
-  void run(int64_t count, int threads, const std::function<void(int64_t)>& task) {
+  // Has this thread and `helpers` of the pool work on the tasks.
+  void run(Tasks& tasks, int helpers) {
     std::unique_lock<std::mutex> busy(busy_, std::defer_lock);
-    if (threads <= 1 || count <= 1 || !busy.try_lock()) {
-      for (int64_t i = 0; i < count; ++i) task(i);
-      return;
-    }
-    const int helpers = static_cast<int>(count < threads ? count : threads) - 1;
+    if (!busy.try_lock()) return tasks.work();
     {
       std::lock_guard<std::mutex> lock(mutex_);
       while (started_ < helpers) std::thread(&ThreadPool::help, this, started_++).detach();
-      task_ = &task;
-      count_ = count;
-      next_.store(0);
-      error_ = nullptr;
+      tasks_ = &tasks;
       invited_ = helpers;
       working_ = helpers;
       ++round_;
     }
     wake_.notify_all();
-    work();
+    tasks.work();
     spin([this] { return working_.load() == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return working_ == 0; });
-    if (error_) std::rethrow_exception(error_);
   }
 
  private:
@@ -73,7 +110,7 @@ class ThreadPool {
         seen = round_;
         if (me >= invited_) continue;
       }
-      work();
+      tasks_->work();
       std::lock_guard<std::mutex> lock(mutex_);
       if (--working_ == 0) done_.notify_one();
     }
@@ -87,32 +124,26 @@ class ThreadPool {
     }
   }
 
-  void work() {
-    for (int64_t i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) {
-      try {
-        (*task_)(i);
-      } catch (...) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        if (!error_) error_ = std::current_exception();
-        next_.store(count_);
-      }
-    }
-  }
-
   std::mutex busy_;   // held for the whole of a call
   std::mutex mutex_;  // guards all below
   std::condition_variable wake_, done_;
-  const std::function<void(int64_t)>* task_ = nullptr;
-  std::atomic<int64_t> next_{0};
-  int64_t count_ = 0;
+  Tasks* tasks_ = nullptr;
   int started_ = 0, invited_ = 0;
   std::atomic<int> working_{0};
   std::atomic<uint64_t> round_{0};
-  std::exception_ptr error_;
 };
 
 inline void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task) {
-  ThreadPool::instance().run(count, threads, task);
+  Tasks tasks(count, task);
+  const int wanted = static_cast<int>(count < threads ? count : threads);
+  if (wanted <= 1) {
+    tasks.work();
+  } else if (const OpenMpParallel openmp = openmp_parallel().load()) {
+    openmp([](void* shared) { static_cast<Tasks*>(shared)->work(); }, &tasks, wanted, 0);
+  } else {
+    ThreadPool::instance().run(tasks, wanted - 1);
+  }
+  tasks.rethrow();
 }
 
 }  // namespace fastproto

@@ -14,6 +14,10 @@
 #include <cstring>
 #include <new>
 
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
 #include "dtype.h"
 
 namespace fastproto {
@@ -155,6 +159,24 @@ inline void scale_row(float* row, int64_t size, float factor) {
   for (int64_t i = 0; i < size; ++i) row[i] *= factor;
 }
 
+// out[d, r] = rows[r, d] of four rows, stride elements from one d to the next.
+inline void transpose_four(const float* rows, int64_t D, float* out, int64_t stride) {
+  int64_t d = 0;
+#if defined(__SSE__)
+  for (; d + 4 <= D; d += 4) {
+    __m128 a = _mm_loadu_ps(rows + d), b = _mm_loadu_ps(rows + D + d);
+    __m128 c = _mm_loadu_ps(rows + 2 * D + d), e = _mm_loadu_ps(rows + 3 * D + d);
+    _MM_TRANSPOSE4_PS(a, b, c, e);
+    _mm_storeu_ps(out + d * stride, a);
+    _mm_storeu_ps(out + (d + 1) * stride, b);
+    _mm_storeu_ps(out + (d + 2) * stride, c);
+    _mm_storeu_ps(out + (d + 3) * stride, e);
+  }
+#endif
+  for (; d < D; ++d)
+    for (int64_t r = 0; r < 4; ++r) out[d * stride + r] = rows[r * D + d];
+}
+
 // The layouts of a block of rows (count × D, float, leading dimension D) that the products need, zero where padded:
 // the left factor tall (count' / MR, D, MR); the right factor across (count' / NR, D, NR), with the rows along the lanes,
 // or along (D' / NR, count', NR), with D along the lanes.
@@ -162,9 +184,11 @@ template <int WIDTH>
 inline void pack_panels(const float* rows, int64_t count, int64_t D, float* panels) {
   for (int64_t first = 0; first < count; first += WIDTH, panels += D * WIDTH) {
     const int64_t width = std::min<int64_t>(WIDTH, count - first);
-    for (int64_t r = 0; r < width; ++r)
+    int64_t r = 0;
+    for (; WIDTH % 4 == 0 && r + 4 <= width; r += 4) transpose_four(rows + (first + r) * D, D, panels + r, WIDTH);
+    for (; r < width; ++r)
       for (int64_t d = 0; d < D; ++d) panels[d * WIDTH + r] = rows[(first + r) * D + d];
-    for (int64_t r = width; r < WIDTH; ++r)
+    for (; r < WIDTH; ++r)
       for (int64_t d = 0; d < D; ++d) panels[d * WIDTH + r] = 0;
   }
 }

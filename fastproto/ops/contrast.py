@@ -204,7 +204,7 @@ class _Contrast(torch.autograd.Function):
 
 
 class Contrast(NamedTuple):
-    """What :func:`contrast` gives, on the device: ``loss`` (N,), or () with a divisor; the others (N,), without gradient."""
+    """What :func:`contrast` gives: ``loss`` (N,), or () with a divisor; the others (N,), without a gradient."""
 
     loss: Tensor
     lse: Tensor

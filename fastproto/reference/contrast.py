@@ -4,8 +4,8 @@
     L_i  = log Σ_{j ∈ A(i)} exp(s_ij) - s_{i,t(i)}
 
 A(i) holds the target t(i) and every key whose group is not the row's. N rows, K keys, D embedding.
-The (N, K) logits are materialised. Normalised, x_i and y_j stand for x_i / |x_i| and y_j / |y_j|, and gradients are those of the
-rows as they came.
+The (N, K) logits are materialised. Normalised, x_i and y_j stand for x_i / |x_i| and y_j / |y_j|, and gradients are
+those of the rows as they came.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ SHAPES = [(1, 1, 1), (1, 9000, 24), (33, 507, 130), (1000, 300, 96), (5, 2, 3), 
 def problem(
     n: int, k: int, d: int, *, grouped: bool = True, normalize: bool = False, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Duplicate targets, ignored rows, temperatures down to 0.05, biases, groups; unit rows unless they are to become so."""
+    """Duplicate targets, ignored rows, temperatures down to 0.05, biases, groups; unit rows, unless they are to be."""
     generator = torch.Generator().manual_seed(n + 7 * k + 31 * d)
 
     def randn(*shape: int) -> Tensor:
@@ -133,6 +133,7 @@ def settings() -> Iterator[None]:
     isa, threads = _native.cpp.isa(), torch.get_num_threads()
     yield
     _native.cpp.set_isa(isa)
+    _native.share_threads(_native.cpp)
     torch.set_num_threads(threads)
 
 
@@ -140,6 +141,7 @@ def settings() -> Iterator[None]:
 @pytest.mark.usefixtures("settings")
 @pytest.mark.parametrize("shape", [(1, 9000, 24), (500, 600, 130)])
 def test_every_instruction_set_is_right_and_threads_change_no_bit(shape: tuple[int, int, int]) -> None:
+    """Neither their number nor whose they are: PyTorch's, then a pool of our own."""
     arguments = problem(*shape)
     exact = run("reference", arguments, torch.float64)
     for isa in _native.cpp.supported_isas():
@@ -149,6 +151,7 @@ def test_every_instruction_set_is_right_and_threads_change_no_bit(shape: tuple[i
         assert_close(single, exact, 4e-6)
         for threads, repeat in itertools.product((2, 3, 7), range(2)):
             torch.set_num_threads(threads)
+            _native.cpp.set_openmp_parallel(0) if repeat else _native.share_threads(_native.cpp)
             assert all(map(torch.equal, run("cpp", arguments, torch.float32), single)), (isa, threads, repeat)
 
 
