@@ -130,7 +130,7 @@ def bandwidth(device: str) -> float:
 
 
 def peak_flops(device: str) -> float:
-    """Operations a second, measured once a run: of float32 FMAs alone on a CPU, of a large bfloat16 product on a GPU."""
+    """Operations a second, measured once a run: of float32 FMAs alone on a CPU, of a bfloat16 product on a GPU."""
     if (device, "flops") not in _measured:
         if device == "cuda":
             x = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)

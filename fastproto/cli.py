@@ -34,8 +34,8 @@ METRICS = {"knn20": "kNN, k = 20", "knn200": "kNN, k = 200", "linear": "linear p
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0, 1 for a loss that diverged, 2 for bad input, 130 after Ctrl-C."""
-    # OpenMP reads it when torch is loaded: a waiting thread spins for some microseconds, then sleeps. Without spinning an
-    # idle machine is 1.6 times slower; with libgomp's own 300 000 turns two runs on two cores are 6 times slower each.
+    # OpenMP reads it when torch is loaded: a waiting thread spins for some microseconds, then sleeps. Without spinning
+    # an idle machine is 1.6 times slower; with libgomp's own 300 000 turns two runs on two cores are 6 times slower.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     command, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
