@@ -4,6 +4,8 @@
     p_ij = exp(s_ij - lse_i) on A(i)       q_ij = g_i (p_ij - [j = t(i)])
     dy_j = a_j Σ_i q_ij x_i                db_j = Σ_i q_ij
 
+Symmetric, the keys are the rows and s_ij = s_ji: dy_j = a Σ_i (q_ij + q_ji) x_i is the gradient of both roles.
+
 N rows x, K keys y, D embedding, S parts of the rows. Rows with t(i) < 0 are ignored. docs/math/contrast.md derives it.
 
 A program owns a tile of keys and walks the rows, or one part of them, block by block, computing the scores again from
@@ -58,6 +60,7 @@ def _contrast_bwd_keys_kernel(
     D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_GROUPS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -76,6 +79,10 @@ def _contrast_bwd_keys_kernel(
     a_k, b_k = load_scale(a_ptr, b_ptr, offs_k, mask_k, HAS_BIAS)
     if HAS_GROUPS:
         group_k = tl.load(key_group_ptr + offs_k, mask=mask_k, other=0)
+    if SYMMETRIC:
+        lse_k = tl.load(lse_ptr + offs_k, mask=mask_k, other=INF) * LOG2E
+        grad_k = tl.load(grad_ptr + offs_k, mask=mask_k, other=0.0)
+        target_k = tl.load(target_ptr + offs_k, mask=mask_k, other=-1)
     if WHOLE:
         y_kd = load_rows(y_ptr, stride_y, here_k, mask_k, here_d, D, EVEN_D)
 
@@ -98,15 +105,25 @@ def _contrast_bwd_keys_kernel(
         # An ignored row has p = 0 and g = 0, whatever came in for it.
         lse_n = tl.where(target_n < 0, INF, tl.load(lse_ptr + start_n + here_n, mask=mask_n, other=0.0) * LOG2E)
         grad_n = tl.where(target_n < 0, 0.0, tl.load(grad_ptr + start_n + here_n, mask=mask_n, other=0.0))
-        p_kn = tl.exp2(tl.fma(scores_kn, a_k[:, None], b_k[:, None]) - lse_n[None, :])
+        scores_kn = tl.fma(scores_kn, a_k[:, None], b_k[:, None])
+        p_kn = tl.exp2(scores_kn - lse_n[None, :])
         # The target's place in this tile in 32 bits, or -1: a comparison per score at half the price.
         place_n = target_n - start_k
         place_n = tl.where((place_n >= 0) & (place_n < BLOCK_K), place_n, -1).to(tl.int32)
         is_target_kn = here_k[:, None] == place_n[None, :]
         if HAS_GROUPS:
             group_n = tl.load(group_ptr + start_n + here_n, mask=mask_n, other=0)
-            p_kn = tl.where((group_k[:, None] == group_n[None, :]) & ~is_target_kn, 0.0, p_kn)
+            same_kn = group_k[:, None] == group_n[None, :]
+            p_kn = tl.where(same_kn & ~is_target_kn, 0.0, p_kn)
         q_kn = tl.where(is_target_kn, p_kn - 1.0, p_kn) * grad_n[None, :]
+        if SYMMETRIC:
+            place_k = target_k - start_n
+            place_k = tl.where((place_k >= 0) & (place_k < BLOCK_N), place_k, -1).to(tl.int32)
+            is_mine_kn = place_k[:, None] == here_n[None, :]
+            p_kn = tl.exp2(scores_kn - lse_k[:, None])
+            if HAS_GROUPS:
+                p_kn = tl.where(same_kn & ~is_mine_kn, 0.0, p_kn)
+            q_kn += tl.where(is_mine_kn, p_kn - 1.0, p_kn) * grad_k[:, None]
         bias_k += tl.sum(q_kn, 1)
         if not WHOLE:
             x_nv = load_rows(block_ptr, stride_x, here_n, mask_n, offs_v, D, EVEN_V)
@@ -128,6 +145,7 @@ def contrast_bwd_keys(
     bias: Tensor | None,  # (K,) float
     groups: Tensor | None,  # (N,) int64
     key_groups: Tensor | None,  # (K,) int64
+    symmetric: bool,
     lse: Tensor,  # (N,) float32
     grad: Tensor,  # (N,) float32, dL / dL_i
     *,
@@ -160,7 +178,7 @@ def contrast_bwd_keys(
     with torch.cuda.device_of(x):
         _contrast_bwd_keys_kernel[tiles, parts, columns](
             *inputs, lse.contiguous(), grad.contiguous(), dy, db, n, k, part, x.stride(0), y.stride(0),
-            D=d, HAS_BIAS=bias is not None, HAS_GROUPS=groups is not None,
+            D=d, HAS_BIAS=bias is not None, HAS_GROUPS=groups is not None, SYMMETRIC=symmetric,
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_D=tile.block_d, BLOCK_V=tile.block_v,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

@@ -10,14 +10,14 @@
 
 namespace fastproto {
 
-// (N, K, D, stride_x, stride_y, x dtype, y dtype, normalize), then the addresses in the struct's order, then the threads.
+// (N, K, D, stride_x, stride_y, x dtype, y dtype, normalize, symmetric), then the addresses in the struct's order, then the threads.
 template <typename Run> auto contrast_binding(Run run) {
-  return [run](std::array<int64_t, 8> sizes, std::array<uintptr_t, 17> at, int threads) {
+  return [run](std::array<int64_t, 9> sizes, std::array<uintptr_t, 17> at, int threads) {
     Contrast args{};
     args.N = sizes[0], args.K = sizes[1], args.D = sizes[2];
     args.stride_x = sizes[3], args.stride_y = sizes[4];
     args.x_dtype = static_cast<int>(sizes[5]), args.y_dtype = static_cast<int>(sizes[6]);
-    args.normalize = sizes[7] != 0;
+    args.normalize = sizes[7] != 0, args.symmetric = sizes[8] != 0;
     args.x = reinterpret_cast<const void*>(at[0]);
     args.y = reinterpret_cast<const void*>(at[1]);
     args.target = reinterpret_cast<const int64_t*>(at[2]);

@@ -18,6 +18,7 @@ struct Contrast {
   int64_t stride_x, stride_y;
   int x_dtype, y_dtype;
   bool normalize;
+  bool symmetric;           // backward only: y is x, a is one number, b is null, no row is ignored; dy is of both roles
   const int64_t* target;    // (N,)
   const float* a;           // (K,) inverse temperatures
   const float* b;           // (K,) biases; null: 0

@@ -58,6 +58,32 @@ inline float gradient_row(const Contrast& args, const Block& block, int64_t j, c
   return sum(total);
 }
 
+// Rows and keys are the same: scores[i] become q_ij + q_ji, what row j has from i as its key and as one of its own keys.
+inline void symmetric_row(const Contrast& args, const Block& block, int64_t j, const Hit* hit, const Hit* end,
+                          float* scores) {
+  const float lse_j = args.lse[j], grad_j = args.grad[j];
+  const auto share = [&](float score, int64_t i) { return std::exp(score - block.lse[i]) * block.grad[i]; };
+  // A group hides both ways, except where one is the other's target.
+  const bool grouped = args.group && args.group[j] >= block.lowest_group && args.group[j] <= block.highest_group;
+  const int64_t* groups = args.group ? args.group + block.first : nullptr;
+  const int64_t mine = args.target[j] - block.first;
+  const bool has_mine = mine >= 0 && mine < block.count;
+  float again = 0, seen[ROWS];
+  const auto hidden = [&](int64_t i) { return grouped && groups[i] == args.group[j]; };
+  for (const Hit* h = hit; h < end; ++h)
+    seen[h - hit] = (hidden(h->row) ? share(scores[h->row], h->row) : 0.f) - block.grad[h->row];
+  if (has_mine) again = (hidden(mine) ? std::exp(scores[mine] - lse_j) * grad_j : 0.f) - grad_j;
+  for (int64_t i = 0; i < block.padded; i += LANES) {
+    const Vec s = load(scores + i);
+    store(scores + i, exp(s - load(block.lse + i)) * load(block.grad + i) + exp(s - lse_j) * grad_j);
+  }
+  if (grouped)
+    for (int64_t i = 0; i < block.count; ++i) scores[i] = groups[i] == args.group[j] ? 0.f : scores[i];
+  std::fill(scores + block.count, scores + block.padded, 0.f);
+  for (const Hit* h = hit; h < end; ++h) scores[h->row] += seen[h - hit];
+  if (has_mine) scores[mine] += again;
+}
+
 template <int M>
 void key_tile(const Contrast& args, const Block& block, int64_t first, const float* y, float* scores, float* dy,
               float* db) {
@@ -69,7 +95,10 @@ void key_tile(const Contrast& args, const Block& block, int64_t first, const flo
   for (int m = 0; m < M; ++m) {
     const Hit* end = hit;
     while (end < last && end->key == first + m) ++end;
-    db[m] += gradient_row(args, block, first + m, hit, end, scores + m * ROWS);
+    if (args.symmetric)
+      symmetric_row(args, block, first + m, hit, end, scores + m * ROWS);
+    else
+      db[m] += gradient_row(args, block, first + m, hit, end, scores + m * ROWS);
     hit = end;
     keep[m] = 1.f;
   }

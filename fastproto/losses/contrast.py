@@ -78,11 +78,16 @@ def nt_xent(
             prototypes = gather_rows(prototypes)
         # A row without a prototype is alone in a group of its own, below all prototypes.
         key_groups = torch.where(prototypes == ignore_index, -1 - key_groups, prototypes)
-    groups = key_groups[first : first + 2 * n]
-    targets = rows.roll(n)
-    divisor = max(2 * n, 1) if reduction == "mean" else None
     loss = contrast_unchecked(
-        features, keys, targets, 1 / temperature, groups=groups, key_groups=key_groups, normalize=True, divisor=divisor
+        features,
+        keys,
+        rows.roll(n),
+        1 / temperature,
+        groups=key_groups[first : first + 2 * n],
+        key_groups=key_groups,
+        normalize=True,
+        divisor=max(2 * n, 1) if reduction == "mean" else None,
+        symmetric=keys is features,
     ).loss
     return loss.sum() if reduction == "sum" else loss
 

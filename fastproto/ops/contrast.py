@@ -58,6 +58,7 @@ def _launch(
     groups: Tensor | None,
     key_groups: Tensor | None,
     normalize: bool,
+    symmetric: bool = False,
 ) -> None:
     """Calls the C++ kernel of that name with addresses in the order of csrc/contrast/bind.h."""
     features, keys = _rows(features), _rows(keys)
@@ -66,7 +67,7 @@ def _launch(
     tensors = (features, keys, targets, scale, bias, groups, key_groups, *results)
     sizes = (len(features), *keys.shape, features.stride(0), keys.stride(0))
     getattr(_native.cpp, name)(
-        (*sizes, DTYPE_CODES[features.dtype], DTYPE_CODES[keys.dtype], normalize),
+        (*sizes, DTYPE_CODES[features.dtype], DTYPE_CODES[keys.dtype], normalize, symmetric),
         [0 if t is None or not t.numel() else t.data_ptr() for t in tensors],
         torch.get_num_threads(),
     )
@@ -92,9 +93,9 @@ def _triton_bwd_keys(features: Tensor, keys: Tensor, targets: Tensor, scale: Ten
         return reference.contrast_bwd_keys(features, keys, targets, scale, *rest)
     from fastproto.kernels.contrast_bwd import contrast_bwd_keys
 
-    *options, normalize, lse, grad = rest
+    *options, normalize, symmetric, lse, grad = rest
     x, y, a = _unit_inputs(features, keys, scale) if normalize else (features, keys, scale)
-    dy, db = contrast_bwd_keys(x, y, targets, a, *options, lse, grad)
+    dy, db = contrast_bwd_keys(x, y, targets, a, *options, symmetric, lse, grad)
     wide = keys.float()
     if normalize:
         length = torch.linalg.vector_norm(wide, dim=1).clamp(min=1e-12)
@@ -136,7 +137,7 @@ _fwd = Op(
 )
 _bwd_keys = Op(
     "contrast_bwd_keys",
-    f"({_ARGUMENTS} Tensor lse, Tensor grad) -> (Tensor, Tensor, Tensor)",
+    f"({_ARGUMENTS} bool symmetric, Tensor lse, Tensor grad) -> (Tensor, Tensor, Tensor)",
     reference=reference.contrast_bwd_keys,
     cpp=_cpp_bwd_keys,
     triton=_triton_bwd_keys,
@@ -170,18 +171,21 @@ class _Contrast(torch.autograd.Function):
         key_groups: Tensor | None,
         normalize: bool,
         divisor: Tensor | float | None,
+        symmetric: bool,
         need_stats: bool,
     ) -> tuple[Tensor, ...]:
         need_x, need_y, _, need_a, need_b, *_ = ctx.needs_input_grad
+        # Symmetric, the backward pass has the gradient of both roles in two products, and the forward one.
+        need_dx, need_backward = need_x and not symmetric, need_y or need_a or need_b or (need_x and symmetric)
         args = (features, keys, targets, scale, bias, groups, key_groups)
-        loss, lse, dx, *stats = _fwd(*args, normalize, need_x, need_stats)
+        loss, lse, dx, *stats = _fwd(*args, normalize, need_dx, need_stats)
         if divisor is not None:
             loss, dx = loss.sum() / divisor, dx / divisor
-        ctx.normalize, ctx.dtype = normalize, features.dtype
+        ctx.normalize, ctx.symmetric, ctx.dtype = normalize, symmetric, features.dtype
         # A tensor is for autograd to keep, a number is not.
         ctx.divisor = None if isinstance(divisor, Tensor) else divisor
         for_keys = (lse, divisor if isinstance(divisor, Tensor) else None, *args)
-        ctx.save_for_backward(dx, *(for_keys if need_y or need_a or need_b else ()))
+        ctx.save_for_backward(dx, *(for_keys if need_backward else ()))
         ctx.mark_non_differentiable(lse, *stats)
         return loss, lse, *stats
 
@@ -189,15 +193,16 @@ class _Contrast(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         dx, *for_keys = ctx.saved_tensors
-        gradients: list[Tensor | None] = [None] * 10
-        if ctx.needs_input_grad[0]:
+        gradients: list[Tensor | None] = [None] * 11
+        if ctx.needs_input_grad[0] and not ctx.symmetric:
             gradients[0] = ((grad[:, None] if grad.ndim else grad) * dx).to(ctx.dtype)
         if for_keys:
             lse, divisor, *args = for_keys
             divisor = ctx.divisor if divisor is None else divisor
             grad = grad if divisor is None else (grad / divisor).expand(lse.shape).contiguous()
-            # Of keys, scale and bias, arguments 1, 3 and 4.
-            for i, gradient in zip((1, 3, 4), _bwd_keys(*args, ctx.normalize, lse, grad), strict=True):
+            # Of keys, or the rows that they are, scale and bias: arguments 1 or 0, 3 and 4.
+            results = _bwd_keys(*args, ctx.normalize, ctx.symmetric, lse, grad)
+            for i, gradient in zip((0 if ctx.symmetric else 1, 3, 4), results, strict=True):
                 if ctx.needs_input_grad[i]:
                     gradients[i] = gradient.to(args[i].dtype)
         return tuple(gradients)
@@ -304,8 +309,13 @@ def contrast_unchecked(
     divisor: float | Tensor | None = None,
     ignore_index: int = -1,
     stats: bool = False,
+    symmetric: bool = False,
 ) -> Contrast:
-    """:func:`contrast` for callers that have checked the arguments themselves: a small batch would feel it twice."""
+    """:func:`contrast` for callers that have checked the arguments themselves: a small batch would feel it twice.
+
+    ``symmetric`` promises that keys and groups are those of the rows, the scale is a number, there is no bias and no
+    row is ignored. s_ij = s_ji then saves one of four matrix products.
+    """
     targets = targets.long() if ignore_index == -1 else torch.where(targets == ignore_index, -1, targets.long())
     if not isinstance(scale, Tensor):
         dtype = torch.promote_types(keys.dtype, torch.float32)
@@ -314,9 +324,9 @@ def contrast_unchecked(
         groups, key_groups = groups.long().contiguous(), key_groups.long().contiguous()
         key_groups = key_groups.view_as(key_groups) if key_groups is groups else key_groups
     # The compiler cannot trace an autograd.Function that is given one tensor twice.
-    keys = keys.view_as(keys) if keys is features else keys
+    keys = keys.detach() if symmetric else keys.view_as(keys) if keys is features else keys
     rows = Contrast(
-        *_Contrast.apply(features, keys, targets, scale, bias, groups, key_groups, normalize, divisor, stats)
+        *_Contrast.apply(features, keys, targets, scale, bias, groups, key_groups, normalize, divisor, symmetric, stats)
     )
     return rows if ignore_index == -1 else rows._replace(top1=torch.where(targets < 0, ignore_index, rows.top1))
 

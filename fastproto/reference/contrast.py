@@ -61,16 +61,21 @@ def contrast_bwd_keys(
     groups: Tensor | None,  # (N,) int64
     key_groups: Tensor | None,  # (K,) int64
     normalize: bool,
+    symmetric: bool,
     lse: Tensor,  # (N,)
     grad: Tensor,  # (N,) dL / dL_i
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dL/dy (K, D), dL/da (K,) and dL/db (K,), from q_ij = g_i (p_ij - 1[j = t(i)])."""
+    """dL/dy (K, D), dL/da (K,) and dL/db (K,), from q_ij = g_i (p_ij - 1[j = t(i)]).
+
+    Symmetric, keys and groups are those of the rows, the scale is one number, there is no bias and no ignored row, and
+    the first result is the gradient of the rows in both roles, from q_ij + q_ji.
+    """
     x_nd, y_kd, _, length_k1, logits_nk = _logits(features, keys, targets, scale, bias, groups, key_groups, normalize)
     counted_n1, target_n1 = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]
     p_nk = (logits_nk - lse[:, None]).exp()
     q_nk = grad[:, None] * (p_nk - torch.zeros_like(p_nk).scatter_(1, target_n1, 1.0))
     q_nk = torch.where(counted_n1, q_nk, 0)
-    sum_kd = q_nk.T @ x_nd
+    sum_kd = (q_nk.T + q_nk if symmetric else q_nk.T) @ x_nd
     dy_kd = scale.to(x_nd.dtype)[:, None] * sum_kd
     dy_kd = through_length(dy_kd, y_kd, length_k1) if normalize else dy_kd
     return dy_kd, (sum_kd * y_kd).sum(1), q_nk.sum(0)

@@ -36,8 +36,9 @@ POINTERS = {"x_ptr": "", "y_ptr": ""} | dict.fromkeys(
 SHARED = {"default": 99 * 1024, "sm_90": 232448, "sm_100": 232448}
 CAPABILITY = {"default": 80, "sm_90": 90, "sm_100": 100}
 TENSOR_CORES = {"default": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
-PLAIN = {"HAS_BIAS": False, "HAS_GROUPS": False, "NEED_DX": True, "NEED_STATS": False}
-FULL = {"HAS_BIAS": True, "HAS_GROUPS": True, "NEED_DX": True, "NEED_STATS": True}
+PLAIN = {"HAS_BIAS": False, "HAS_GROUPS": False, "NEED_DX": True, "NEED_STATS": False, "SYMMETRIC": False}
+FULL = {"HAS_BIAS": True, "HAS_GROUPS": True, "NEED_DX": True, "NEED_STATS": True, "SYMMETRIC": False}
+NT_XENT = {"HAS_BIAS": False, "HAS_GROUPS": True, "NEED_DX": False, "NEED_STATS": False, "SYMMETRIC": True}
 
 
 def compile_kernel(name: str, arch: str, dtype: str, warps: int, stages: int, constants: dict[str, Any]) -> Any:
@@ -76,12 +77,12 @@ def constants(tile: _tiles.Tile, d: int, flags: dict[str, bool]) -> dict[str, An
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("flags", [PLAIN, FULL], ids=["plain", "full"])
+@pytest.mark.parametrize("flags", [PLAIN, FULL, NT_XENT], ids=["plain", "full", "nt_xent"])
 @pytest.mark.parametrize("name", ["contrast_fwd", "contrast_bwd_keys"])
 @pytest.mark.parametrize("arch", list(SHARED))
 def test_half_precision_tiles(name: str, arch: str, flags: dict[str, bool]) -> None:
     for widest, tile in _tiles.TILES[arch][name][2].items():
-        if flags == FULL and arch != "sm_90" and widest != 128:
+        if flags != PLAIN and arch != "sm_90" and widest != 128:
             continue  # minutes for what the others say already
         d = 2 * tile.block_v if widest == _tiles.WIDE else widest
         if flags["NEED_STATS"] and name == "contrast_fwd":

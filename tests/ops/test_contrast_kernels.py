@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastproto
 from fastproto import _native
-from fastproto.ops.contrast import contrast
+from fastproto.ops.contrast import contrast, contrast_unchecked
 
 needs_cpp = pytest.mark.skipif(_native.cpp is None, reason=_native.cpp_error)
 BACKENDS = [pytest.param("cpp", "cpu", marks=needs_cpp)]
@@ -127,6 +127,37 @@ def test_nan_stays_in_its_row_and_infinite_biases_hide(backend: str, device: str
     assert_close(run(backend, arguments, torch.float32), run("reference", arguments, torch.float64), 4e-6)
 
 
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("grouped", [None, "rows", "prototypes"])
+@pytest.mark.parametrize("temperature", [0.5, 0.01])
+def test_rows_against_themselves(backend: str, device: str, grouped: str | None, temperature: float) -> None:
+    """The symmetric pass equals the two passes of the reference, targets in a group's own rows included."""
+    generator = torch.Generator().manual_seed(5)
+    n = 602
+    features = torch.randn(n, 50, generator=generator).to(device)
+    targets = torch.randint(n, (n,), generator=generator).to(device)  # some a row's own
+    targets[:100] = torch.arange(100, device=device).roll(50)
+    groups = None
+    if grouped is not None:
+        groups = torch.arange(n) if grouped == "rows" else torch.randint(4, (n,), generator=generator)
+        groups = groups.to(device)
+
+    def run_symmetric(backend: str, dtype: torch.dtype, symmetric: bool) -> tuple[Tensor, Tensor]:
+        x = features.detach().to(dtype).requires_grad_()
+        with fastproto.backend(backend):
+            rows = contrast_unchecked(
+                x, x, targets, 1 / temperature, None, groups, groups, normalize=True, symmetric=symmetric
+            )
+            upstream = torch.linspace(-1, 2, n, device=device, dtype=dtype)
+            return rows.loss.detach(), torch.autograd.grad(rows.loss, x, upstream)[0]
+
+    exact = run_symmetric("reference", torch.float64, symmetric=False)
+    for name, dtype, tolerance in (("reference", torch.float64, 1e-11), (backend, torch.float32, 2e-5)):
+        ours = run_symmetric(name, dtype, symmetric=True)
+        for a, b in zip(ours, exact, strict=True):
+            assert (a.double() - b).abs().max() <= tolerance * b.abs().max()
+
+
 @pytest.fixture
 def settings() -> Iterator[None]:
     """Restores the instruction set and the number of threads."""
@@ -159,7 +190,7 @@ def test_ops_are_sound() -> None:
     arguments = tuple(problem(9, 11, 5, normalize=True).values())
     torch.library.opcheck(torch.ops.fastproto.contrast_fwd.default, (*arguments, True, True))
     lse, grad = torch.rand(9), torch.rand(9)
-    torch.library.opcheck(torch.ops.fastproto.contrast_bwd_keys.default, (*arguments, lse, grad))
+    torch.library.opcheck(torch.ops.fastproto.contrast_bwd_keys.default, (*arguments, False, lse, grad))
 
 
 def test_what_is_frozen_costs_nothing() -> None:

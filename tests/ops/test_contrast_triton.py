@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fastproto
 from fastproto import _settings
-from fastproto.ops.contrast import contrast
+from fastproto.ops.contrast import contrast, contrast_unchecked
 
 INTERPRETED = _settings.triton_interpreted
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -93,6 +93,26 @@ def test_half_precision_is_as_exact_as_plain_pytorch(dtype: torch.dtype, shape: 
 
 
 @on_gpu
+@pytest.mark.parametrize("grouped", [False, True])
+def test_rows_against_themselves(grouped: bool) -> None:
+    """The symmetric pass equals the two passes of the reference."""
+    n = 70
+    features, upstream = torch.randn(n, 24, device=DEVICE), torch.linspace(-1, 2, n, device=DEVICE)
+    targets = torch.randint(n, (n,), device=DEVICE)
+    groups = torch.arange(n, device=DEVICE) // 2 if grouped else None
+
+    def gradient(backend: str, dtype: torch.dtype, symmetric: bool) -> Tensor:
+        x = features.to(dtype).requires_grad_()
+        with fastproto.backend(backend):
+            rows = contrast_unchecked(x, x, targets, 10.0, None, groups, groups, normalize=True, symmetric=symmetric)
+            return torch.autograd.grad(rows.loss, x, upstream.to(dtype))[0]
+
+    exact = gradient("reference", torch.float64, symmetric=False)
+    error = (gradient("triton", torch.float32, symmetric=True) - exact).abs().max()
+    assert error <= 1e-5 * exact.abs().max()
+
+
+@on_gpu
 def test_small_float16_gradients_do_not_vanish() -> None:
     """A mean over many rows: g_i p_ij is far below what float16 holds."""
     arguments = problem(40, 300, 32, grouped=False, device=DEVICE)
@@ -105,7 +125,7 @@ def test_small_float16_gradients_do_not_vanish() -> None:
         options = (scale.to(dtype), bias.to(dtype), None, None, False)
         with fastproto.backend(backend):
             _, lse, *_ = torch.ops.fastproto.contrast_fwd(*cast, *options, False, False)
-            return torch.ops.fastproto.contrast_bwd_keys(*cast, *options, lse, grad.to(lse.dtype))
+            return torch.ops.fastproto.contrast_bwd_keys(*cast, *options, False, lse, grad.to(lse.dtype))
 
     pairs = zip(keys_gradient("triton", torch.float16), keys_gradient("reference", torch.double), strict=True)
     for ours, exact in pairs:
@@ -198,7 +218,7 @@ def test_parts_and_repeats() -> None:
     def results(parts: int) -> list[Tensor]:
         out = _outputs(arguments["features"], True, True)
         contrast_fwd.contrast_fwd(*tensors, True, True, out, splits=parts)
-        return [*out, *contrast_bwd.contrast_bwd_keys(*tensors, out[1], grad, splits=parts)]
+        return [*out, *contrast_bwd.contrast_bwd_keys(*tensors, False, out[1], grad, splits=parts)]
 
     whole = results(1)
     for parts in (2, 3, 7):
@@ -237,7 +257,7 @@ def test_ops_are_sound() -> None:
     rest = torch.rand(9, device=DEVICE), torch.rand(9, device=DEVICE)
     with fastproto.backend("triton"):
         torch.library.opcheck(torch.ops.fastproto.contrast_fwd.default, (*tensors, True, True))
-        torch.library.opcheck(torch.ops.fastproto.contrast_bwd_keys.default, (*tensors, *rest))
+        torch.library.opcheck(torch.ops.fastproto.contrast_bwd_keys.default, (*tensors, False, *rest))
 
 
 def test_splits_fill_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
