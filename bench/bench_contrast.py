@@ -53,7 +53,7 @@ def compare_proto_nce(suite: Suite, benchmark, name: str, n: int, k: int, **opti
     methods = {"fastproto": ours, **{peer: all_peers[peer] for peer in peers or all_peers}}
     flop = (4 if learnt else 2) * 2 * n * k * d
     dtype = "bfloat16 autocast" if autocast else "float32"
-    suite.compare(Work(name, f"{n} x {d} x {k}", dtype, "cpu", flop=flop), methods, options.get("seconds", 8))
+    suite.compare(Work(name, f"{n} x {d} x {k}", dtype, "cpu", flop=flop), methods, options.get("seconds", 16))
     benchmark.pedantic(ours, rounds=3, warmup_rounds=1)
 
 
