@@ -14,6 +14,8 @@ KEYS = {
     "share_of_floor", "peak_extra_mib",
 }  # fmt: skip
 
+KEY = ("suite", "work", "dtype", "device")  # of one line of the table
+
 
 def load() -> list[dict]:
     """Every row of every result file, with the file's suite, commit and versions.
@@ -39,14 +41,14 @@ def markdown(rows: list[dict]) -> str:
         "| op | work | fastproto | best other | extra memory: ours, other |",
         "| --- | --- | --- | --- | --- |",
     ]
-    works = dict.fromkeys((row["suite"], row["work"], row["device"]) for row in rows)
-    for suite, work, device in works:
-        mine = [row for row in rows if (row["suite"], row["work"], row["device"]) == (suite, work, device)]
+    works = dict.fromkeys(tuple(row[key] for key in KEY) for row in rows)
+    for work in works:
+        mine = [row for row in rows if tuple(row[key] for key in KEY) == work]
         ours = mine[0]
         others = [row for row in mine if not row["method"].startswith("fastproto")]
         best = min(others, key=lambda row: row["median_ms"])
         lines.append(
-            f"| {suite} | {work}, {ours['shape']}, {ours['dtype']} | {ours['median_ms']:.2f} ms | {best['method']} "
+            f"| {ours['suite']} | {ours['work']}, {ours['shape']}, {ours['dtype']} | {ours['median_ms']:.2f} ms | {best['method']} "
             f"{best['median_ms']:.2f} ms ({best['median_ms'] / ours['median_ms']:.1f}×) | "
             f"{ours['peak_extra_mib']:.0f}, {best['peak_extra_mib']:.0f} MiB |"
         )
