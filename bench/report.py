@@ -14,7 +14,7 @@ KEYS = {
     "share_of_floor", "peak_extra_mib",
 }  # fmt: skip
 
-KEY = ("suite", "work", "dtype", "device")  # of one line of the table
+LINE = ("suite", "work", "dtype", "device")  # of one line of the table
 
 
 def load() -> list[dict]:
@@ -41,9 +41,9 @@ def markdown(rows: list[dict]) -> str:
         "| op | work | fastproto | best other | extra memory: ours, other |",
         "| --- | --- | --- | --- | --- |",
     ]
-    works = dict.fromkeys(tuple(row[key] for key in KEY) for row in rows)
+    works = dict.fromkeys(tuple(row[key] for key in LINE) for row in rows)
     for work in works:
-        mine = [row for row in rows if tuple(row[key] for key in KEY) == work]
+        mine = [row for row in rows if tuple(row[key] for key in LINE) == work]
         ours = mine[0]
         others = [row for row in mine if not row["method"].startswith("fastproto")]
         best = min(others, key=lambda row: row["median_ms"])
