@@ -48,8 +48,8 @@ def markdown(rows: list[dict]) -> str:
         others = [row for row in mine if not row["method"].startswith("fastproto")]
         best = min(others, key=lambda row: row["median_ms"])
         lines.append(
-            f"| {ours['suite']} | {ours['work']}, {ours['shape']}, {ours['dtype']} | {ours['median_ms']:.2f} ms | {best['method']} "
-            f"{best['median_ms']:.2f} ms ({best['median_ms'] / ours['median_ms']:.1f}×) | "
+            f"| {ours['suite']} | {ours['work']}, {ours['shape']}, {ours['dtype']} | {ours['median_ms']:.2f} ms | "
+            f"{best['method']} {best['median_ms']:.2f} ms ({best['median_ms'] / ours['median_ms']:.1f}×) | "
             f"{ours['peak_extra_mib']:.0f}, {best['peak_extra_mib']:.0f} MiB |"
         )
     places = dict.fromkeys((row["device"], row["torch"], row["commit"]) for row in rows)
