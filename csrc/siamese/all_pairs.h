@@ -17,12 +17,20 @@ inline int kind_of(const SiameseAllPairs& args, int64_t i, int64_t j) {
   return args.prototype[i] == args.prototype[j] ? 1 : 2;
 }
 
+// Channels of row i, `size` of them from `channel` on.
+inline void load_channels(const SiameseAllPairs& args, int64_t i, int64_t channel, int64_t size, float* out) {
+  if (i < args.split)
+    load_row(args.x, args.x_dtype, i * args.stride_x + channel, size, out);
+  else
+    load_row(args.second, args.x_dtype, (i - args.split) * args.stride_second + channel, size, out);
+}
+
 // BLOCK rows from the first on, as floats, zeros where padded. Returns how many are real.
 inline int64_t load_block(const SiameseAllPairs& args, int64_t first, std::vector<float>& out) {
   const int64_t width = round_up(args.C, LANES), count = std::min(BLOCK, args.N - first);
   out.assign(BLOCK * width, 0.f);
   for (int64_t r = 0; r < count; ++r)
-    load_row(args.x, args.x_dtype, (first + r) * args.stride_x, args.C, out.data() + r * width);
+    load_channels(args, first + r, 0, args.C, out.data() + r * width);
   return count;
 }
 

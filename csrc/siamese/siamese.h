@@ -32,9 +32,10 @@ struct SiamesePairs {
 // Every unordered pair of rows, by kind: 0 one image, 1 one prototype, 2 two prototypes.
 struct SiameseAllPairs {
   int64_t N, C;
-  const void* x;            // (N, C), row stride stride_x
-  int64_t stride_x;
-  int x_dtype;
+  const void* x;            // (split, C), row stride stride_x: the first rows
+  const void* second;       // (N − split, C), row stride stride_second: the others
+  int64_t split, stride_x, stride_second;
+  int x_dtype;              // of both
   const int64_t* image;     // (N,)
   const int64_t* prototype; // (N,), negative: none
   const float* w;           // (C,)

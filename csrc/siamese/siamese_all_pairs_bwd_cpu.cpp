@@ -80,7 +80,7 @@ void panel_lanes(const SiameseAllPairs& args, int64_t first, int64_t end, const 
   G.assign(end * LANES, 0.f);
   const int64_t count = std::min(end, args.N);
   for (int64_t i = 0; i < count; ++i)
-    load_row(args.x, args.x_dtype, i * args.stride_x + channel, width, x.data() + i * LANES);
+    load_channels(args, i, channel, width, x.data() + i * LANES);
   for (int64_t begin = 0; begin < end; begin += COLUMNS)
     for (int64_t i = std::max(first, begin); i < end; i += GROUP)
       add_pairs(c + (i - first) * ldc, ldc, i, begin, std::min(begin + COLUMNS, i + GROUP), x.data(), G.data());

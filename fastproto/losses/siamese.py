@@ -99,8 +99,10 @@ def siamese_metric_all_pairs(
     expect_tensor(assignments, "siamese_metric_all_pairs", "assignments", (n,), INTEGERS, device)
     expect_index(assignments, "siamese_metric_all_pairs", "assignments", None, ignore_index)
     images = torch.arange(n, device=device).repeat(2)
-    features = torch.cat([widen(features0), widen(features1)])
-    terms = siamese_all_pairs(features, images, assignments.repeat(2), weight, bias, ignore_index=ignore_index)
+    labels = assignments.repeat(2)
+    terms = siamese_all_pairs(
+        widen(features0), images, labels, weight, bias, second=widen(features1), ignore_index=ignore_index
+    )
     return terms.same_image + (terms.same_prototype + terms.different_prototype) / 2
 
 

@@ -36,21 +36,22 @@ def _cpp_pairs_bwd(
     return da, dw
 
 
-def _cpp_all_pairs_fwd(
-    features: Tensor, images: Tensor, prototypes: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cpp_all_pairs_fwd(features: Tensor, second: Tensor | None, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     out = _floats(3, like=features), _floats(3, like=features), _floats(3, like=features)
-    _launch_all_pairs("siamese_all_pairs_fwd", features, images, prototypes, weight, bias, *out, None, None, None)
+    _launch_all_pairs("siamese_all_pairs_fwd", features, second, *rest, *out, None, None, None)
     return out
 
 
-def _cpp_all_pairs_bwd(
-    features: Tensor, images: Tensor, prototypes: Tensor, weight: Tensor, bias: Tensor, coefficient: Tensor
-) -> tuple[Tensor, Tensor]:
-    dx, dw = _floats(*features.shape, like=features), _floats(features.shape[1], like=features)
+def _cpp_all_pairs_bwd(features: Tensor, second: Tensor | None, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    *rows, coefficient = rest
+    dx, dw = _floats(*_joined_shape(features, second), like=features), _floats(features.shape[1], like=features)
     outputs = (None, None, None, coefficient.contiguous(), dx, dw)
-    _launch_all_pairs("siamese_all_pairs_bwd", features, images, prototypes, weight, bias, *outputs)
+    _launch_all_pairs("siamese_all_pairs_bwd", features, second, *rows, *outputs)
     return dx, dw
+
+
+def _joined_shape(features: Tensor, second: Tensor | None) -> tuple[int, int]:
+    return len(features) + (0 if second is None else len(second)), features.shape[1]
 
 
 def _launch_pairs(
@@ -62,11 +63,19 @@ def _launch_pairs(
 
 
 def _launch_all_pairs(
-    name: str, x: Tensor, images: Tensor, prototypes: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor | None
+    name: str,
+    x: Tensor,
+    second: Tensor | None,
+    images: Tensor,
+    prototypes: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *rest: Tensor | None,
 ) -> None:
-    x = _rows(x)
-    sizes = (*x.shape, x.stride(0), DTYPE_CODES[x.dtype])
-    _launch(name, sizes, x, images, prototypes, weight.float().contiguous(), bias.float(), *rest)
+    x, second = _rows(x), None if second is None else _rows(second)
+    stride = 0 if second is None else second.stride(0)
+    sizes = (*_joined_shape(x, second), len(x), x.stride(0), stride, DTYPE_CODES[x.dtype])
+    _launch(name, sizes, x, second, images, prototypes, weight.float().contiguous(), bias.float(), *rest)
 
 
 def _launch(name: str, sizes: tuple[int, ...], *tensors: Tensor | None) -> None:
@@ -79,12 +88,18 @@ def _floats(*shape: int, like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def _op(name: str, module: str, schema: str, cpp: Callable[..., Any]) -> Op:
-    """The op with its three backends, Triton's in that module; float64 is for the reference."""
-    plain = getattr(reference, name)
+def _op(name: str, module: str, schema: str, cpp: Callable[..., Any], adapt: Callable[..., Any] | None = None) -> Op:
+    """The op with its three backends, Triton's in that module; float64 is for the reference.
+
+    ``adapt`` makes the arguments of reference and Triton from those of the schema.
+    """
+
+    def plain(*args: Any) -> Any:
+        return getattr(reference, name)(*(adapt(*args) if adapt else args))
 
     def triton(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"fastproto.kernels.{module}"), name)(*args)
+        kernel = getattr(importlib.import_module(f"fastproto.kernels.{module}"), name)
+        return kernel(*(adapt(*args) if adapt else args))
 
     def below_double(kernel: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
@@ -94,6 +109,13 @@ def _op(name: str, module: str, schema: str, cpp: Callable[..., Any]) -> Op:
         return run
 
     return Op(name, schema, reference=plain, cpp=below_double(cpp), triton=below_double(triton))
+
+
+def _join(features: Tensor, second: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    if second is None:
+        return (features, *rest)
+    with torch.autocast(features.device.type, enabled=False):
+        return (torch.cat([features, second]), *rest)
 
 
 _pairs_fwd = _op(
@@ -112,15 +134,18 @@ _pairs_bwd = _op(
 _all_pairs_fwd = _op(
     "siamese_all_pairs_fwd",
     "siamese",
-    "(Tensor features, Tensor images, Tensor prototypes, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)",
+    "(Tensor features, Tensor? second, Tensor images, Tensor prototypes, Tensor weight, Tensor bias) "
+    "-> (Tensor, Tensor, Tensor)",
     _cpp_all_pairs_fwd,
+    _join,
 )
 _all_pairs_bwd = _op(
     "siamese_all_pairs_bwd",
     "siamese",
-    "(Tensor features, Tensor images, Tensor prototypes, Tensor weight, Tensor bias, Tensor coefficient) "
-    "-> (Tensor, Tensor)",
+    "(Tensor features, Tensor? second, Tensor images, Tensor prototypes, Tensor weight, Tensor bias, "
+    "Tensor coefficient) -> (Tensor, Tensor)",
     _cpp_all_pairs_bwd,
+    _join,
 )
 
 
@@ -140,16 +165,15 @@ def _fake_pairs_bwd(
 
 
 @_all_pairs_fwd.fake
-def _fake_all_pairs_fwd(features: Tensor, images: Tensor, prototypes: Tensor, weight: Tensor, bias: Tensor) -> Any:
-    return tuple(features.new_empty(3, dtype=_result_dtype(features, weight)) for _ in range(3))
+def _fake_all_pairs_fwd(features: Tensor, second: Tensor | None, *rest: Tensor) -> Any:
+    return tuple(features.new_empty(3, dtype=_result_dtype(features, rest[2])) for _ in range(3))
 
 
 @_all_pairs_bwd.fake
-def _fake_all_pairs_bwd(
-    features: Tensor, images: Tensor, prototypes: Tensor, weight: Tensor, bias: Tensor, coefficient: Tensor
-) -> tuple[Tensor, Tensor]:
-    dtype = _result_dtype(features, weight)
-    return features.new_empty(features.shape, dtype=dtype), features.new_empty(features.shape[1], dtype=dtype)
+def _fake_all_pairs_bwd(features: Tensor, second: Tensor | None, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = _result_dtype(features, rest[2])
+    dx = features.new_empty(_joined_shape(features, second), dtype=dtype)
+    return dx, features.new_empty(features.shape[1], dtype=dtype)
 
 
 def _result_dtype(*tensors: Tensor) -> torch.dtype:
@@ -189,26 +213,32 @@ class _AllPairs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, images: Tensor, prototypes: Tensor, weight: Tensor, bias: Tensor
+        ctx: Any,
+        features: Tensor,
+        second: Tensor | None,
+        images: Tensor,
+        prototypes: Tensor,
+        weight: Tensor,
+        bias: Tensor,
     ) -> Tensor:
-        args = (features, images, prototypes, weight, bias)
+        args = (features, second, images, prototypes, weight, bias)
         mean, slope, share = _all_pairs_fwd(*args)
-        need_pass = ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
-        ctx.save_for_backward(slope, share, *(args if need_pass else ()))
-        ctx.dtypes = [tensor.dtype for tensor in args]
+        need_x, need_second, _, _, need_w, _ = ctx.needs_input_grad
+        ctx.save_for_backward(slope, share, *(args if need_x or need_second or need_w else ()))
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in args]
         return mean
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         slope, share, *args = ctx.saved_tensors
-        need_x, _, _, need_w, need_beta = ctx.needs_input_grad
-        gradients: list[Tensor | None] = [None] * 5
+        gradients: list[Tensor | None] = [None] * 6
         if args:
-            dx, dw = _all_pairs_bwd(*args, grad * share)
-            gradients = [dx if need_x else None, None, None, dw if need_w else None, None]
-        gradients[4] = (grad * slope).sum() if need_beta else None
-        return tuple(g if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
+            dx, gradients[4] = _all_pairs_bwd(*args, grad * share)
+            gradients[0], gradients[1] = dx[: len(args[0])], dx[len(args[0]) :]
+        gradients[5] = (grad * slope).sum()
+        wanted = zip(gradients, ctx.dtypes, ctx.needs_input_grad, strict=True)
+        return tuple(g.to(dtype) if need and g is not None else None for g, dtype, need in wanted)
 
 
 class AllPairs(NamedTuple):
@@ -272,6 +302,7 @@ def siamese_all_pairs(
     weight: Tensor,  # (C,) float
     bias: Tensor,  # () float
     *,
+    second: Tensor | None = None,  # (M, C) float
     ignore_index: int = -1,
 ) -> AllPairs:
     """The metric loss M of :func:`siamese_pairs` averaged over every unordered pair of rows, by kind of pair.
@@ -285,6 +316,8 @@ def siamese_all_pairs(
         prototypes: (N,) int64 or int32, the prototype of each row, or ``ignore_index`` for none.
         weight: w (C,).
         bias: β, a tensor without dimensions.
+        second: more rows (M, C) of the features' dtype, as if they stood below them; N then counts both. Two views of a
+            batch need not be copied into one tensor.
         ignore_index: the prototype of rows that have none.
 
     Returns:
@@ -306,12 +339,17 @@ def siamese_all_pairs(
     """
     expect_tensor(features, "siamese_all_pairs", "features", ("N", "C"))
     n, device = features.shape[0], features.device
+    if second is not None:
+        expect_tensor(second, "siamese_all_pairs", "second", ("M", features.shape[1]), (features.dtype,), device)
+        n += second.shape[0]
     expect_tensor(images, "siamese_all_pairs", "images", (n,), INTEGERS, device)
     expect_tensor(prototypes, "siamese_all_pairs", "prototypes", (n,), INTEGERS, device)
     _expect_metric(weight, bias, features, "siamese_all_pairs")
     expect_index(prototypes, "siamese_all_pairs", "prototypes", None, ignore_index)
     images, prototypes = images.long().contiguous(), torch.where(prototypes == ignore_index, -1, prototypes.long())
-    return AllPairs(*_AllPairs.apply(features, images, prototypes, weight, bias).unbind())
+    # The compiler cannot trace an autograd.Function that is given one tensor twice.
+    second = second.view_as(second) if second is features else second
+    return AllPairs(*_AllPairs.apply(features, second, images, prototypes, weight, bias).unbind())
 
 
 def _expect_metric(weight: Tensor, bias: Tensor, features: Tensor, op: str) -> None:

@@ -177,11 +177,31 @@ def test_every_instruction_set_is_right_and_threads_change_no_bit(shape: tuple[i
                 assert torch.equal(value, single[name]), (isa, threads, repeat, name)
 
 
+@pytest.mark.parametrize(("backend", "device"), [*BACKENDS, ("reference", "cpu")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_in_two_tensors_are_those_of_one(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Whatever the strides and sizes of the two, and in the gradient of each."""
+    arguments = problem(70, 37, device=device)
+    x = arguments.pop("features").to(dtype)
+    upstream = torch.tensor([0.7, -0.4, 1.3], device=device)
+    for split in (0, 33, 70):
+        whole = x.clone().requires_grad_()
+        first = x[:split].t().contiguous().t().requires_grad_()
+        second = torch.stack([x[split:], x[split:]], 1)[:, 1].detach().requires_grad_()
+        with fastproto.backend(backend):
+            expected = torch.stack(siamese_all_pairs(whole, **arguments))
+            terms = torch.stack(siamese_all_pairs(first, second=second, **arguments))
+        assert torch.equal(terms, expected)
+        gradients = torch.autograd.grad(terms, (first, second), upstream)
+        assert torch.equal(torch.cat(gradients), torch.autograd.grad(expected, whole, upstream)[0])
+
+
 def test_ops_are_sound() -> None:
     x, images, prototypes, weight, bias = problem(9, 5).values()
     opcheck, ops = torch.library.opcheck, torch.ops.fastproto
-    opcheck(ops.siamese_all_pairs_fwd.default, (x, images, prototypes, weight, bias))
-    opcheck(ops.siamese_all_pairs_bwd.default, (x, images, prototypes, weight, bias, torch.rand(3)))
+    for rows in ((x, None), (x[:4], x[4:])):
+        opcheck(ops.siamese_all_pairs_fwd.default, (*rows, images, prototypes, weight, bias))
+        opcheck(ops.siamese_all_pairs_bwd.default, (*rows, images, prototypes, weight, bias, torch.rand(3)))
     opcheck(ops.siamese_pairs_fwd.default, (x, x.flip(0), prototypes.clamp(max=1), weight, bias))
     for needed in itertools.product((False, True), repeat=2):
         opcheck(ops.siamese_pairs_bwd.default, (x, x.flip(0), prototypes, weight, torch.rand(9), *needed))
