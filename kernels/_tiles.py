@@ -163,6 +163,17 @@ def part_length(total: int, parts: int, block: int) -> int:
     return _ceil(_ceil(total, parts), block) * block
 
 
+@functools.lru_cache(maxsize=1024)
+def common_part(sizes: tuple[int, ...], parts: int, block: int) -> int:
+    """How much of each of several loops a part takes, alike for all: as many parts in all, or one for each loop."""
+    parts = max(parts, len(sizes))
+    length = part_length(sum(sizes), parts, block)
+    # One part more than there are processors would take as long as twice as many.
+    while sum(_ceil(size, length) for size in sizes) > parts:
+        length += block
+    return length
+
+
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 

@@ -7,6 +7,9 @@
 
 N rows x, K keys y, D embedding, S parts of the keys. Rows with t(i) < 0 are ignored. docs/math/contrast.md derives it.
 
+The same rows may meet G sets of keys, each with targets of its own, in one launch: a set is some of the parts. The
+keys of the sets stay where they are; what is one number for each key follows on from set to set.
+
 A program takes a tile of rows through one part of the keys, block by block, as attention with keys = values does: the
 running maximum m, l = Σ exp(s - m), o = Σ exp(s - m) a y. A second kernel merges the parts in their order. In memory
 are S · N · D floats for o (and S is 1 where the row tiles fill the GPU), never the (N, K) scores. There is no atomic:
@@ -20,6 +23,9 @@ Source: FlashAttention-2, arXiv 2307.08691; the derivation is ours.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -29,36 +35,68 @@ from fastproto.kernels._tiles import (
     Tile,
     aligned_rows,
     choose_splits,
+    common_part,
     load_rows,
     load_scale,
-    part_length,
     product,
     tile_for,
 )
 from torch import Tensor
 
+# Each has its K as an argument of its own: Triton would specialise a tuple of them, and compile for every size.
+MAX_SETS = 4
 MERGE_ROWS, MERGE_COLUMNS = 64, 64
 
 
-@triton.jit(do_not_specialize=["N", "K", "part"])
+@triton.jit
+def set_of_part(pid_s, y_ptrs, sizes, part):
+    """The set that a part of the keys belongs to."""
+    g = 0
+    end = 0
+    for i in tl.static_range(len(y_ptrs) - 1):
+        end += tl.cdiv(sizes[i], part)
+        g += (pid_s >= end).to(tl.int32)
+    return g
+
+
+@triton.jit
+def keys_of_set(g, y_ptrs, strides_y, sizes, part):
+    """Keys, stride and K of set g, and how many keys and parts the sets before it have."""
+    y_ptr, stride_y, K = y_ptrs[0], strides_y[0], sizes[0]
+    first_k = 0
+    first_s = 0
+    for i in tl.static_range(1, len(y_ptrs)):
+        reached = g >= i
+        y_ptr = tl.where(reached, y_ptrs[i], y_ptr)
+        stride_y = tl.where(reached, strides_y[i], stride_y)
+        K = tl.where(reached, sizes[i], K)
+        first_k += tl.where(reached, sizes[i - 1], 0).to(tl.int64)
+        first_s += tl.where(reached, tl.cdiv(sizes[i - 1], part), 0)
+    return y_ptr, stride_y, K, first_k, first_s
+
+
+@triton.jit(do_not_specialize=["N", "K0", "K1", "K2", "K3", "part"])
 def _contrast_fwd_kernel(
     x_ptr,  # (N, D) at stride_x
-    y_ptr,  # (K, D) at stride_y
-    target_ptr,  # (N,) int64
-    a_ptr,  # (K,) float32
-    b_ptr,  # (K,) float32
+    y_ptrs,  # G of (K, D) at strides_y
+    target_ptr,  # (G, N) int64
+    a_ptr,  # (ΣK,) float32
+    b_ptr,  # (ΣK,) float32
     group_ptr,  # (N,) int64
-    key_group_ptr,  # (K,) int64
+    key_group_ptr,  # (ΣK,) int64
     max_ptr,  # (S, N) float32, in base 2
     sum_ptr,  # (S, N) float32
     acc_ptr,  # (S, N, D) float32: Σ exp(s - m) a y, a in base 2
     spread_ptr,  # (S, N) float32: Σ exp(s - m) (s - m), in base 2
     top1_ptr,  # (S, N) int64
     N,
-    K,
+    K0,
+    K1,
+    K2,
+    K3,
     part,
     stride_x,
-    stride_y,
+    strides_y,
     D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_GROUPS: tl.constexpr,
@@ -75,6 +113,15 @@ def _contrast_fwd_kernel(
     pid_s, pid_v = tl.program_id(1), tl.program_id(2)
     here_n, here_k, here_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
     offs_v = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    sizes = (K0, K1, K2, K3)
+    g = set_of_part(pid_s, y_ptrs, sizes, part)
+    y_ptr, stride_y, K, first_k, first_s = keys_of_set(g, y_ptrs, strides_y, sizes, part)
+    target_ptr += g * N.to(tl.int64)
+    a_ptr += first_k
+    if HAS_BIAS:
+        b_ptr += first_k
+    if HAS_GROUPS:
+        key_group_ptr += first_k
     start_n = tl.program_id(0).to(tl.int64) * BLOCK_N
     offs_n = start_n + here_n
     mask_n = offs_n < N
@@ -92,7 +139,7 @@ def _contrast_fwd_kernel(
     acc_nv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     spread_n = tl.zeros((BLOCK_N,), tl.float32)
     top1_n = tl.zeros((BLOCK_N,), tl.int64)
-    begin = pid_s.to(tl.int64) * part
+    begin = (pid_s - first_s).to(tl.int64) * part
     for start_k in range(begin, tl.minimum(begin + part, K), BLOCK_K):
         mask_k = here_k < tl.minimum(K - start_k, BLOCK_K).to(tl.int32)
         block_ptr = y_ptr + start_k * stride_y
@@ -149,10 +196,10 @@ def _contrast_fwd_kernel(
         tl.store(acc_ptr + at[:, None] * D + offs_v[None, :], acc_nv, mask=mask_nv)
 
 
-@triton.jit(do_not_specialize=["N", "parts"])
+@triton.jit(do_not_specialize=["N", "K0", "K1", "K2", "K3", "part"])
 def _contrast_merge_kernel(
     x_ptr,
-    y_ptr,
+    y_ptrs,
     target_ptr,
     a_ptr,
     b_ptr,
@@ -161,16 +208,20 @@ def _contrast_merge_kernel(
     acc_ptr,
     spread_ptr,
     part_top1_ptr,
-    loss_ptr,  # (N,) float32, as the next ones
+    loss_ptr,  # (G, N) float32, as the next ones
     lse_ptr,
-    dx_ptr,  # (N, D_OUT) float32
+    dx_ptr,  # (G, N, D_OUT) float32
     entropy_ptr,
-    top1_ptr,  # (N,) int64
+    top1_ptr,  # (G, N) int64
     positive_ptr,
     N,
-    parts,
+    K0,
+    K1,
+    K2,
+    K3,
+    part,
     stride_x,
-    stride_y,
+    strides_y,
     D: tl.constexpr,
     D_OUT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -179,15 +230,23 @@ def _contrast_merge_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    g = tl.program_id(2)
+    y_ptr, stride_y, K, first_k, first_s = keys_of_set(g, y_ptrs, strides_y, (K0, K1, K2, K3), part)
+    parts = tl.cdiv(K, part)
+    a_ptr += first_k
+    if HAS_BIAS:
+        b_ptr += first_k
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    target_n = tl.load(target_ptr + offs_n, mask=mask_n, other=-1)
+    out_n = g * N.to(tl.int64) + offs_n
+    first_n = first_s * N.to(tl.int64) + offs_n
+    target_n = tl.load(target_ptr + out_n, mask=mask_n, other=-1)
     counted_n = target_n >= 0
     key_n = tl.maximum(target_n, 0)
 
     max_n = tl.full((BLOCK_N,), -INF, tl.float32)
     top1_n = tl.zeros((BLOCK_N,), tl.int64)
-    at = offs_n
+    at = first_n
     for _ in range(parts):
         here_n = tl.load(max_ptr + at, mask=mask_n, other=0.0)
         if NEED_STATS:
@@ -198,7 +257,7 @@ def _contrast_merge_kernel(
 
     sum_n = tl.zeros((BLOCK_N,), tl.float32)
     spread_n = tl.zeros((BLOCK_N,), tl.float32)
-    at = offs_n
+    at = first_n
     for _ in range(parts):
         below_n = tl.load(max_ptr + at, mask=mask_n, other=0.0) - level_n
         part_n = tl.load(sum_ptr + at, mask=mask_n, other=0.0)
@@ -213,7 +272,7 @@ def _contrast_merge_kernel(
     if NEED_DX:
         offs_v = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         acc_nv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        at = offs_n
+        at = first_n
         for _ in range(parts):
             shrink_n = tl.exp2(tl.load(max_ptr + at, mask=mask_n, other=0.0) - level_n)
             acc_nv += load_rows(acc_ptr, D, at, mask_n, offs_v, D, False) * shrink_n[:, None]
@@ -224,7 +283,7 @@ def _contrast_merge_kernel(
         dx_nv = acc_nv * share_n[:, None] - a_n[:, None] * y_nv
         dx_nv = tl.where(counted_n[:, None], dx_nv, 0.0)
         mask_nv = mask_n[:, None] & (offs_v < D_OUT)[None, :]
-        tl.store(dx_ptr + offs_n[:, None] * D_OUT + offs_v[None, :], dx_nv, mask=mask_nv)
+        tl.store(dx_ptr + out_n[:, None] * D_OUT + offs_v[None, :], dx_nv, mask=mask_nv)
 
     if tl.program_id(1) == 0:
         # The positive scores are the diagonal of one more tile, of the same instructions as all scores, so that a
@@ -242,24 +301,24 @@ def _contrast_merge_kernel(
         log_sum_n = tl.log(sum_n)
         # (m - s_t) + log l, not lse - s_t: the difference of two large numbers would lose the digits of a small loss.
         loss_n = (max_n - positive_n) * LN2 + log_sum_n
-        tl.store(loss_ptr + offs_n, tl.where(counted_n, loss_n, 0.0), mask=mask_n)
-        tl.store(lse_ptr + offs_n, tl.where(counted_n, max_n * LN2 + log_sum_n, 0.0), mask=mask_n)
+        tl.store(loss_ptr + out_n, tl.where(counted_n, loss_n, 0.0), mask=mask_n)
+        tl.store(lse_ptr + out_n, tl.where(counted_n, max_n * LN2 + log_sum_n, 0.0), mask=mask_n)
         if NEED_STATS:
             # Neither term is negative: log l, and Σ p (m - s).
             entropy_n = log_sum_n - spread_n / sum_n * LN2
-            tl.store(entropy_ptr + offs_n, tl.where(counted_n, entropy_n, 0.0), mask=mask_n)
-            tl.store(top1_ptr + offs_n, tl.where(counted_n, top1_n, -1), mask=mask_n)
-            tl.store(positive_ptr + offs_n, tl.where(counted_n, positive_n * LN2, 0.0), mask=mask_n)
+            tl.store(entropy_ptr + out_n, tl.where(counted_n, entropy_n, 0.0), mask=mask_n)
+            tl.store(top1_ptr + out_n, tl.where(counted_n, top1_n, -1), mask=mask_n)
+            tl.store(positive_ptr + out_n, tl.where(counted_n, positive_n * LN2, 0.0), mask=mask_n)
 
 
 def contrast_fwd(
     features: Tensor,  # (N, D) float32, float16 or bfloat16
-    keys: Tensor,  # (K, D) likewise
-    targets: Tensor,  # (N,) int64, -1 for an ignored row
-    scale: Tensor,  # (K,) float
-    bias: Tensor | None,  # (K,) float
+    keys: Sequence[Tensor],  # G of (K, D) likewise, at most MAX_SETS
+    targets: Tensor,  # (G, N) int64, -1 for an ignored row
+    scale: Tensor,  # (ΣK,) float
+    bias: Tensor | None,  # (ΣK,) float
     groups: Tensor | None,  # (N,) int64
-    key_groups: Tensor | None,  # (K,) int64
+    key_groups: Tensor | None,  # (ΣK,) int64
     need_dx: bool,
     need_stats: bool,
     out: tuple[Tensor, ...],  # loss, lse, dx, entropy, top1, positive logit; what is not needed has size 0
@@ -267,12 +326,15 @@ def contrast_fwd(
     tile: Tile | None = None,
     splits: int | None = None,
 ) -> None:
-    """Writes loss, lse, dx, entropy, top1 and positive logit of every row; tile and splits are for tests."""
-    n, k = len(features), len(keys)
+    """Writes loss, lse, dx, entropy, top1 and positive logit of every row in every set; tile and splits are for tests.
+
+    With one set the (1, ...) in front may be left out.
+    """
+    n, sizes = len(features), tuple(map(len, keys))
     if n == 0:
         return
-    dtype = torch.promote_types(features.dtype, keys.dtype)
-    x, y = aligned_rows(features, dtype), aligned_rows(keys, dtype)
+    dtype = functools.reduce(torch.promote_types, (y.dtype for y in keys), features.dtype)
+    x, ys = aligned_rows(features, dtype), tuple(aligned_rows(y, dtype) for y in keys)
     d = x.shape[1]
     tile = tile or tile_for("contrast_fwd", x)
     if need_stats:
@@ -280,9 +342,9 @@ def contrast_fwd(
         tile = tile._replace(block_k=tile.block_k // 2)
     columns = triton.cdiv(d, tile.block_v) if need_dx else 1
     tiles = triton.cdiv(n, tile.block_n)
-    parts = splits or choose_splits(tiles * columns, triton.cdiv(k, tile.block_k), x.device)
-    part = part_length(k, parts, tile.block_k)
-    parts = triton.cdiv(k, part)
+    blocks = sum(triton.cdiv(k, tile.block_k) for k in sizes)
+    part = common_part(sizes, splits or choose_splits(tiles * columns, blocks, x.device), tile.block_k)
+    parts = sum(triton.cdiv(k, part) for k in sizes)
     stats = n if need_stats else 0
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -291,16 +353,17 @@ def contrast_fwd(
     partial = (empty(parts, n), empty(parts, n), empty(parts, n if need_dx else 0, d),
                empty(parts, stats), empty(parts, stats, dtype=torch.int64))  # fmt: skip
     bias = None if bias is None else bias.float().contiguous()
-    inputs = (x, y, targets.contiguous(), scale.float().contiguous(), bias, groups, key_groups)
+    inputs = (x, ys, targets.contiguous(), scale.float().contiguous(), bias, groups, key_groups)
     flags = {"D": d, "HAS_BIAS": bias is not None, "NEED_DX": need_dx, "NEED_STATS": need_stats}
-    strides = (x.stride(0), y.stride(0))
+    lengths = (n, *sizes, *[0] * (MAX_SETS - len(sizes)), part)
+    strides = (x.stride(0), tuple(y.stride(0) for y in ys))
     with torch.cuda.device_of(x):
         _contrast_fwd_kernel[tiles, parts, columns](
-            *inputs, *partial, n, k, part, *strides, **flags, HAS_GROUPS=groups is not None,
+            *inputs, *partial, *lengths, *strides, **flags, HAS_GROUPS=groups is not None,
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_D=tile.block_d, BLOCK_V=tile.block_v,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        _contrast_merge_kernel[triton.cdiv(n, MERGE_ROWS), triton.cdiv(d, MERGE_COLUMNS) if need_dx else 1](
-            *inputs[:5], *partial, *out, n, parts, *strides, **flags, D_OUT=features.shape[1],
+        _contrast_merge_kernel[triton.cdiv(n, MERGE_ROWS), triton.cdiv(d, MERGE_COLUMNS) if need_dx else 1, len(ys)](
+            *inputs[:5], *partial, *out, *lengths, *strides, **flags, D_OUT=features.shape[1],
             BLOCK_N=MERGE_ROWS, BLOCK_D=MERGE_COLUMNS, num_warps=4,
         )  # fmt: skip

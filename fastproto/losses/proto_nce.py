@@ -12,6 +12,7 @@ from fastproto._check import FLOATS, INTEGERS, expect, expect_tensor, expect_typ
 from fastproto.losses._common import expect_reduction, widen
 from fastproto.losses._gather import from_first_rank, gather_rows, rank_and_world, sum_over_ranks
 from fastproto.ops.contrast import Contrast, contrast_unchecked, expect_index
+from fastproto.ops.contrast_sets import contrast_sets
 
 # One prototype set, or one entry per set.
 Tensors = Tensor | Sequence[Tensor]
@@ -90,9 +91,13 @@ def proto_nce(
     expect_tensor(features, "proto_nce", "features", ("N", "D"))
     expect_reduction(reduction, "proto_nce")
     _expect_num_negatives(num_negatives, "proto_nce")
-    losses, stats = [], []
-    for keys, labels, phi, b in _sets(prototypes, assignments, concentration, bias):
+    sets = _sets(prototypes, assignments, concentration, bias)
+    for keys, labels, phi, b in sets:
         _expect_set(features, keys, labels, phi, b, ignore_index)
+    if len(sets) > 1 and num_negatives is None and not return_stats:
+        return _contrast_of_sets(features, sets, normalize, gather_distributed, ignore_index, reduction)
+    losses, stats = [], []
+    for keys, labels, phi, b in sets:
         targets = labels.long() if ignore_index == -1 else torch.where(labels == ignore_index, -1, labels.long())
         divisor = _divisor(targets, gather_distributed) if reduction == "mean" else None
         if num_negatives is None:
@@ -154,6 +159,37 @@ def _expect_num_negatives(num_negatives: int | None, op: str) -> None:
     expect(fits, op, "num_negatives", "None or an integer of at least 0", num_negatives)
 
 
+def _contrast_of_sets(
+    features: Tensor,
+    sets: list[tuple[Any, ...]],
+    normalize: bool,
+    gather_distributed: bool,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """The mean over the sets, from one pass: what is small is concatenated, the prototypes are not."""
+    prototypes, labels, concentrations, biases = zip(*sets, strict=True)
+    targets = torch.stack([one.long() for one in labels])
+    targets = targets if ignore_index == -1 else torch.where(targets == ignore_index, -1, targets)
+    divisor = _divisor(targets, gather_distributed) if reduction == "mean" else None
+    scale = 1 / _concatenated(concentrations, prototypes)
+    has_bias = any(b is not None for b in biases)
+    bias = _concatenated([0.0 if b is None else b for b in biases], prototypes) if has_bias else None
+    loss = contrast_sets(features, prototypes, targets, scale, bias, normalize=normalize, divisor=divisor)
+    return (loss.sum(1) if reduction == "sum" else loss).mean(0)
+
+
+def _concatenated(values: Sequence[float | Tensor], prototypes: Sequence[Tensor]) -> Tensor:
+    """(ΣK,) from a number or (K,) for each set, in at least float32."""
+    parts = []
+    for value, keys in zip(values, prototypes, strict=True):
+        if not isinstance(value, Tensor):
+            dtype = torch.promote_types(keys.dtype, torch.float32)
+            value = torch.full((len(keys),), float(value), dtype=dtype, device=keys.device)
+        parts.append(widen(value))
+    return torch.cat(parts)
+
+
 def _inverse(phi: float | Tensor) -> float | Tensor:
     return 1 / (widen(phi) if isinstance(phi, Tensor) else phi)
 
@@ -202,8 +238,8 @@ def _contrast_sample(
 
 
 def _divisor(targets: Tensor, gather_distributed: bool) -> Tensor:
-    """How many rows the mean is over, of all ranks per rank where they are gathered; 1 where none counts."""
-    counted = (targets >= 0).sum()
+    """How many rows a set's mean is over, of all ranks per rank where they are gathered; 1 where none counts."""
+    counted = (targets >= 0).sum(-1)
     if gather_distributed:
         return sum_over_ranks(counted).clamp(min=1) / rank_and_world()[1]
     return counted.clamp(min=1)

@@ -6,6 +6,7 @@ matrix products in all; the gradient of the keys is a pass of its own. docs/math
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ def _cpp_fwd(features: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     if torch.float64 in (features.dtype, keys.dtype):
         return reference.contrast_fwd(features, keys, *rest)
     *options, need_dx, need_stats = rest
-    out = _outputs(features, need_dx, need_stats)
+    out = outputs(features, need_dx, need_stats)
     _launch("contrast_fwd", (*out, None, None, None, None), features, keys, *options)
     return out
 
@@ -36,13 +37,16 @@ def _cpp_bwd_keys(features: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, .
     return dy, da, db
 
 
-def _outputs(features: Tensor, need_dx: bool, need_stats: bool) -> tuple[Tensor, ...]:
-    """Loss, lse, dx, entropy, top1 and positive logit to be written, of size 0 where they are not needed."""
-    n, d = features.shape
+def outputs(features: Tensor, need_dx: bool, need_stats: bool, sets: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
+    """Loss, lse, dx, entropy, top1 and positive logit to be written, of size 0 where they are not needed.
+
+    Each (N,) or (N, D), with (G,) in front where there are that many sets of keys.
+    """
+    rows, d = (*sets, features.shape[0]), features.shape[1]
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    dx = features.new_empty((n, d) if need_dx else 0, dtype=dtype)
-    loss, lse = features.new_empty(n, dtype=dtype), features.new_empty(n, dtype=dtype)
-    stats = n if need_stats else 0
+    dx = features.new_empty((*rows, d) if need_dx else 0, dtype=dtype)
+    loss, lse = features.new_empty(rows, dtype=dtype), features.new_empty(rows, dtype=dtype)
+    stats = rows if need_stats else 0
     entropy, positive = features.new_empty(stats, dtype=dtype), features.new_empty(stats, dtype=dtype)
     return loss, lse, dx, entropy, features.new_empty(stats, dtype=torch.int64), positive
 
@@ -79,9 +83,9 @@ def _triton_fwd(features: Tensor, keys: Tensor, targets: Tensor, scale: Tensor, 
     from fastproto.kernels.contrast_fwd import contrast_fwd
 
     *options, normalize, need_dx, need_stats = rest
-    out = _outputs(features, need_dx, need_stats)
-    x, y, a = _unit_inputs(features, keys, scale) if normalize else (features, keys, scale)
-    contrast_fwd(x, y, targets, a, *options, need_dx, need_stats, out)
+    out = outputs(features, need_dx, need_stats)
+    x, ys, a = unit_inputs(features, (keys,), scale) if normalize else (features, (keys,), scale)
+    contrast_fwd(x, ys, targets, a, *options, need_dx, need_stats, out)
     if normalize and need_dx:
         counted = (targets >= 0)[:, None]
         out[2].copy_(reference.through_length(out[2], *reference.unit_rows(torch.where(counted, features, 0))))
@@ -94,7 +98,7 @@ def _triton_bwd_keys(features: Tensor, keys: Tensor, targets: Tensor, scale: Ten
     from fastproto.kernels.contrast_bwd import contrast_bwd_keys
 
     *options, normalize, symmetric, lse, grad = rest
-    x, y, a = _unit_inputs(features, keys, scale) if normalize else (features, keys, scale)
+    x, (y,), a = unit_inputs(features, (keys,), scale) if normalize else (features, (keys,), scale)
     dy, db = contrast_bwd_keys(x, y, targets, a, *options, symmetric, lse, grad)
     wide = keys.float()
     if normalize:
@@ -107,16 +111,18 @@ def _triton_bwd_keys(features: Tensor, keys: Tensor, targets: Tensor, scale: Ten
     return dy, along / scale.float(), db
 
 
-def _unit_inputs(features: Tensor, keys: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit rows, keys and scale for a kernel that takes them as they are.
+def unit_inputs(features: Tensor, keys: Sequence[Tensor], scale: Tensor) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+    """Unit rows, sets of keys and their scales, set after set, for a kernel that takes them as they are.
 
     Unit keys are not written out: their lengths go into the scale, a_j / |y_j|. Only float16 lacks the range for that.
     """
     x = reference.unit_rows(features)[0].to(features.dtype)
-    if keys.dtype == torch.float16:
-        return x, reference.unit_rows(keys)[0].to(keys.dtype), scale
-    length = torch.linalg.vector_norm(keys, dim=1, dtype=torch.float32).clamp(min=1e-12)
-    return x, keys, scale.float() / length
+    if keys[0].dtype == torch.float16:
+        return x, [reference.unit_rows(y)[0].to(y.dtype) for y in keys], scale
+    length = torch.empty_like(scale, dtype=torch.float32, memory_format=torch.contiguous_format)
+    for y, out in zip(keys, length.split([len(y) for y in keys]), strict=True):
+        torch.linalg.vector_norm(y, dim=1, dtype=torch.float32, out=out)
+    return x, keys, scale.float() / length.clamp(min=1e-12)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -146,7 +152,7 @@ _bwd_keys = Op(
 
 @_fwd.fake
 def _fake_fwd(features: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _outputs(features.to(torch.promote_types(features.dtype, keys.dtype)), *rest[-2:])
+    return outputs(features.to(torch.promote_types(features.dtype, keys.dtype)), *rest[-2:])
 
 
 @_bwd_keys.fake

@@ -90,7 +90,7 @@ def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def through_length(grad: Tensor, unit: Tensor, length: Tensor) -> Tensor:
     """The gradient of the rows that ``unit`` was made from: (g - <g, u> u) / |x|."""
-    return (grad - (grad * unit).sum(1, keepdim=True) * unit) / length
+    return (grad - (grad * unit).sum(-1, keepdim=True) * unit) / length
 
 
 def _logits(

@@ -27,9 +27,10 @@ KERNELS = {
     "contrast_bwd_keys": contrast_bwd._contrast_bwd_keys_kernel,
     "contrast_merge": contrast_fwd._contrast_merge_kernel,
 }
-INTEGERS = {"N", "K", "part", "parts"}
+INTEGERS = {"N", "K", "K0", "K1", "K2", "K3", "part"}
 STRIDES = {"stride_x", "stride_y"}
-POINTERS = {"x_ptr": "", "y_ptr": ""} | dict.fromkeys(
+PER_SET = {"y_ptrs", "strides_y"}
+POINTERS = {"x_ptr": "", "y_ptr": "", "y_ptrs": ""} | dict.fromkeys(
     ("target_ptr", "group_ptr", "key_group_ptr", "top1_ptr", "part_top1_ptr"), "*i64"
 )
 # sm_80 stands for all that take the default tiles, so those are held to the least shared memory among them.
@@ -41,18 +42,23 @@ FULL = {"HAS_BIAS": True, "HAS_GROUPS": True, "NEED_DX": True, "NEED_STATS": Tru
 NT_XENT = {"HAS_BIAS": False, "HAS_GROUPS": True, "NEED_DX": False, "NEED_STATS": False, "SYMMETRIC": True}
 
 
-def compile_kernel(name: str, arch: str, dtype: str, warps: int, stages: int, constants: dict[str, Any]) -> Any:
+def compile_kernel(
+    name: str, arch: str, dtype: str, warps: int, stages: int, constants: dict[str, Any], sets: int = 1
+) -> Any:
     kernel = KERNELS[name]
     signature, values, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in constants:
             signature[argument], values[(i,)] = "constexpr", constants[argument]
-        elif argument in INTEGERS | STRIDES:
+        elif argument in INTEGERS | STRIDES | {"strides_y"}:
             signature[argument] = "i32"
         else:
             signature[argument] = POINTERS.get(argument, "*fp32") or f"*{dtype}"
+        places = [(i, j) for j in range(sets)] if argument in PER_SET else [(i,)]
         if signature[argument] != "constexpr" and argument not in INTEGERS:
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            attributes |= {place: [["tt.divisibility", 16]] for place in places}
+        if argument in PER_SET:
+            signature[argument] = (signature[argument],) * sets
     source = ASTSource(kernel, signature=signature, constexprs=values, attrs=attributes)
     options = {"num_warps": warps, "num_stages": stages}
     return triton.compile(source, target=GPUTarget("cuda", CAPABILITY[arch], 32), options=options)
@@ -104,11 +110,27 @@ def test_float32_tiles_are_exact(name: str, arch: str) -> None:
         assert not re.search(r"mma|tf32", compiled.asm["ptx"]), (d, tile)
 
 
+@pytest.mark.parametrize("arch", list(SHARED))
+def test_several_sets(arch: str) -> None:
+    """The keys of a set that is chosen at run time are loaded in vectors, as those of a single one."""
+    tile = _tiles.TILES[arch]["contrast_fwd"][2][128]
+    loads = []
+    for sets in (1, contrast_fwd.MAX_SETS):
+        sizes = constants(tile, 128, PLAIN)
+        compiled = compile_kernel("contrast_fwd", arch, "bf16", tile.warps, tile.stages, sizes, sets)
+        assert registers_and_stack(compiled)[1] == 0, sets
+        assert compiled.metadata.shared <= SHARED[arch], sets
+        assert TENSOR_CORES[arch] in compiled.asm["ptx"], sets
+        loads.append(len(re.findall(r"cp\.async\.cg\S* .*0x10", compiled.asm["ptx"])))
+    assert loads[0] == loads[1] > 0
+
+
+@pytest.mark.parametrize("sets", [1, contrast_fwd.MAX_SETS])
 @pytest.mark.parametrize(("arch", "dtype"), [("default", "fp32"), *((arch, "bf16") for arch in SHARED)])
-def test_merge(arch: str, dtype: str) -> None:
+def test_merge(arch: str, dtype: str, sets: int) -> None:
     """The positive's score takes the same kind of instruction as all scores."""
     sizes = {"D": 128, "D_OUT": 128, "BLOCK_N": contrast_fwd.MERGE_ROWS, "BLOCK_D": contrast_fwd.MERGE_COLUMNS}
-    compiled = compile_kernel("contrast_merge", arch, dtype, 4, 3, sizes | FULL)
+    compiled = compile_kernel("contrast_merge", arch, dtype, 4, 3, sizes | FULL, sets)
     assert registers_and_stack(compiled)[1] == 0
     assert compiled.metadata.shared <= SHARED["default"]
     assert (TENSOR_CORES[arch] in compiled.asm["ptx"]) == (dtype == "bf16")

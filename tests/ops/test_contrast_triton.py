@@ -15,12 +15,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from ops import test_contrast_sets
 from ops.test_contrast_kernels import LEAVES, assert_close, problem, run
 from torch import Tensor
 
 import fastproto
 from fastproto import _settings
 from fastproto.ops.contrast import contrast, contrast_unchecked
+from fastproto.ops.contrast_sets import contrast_sets
 
 INTERPRETED = _settings.triton_interpreted
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -209,16 +211,16 @@ def test_parts_and_repeats() -> None:
     """However many parts, the same result; with as many, the same bits."""
     from fastproto.kernels import contrast_bwd, contrast_fwd
 
-    from fastproto.ops.contrast import _outputs
+    from fastproto.ops.contrast import outputs
 
     arguments = problem(70, 300, 24, device=DEVICE)
-    tensors = list(arguments.values())
+    features, keys, *rest = arguments.values()
     grad = torch.linspace(-1, 1, 70, device=DEVICE)
 
     def results(parts: int) -> list[Tensor]:
-        out = _outputs(arguments["features"], True, True)
-        contrast_fwd.contrast_fwd(*tensors, True, True, out, splits=parts)
-        return [*out, *contrast_bwd.contrast_bwd_keys(*tensors, False, out[1], grad, splits=parts)]
+        out = outputs(features, True, True)
+        contrast_fwd.contrast_fwd(features, [keys], *rest, True, True, out, splits=parts)
+        return [*out, *contrast_bwd.contrast_bwd_keys(features, keys, *rest, False, out[1], grad, splits=parts)]
 
     whole = results(1)
     for parts in (2, 3, 7):
@@ -226,6 +228,38 @@ def test_parts_and_repeats() -> None:
         assert all(map(torch.equal, several, results(parts)))
         for a, b in zip(several, whole, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@on_gpu
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("sizes", [(40, 300), (2, 507, 130, 3, 70, 257)])
+def test_several_sets(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], normalize: bool) -> None:
+    """Some sets in several parts; six take two launches."""
+    if INTERPRETED:
+        from fastproto.kernels import contrast_fwd
+
+        monkeypatch.setattr(contrast_fwd, "choose_splits", lambda *_: 7)
+    arguments = test_contrast_sets.sets_problem(70, sizes, 24, DEVICE, normalize)
+    options = {"normalize": normalize, "mean": True}
+    exact = test_contrast_sets.run("reference", arguments, torch.float64, looped=True, **options)
+    ours = test_contrast_sets.run("triton", arguments, torch.float32, looped=False, **options)
+    test_contrast_sets.assert_close(ours, exact, 4e-6)
+    again = test_contrast_sets.run("triton", arguments, torch.float32, looped=False, **options)
+    assert all(map(torch.equal, again, ours))
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", HALVES)
+def test_several_sets_in_half_precision(dtype: torch.dtype) -> None:
+    """As exact as one after another."""
+    arguments = test_contrast_sets.sets_problem(70, (40, 300, 200), 130, DEVICE)
+    arguments["keys"] = [y.to(dtype) for y in arguments["keys"]]
+    arguments |= {name: arguments[name].to(dtype) for name in ("features", "scale", "bias")}
+    options = {"normalize": True, "mean": False}
+    exact = test_contrast_sets.run("reference", arguments, torch.float64, looped=True, **options)
+    ours, loop = (test_contrast_sets.run("triton", arguments, dtype, looped=x, **options) for x in (False, True))
+    for a, b, right in zip(ours, loop, exact, strict=True):
+        assert (a - right).abs().max() <= 2 * (b - right).abs().max() + 1e-6 * right.abs().max()
 
 
 @on_gpu
@@ -258,22 +292,9 @@ def test_ops_are_sound() -> None:
     with fastproto.backend("triton"):
         torch.library.opcheck(torch.ops.fastproto.contrast_fwd.default, (*tensors, True, True))
         torch.library.opcheck(torch.ops.fastproto.contrast_bwd_keys.default, (*tensors, False, *rest))
-
-
-def test_splits_fill_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles = pytest.importorskip("fastproto.kernels._tiles")
-    monkeypatch.setattr(tiles, "processors", lambda _: 132)
-
-    def splits(programs: int, blocks: int) -> int:
-        return tiles.choose_splits(programs, blocks, torch.device("meta"))
-
-    assert splits(32, 512) == 4  # 128 of 132
-    assert splits(132, 512) == 1
-    assert splits(1000, 512) == 1
-    assert splits(2, 512) == 64  # 8 blocks each, as 66 parts would have
-    assert splits(128, 3) == 1
-    assert splits(70, 512) == 7  # 490 of 528, where 2 parts would be 140 of 264
-    assert tiles.part_length(507, 2, 64) == 256
+        several = test_contrast_sets.sets_problem(9, (11, 3), 5, DEVICE)
+        several["features"].nan_to_num_(1.0)
+        torch.library.opcheck(torch.ops.fastproto.contrast_sets_fwd.default, (*several.values(), True, True))
 
 
 @on_gpu
@@ -304,11 +325,27 @@ def test_compiles_as_one_graph() -> None:
         torch.testing.assert_close(a, b)
 
 
+def assert_captured(step: Callable[[], list[Tensor]], *inputs: Tensor) -> None:
+    """Replayed on new numbers in the same places: nothing was decided on the host."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for value in inputs:
+            value.copy_(value.flip(0))
+    graph.replay()
+    assert all(map(torch.equal, captured, step()))
+
+
 @on_gpu
 @gpu_alone
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_is_captured_into_a_cuda_graph(dtype: torch.dtype) -> None:
-    """Replayed on new numbers in the same places: nothing was decided on the host."""
     arguments = {
         name: value.to(dtype) if value.is_floating_point() else value
         for name, value in problem(300, 1000, 128, device=DEVICE).items()
@@ -319,19 +356,21 @@ def test_is_captured_into_a_cuda_graph(dtype: torch.dtype) -> None:
         rows = contrast(**arguments)
         return [*(row.detach() for row in rows), *torch.autograd.grad(rows.loss.sum(), leaves)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        arguments["features"].copy_(arguments["features"].flip(0))
-        arguments["targets"].copy_(arguments["targets"].flip(0))
-    graph.replay()
-    assert all(map(torch.equal, captured, step()))
+    assert_captured(step, arguments["features"], arguments["targets"])
+
+
+@on_gpu
+@gpu_alone
+def test_several_sets_are_captured_into_a_cuda_graph() -> None:
+    x, ys, *rest = test_contrast_sets.sets_problem(256, (300, 1000, 700), 128, DEVICE).values()
+    leaves = [y.requires_grad_() for y in (x, *ys)]
+
+    def step() -> list[Tensor]:
+        loss = contrast_sets(x, ys, *rest, normalize=True, divisor=torch.full((3,), 2.0, device=DEVICE))
+        return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
+
+    x.data.nan_to_num_(1.0)
+    assert_captured(step, x)
 
 
 @on_gpu

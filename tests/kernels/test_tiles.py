@@ -1,0 +1,32 @@
+"""How the kernels split their loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+tiles = pytest.importorskip("fastproto.kernels._tiles")
+
+
+def test_splits_fill_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "processors", lambda _: 132)
+
+    def splits(programs: int, blocks: int) -> int:
+        return tiles.choose_splits(programs, blocks, torch.device("meta"))
+
+    assert splits(32, 512) == 4  # 128 of 132
+    assert splits(132, 512) == 1
+    assert splits(1000, 512) == 1
+    assert splits(2, 512) == 64  # 8 blocks each, as 66 parts would have
+    assert splits(128, 3) == 1
+    assert splits(70, 512) == 7  # 490 of 528, where 2 parts would be 140 of 264
+    assert tiles.part_length(507, 2, 64) == 256
+
+
+def test_sets_share_a_part_length() -> None:
+    assert tiles.common_part((507,), 2, 64) == 256
+    assert tiles.common_part((300, 10, 10), 1, 64) == 320  # a part for each
+    # 66 parts of 21 blocks would leave 67 parts, of which one would wait for all others.
+    sizes = (25_000, 50_000, 100_000)
+    assert sum(-(-k // (21 * 128)) for k in sizes) == 67
+    assert tiles.common_part(sizes, 66, 128) == 22 * 128
