@@ -7,14 +7,12 @@ has to be chosen before triton is first imported; bfloat16 is left out there, si
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import run_interpreted
 from ops import test_contrast_sets
 from ops.test_contrast_kernels import LEAVES, assert_close, problem, run
 from torch import Tensor
@@ -40,12 +38,7 @@ gpu_alone = pytest.mark.skipif(INTERPRETED, reason="of no meaning under the inte
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests of this file run here themselves")
 def test_all_of_this_file_under_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTEST_ADDOPTS", None)
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_interpreted(__file__)
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,9 @@ wrong, so that is left to the GPU.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreter import run_interpreted
 from ops import test_siamese_kernels as kernels
 
 from fastproto import _settings
@@ -21,12 +18,7 @@ interpreted = pytest.mark.skipif(not _settings.triton_interpreted, reason="runs 
 
 @pytest.mark.skipif(_settings.triton_interpreted or torch.cuda.is_available(), reason="the kernels run here themselves")
 def test_all_of_this_file_under_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTEST_ADDOPTS", None)
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_interpreted(__file__)
 
 
 @interpreted
