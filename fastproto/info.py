@@ -27,19 +27,19 @@ def info_lines() -> list[str]:
     for module in pkgutil.iter_modules(_ops.__path__):
         importlib.import_module(f"fastproto.ops.{module.name}")
     lines = [f"fastproto {fastproto.__version__}, Python {platform.python_version()}, {platform.machine()}"]
-    lines += [f"  {name:<18}{_version(name)}" for name in PACKAGES]
-    lines += ["", "devices", f"  {'cpu':<18}{_cpu()}"]
+    lines += [f"  {name:<24}{_version(name)}" for name in PACKAGES]
+    lines += ["", "devices", f"  {'cpu':<24}{_cpu()}"]
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    lines += [f"  {f'cuda:{i}':<18}{name}" for i, name in enumerate(devices)] or [f"  {'cuda':<18}none"]
-    lines += ["", "compiled modules", f"  {'_fastproto_C':<18}{_native.cpp_error or 'there'}"]
+    lines += [f"  {f'cuda:{i}':<24}{name}" for i, name in enumerate(devices)] or [f"  {'cuda':<24}none"]
+    lines += ["", "compiled modules", f"  {'_fastproto_C':<24}{_native.cpp_error or 'there'}"]
     arches = getattr(_native.cuda, "arches", "")
-    lines += [f"  {'_fastproto_cuda':<18}{_native.cuda_error or f'there, for sm_{arches}'}"]
+    lines += [f"  {'_fastproto_cuda':<24}{_native.cuda_error or f'there, for sm_{arches}'}"]
     forced = _settings.forced_backend or "none"
     lines += ["", f"ops (forced backend: {forced}, debug checks on CUDA: {_settings.debug})"]
     for name in sorted(OPS):
         op = OPS[name]
         for device in ("cpu", "cuda") if devices else ("cpu",):
-            lines.append(f"  {name:<18}{device}: {op.choose(device)} ({_why(op, device)})")
+            lines.append(f"  {name:<24}{device}: {op.choose(device)} ({_why(op, device)})")
     return lines
 
 

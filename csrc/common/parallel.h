@@ -80,7 +80,7 @@ class ThreadPool {
     if (!busy.try_lock()) return tasks.work();
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      while (started_ < helpers) std::thread(&ThreadPool::help, this, started_++).detach();
+      for (; started_ < helpers; ++started_) std::thread(&ThreadPool::help, this, started_).detach();
       tasks_ = &tasks;
       invited_ = helpers;
       working_ = helpers;

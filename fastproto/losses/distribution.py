@@ -130,7 +130,7 @@ def uniformity(x: Tensor, *, t: float = 2, mask: Tensor | None = None) -> Tensor
         TypeError: something is no tensor, or of another dtype.
         ValueError: shapes or devices do not fit, or t is not positive.
 
-    Memory: grows with N · D and N².
+    Memory: grows with N · D; with N² on the reference backend.
 
     Example:
         >>> uniformity(torch.tensor([[1.0, 0.0], [-3.0, 0.0]]))
@@ -333,7 +333,7 @@ class UniformityLoss(nn.Module):
 
     Distributed: pairs are those of a rank's own batch.
 
-    Memory: grows with N · D and N².
+    Memory: grows with N · D; with N² on the reference backend.
 
     Source: Wang and Isola, arXiv 2005.10242, section 4.1.
     """

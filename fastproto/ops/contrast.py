@@ -66,9 +66,8 @@ def _launch(
 ) -> None:
     """Calls the C++ kernel of that name with addresses in the order of csrc/contrast/bind.h."""
     features, keys = _rows(features), _rows(keys)
-    scale = scale.float().contiguous()
-    bias = None if bias is None else bias.float().contiguous()
-    tensors = (features, keys, targets, scale, bias, groups, key_groups, *results)
+    vectors = (targets, scale.float(), None if bias is None else bias.float(), groups, key_groups)
+    tensors = (features, keys, *(None if vector is None else vector.contiguous() for vector in vectors), *results)
     sizes = (len(features), *keys.shape, features.stride(0), keys.stride(0))
     getattr(_native.cpp, name)(
         (*sizes, DTYPE_CODES[features.dtype], DTYPE_CODES[keys.dtype], normalize, symmetric),

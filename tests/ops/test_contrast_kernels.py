@@ -99,6 +99,23 @@ def test_half_precision_rows_are_summed_in_float32(
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_vectors_may_have_any_stride(backend: str, device: str) -> None:
+    """A column of a table of assignments, every second entry, one entry for all."""
+    arguments = problem(20, 50, 24, device=device)
+    expected = run(backend, arguments, torch.float32)
+    for name in ("targets", "scale", "bias", "groups", "key_groups"):
+        value = arguments[name]
+        column = torch.stack([torch.zeros_like(value), value, torch.ones_like(value)], 1)[:, 1]
+        assert not column.is_contiguous()
+        for a, b in zip(run(backend, arguments | {name: column}, torch.float32), expected, strict=True):
+            assert torch.equal(a, b), name
+    arguments["targets"] = torch.tensor([3], device=device).expand(20)
+    expanded = run(backend, arguments, torch.float32)
+    arguments["targets"] = arguments["targets"].contiguous()
+    assert all(map(torch.equal, expanded, run(backend, arguments, torch.float32)))
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
 def test_sharp_temperatures_and_large_biases(backend: str, device: str) -> None:
     """Logits of ±100 in float32: the running maximum keeps every exponential finite."""
     arguments = problem(40, 1000, 24, device=device)
