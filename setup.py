@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -59,20 +60,22 @@ class BuildExt(build_ext):
         rest = [source for source in ext.sources if source not in kernels]
         # From the narrowest to the widest: of an inline function that several objects hold the linker keeps the first,
         # so no object runs instructions wider than its own.
-        objects = self.compile(ext, rest, "common", [])
-        for isa, flags in ISA_FLAGS.items():
-            objects += self.compile(ext, kernels, isa, [f"-DFASTPROTO_ISA={isa}", *flags])
+        jobs = [(source, "common", []) for source in rest]
+        jobs += [(source, isa, [f"-DFASTPROTO_ISA={isa}", *ISA_FLAGS[isa]]) for isa in ISA_FLAGS for source in kernels]
+        with ThreadPoolExecutor(os.cpu_count()) as compilers:
+            objects = list(compilers.map(lambda job: self.compile(ext, *job), jobs))
         target = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(objects, target, target_lang="c++", extra_postargs=["-pthread"])
 
-    def compile(self, ext: Extension, files: list[str], folder: str, flags: list[str]) -> list[str]:
-        return self.compiler.compile(
-            files,
+    def compile(self, ext: Extension, source: str, folder: str, flags: list[str]) -> str:
+        (compiled,) = self.compiler.compile(
+            [source],
             output_dir=str(Path(self.build_temp) / folder),
             include_dirs=ext.include_dirs,
             extra_postargs=[*CXX_FLAGS, *flags],
             depends=ext.depends,
         )
+        return compiled
 
     def build_cuda(self, ext: Extension) -> None:
         if NVCC is None:
