@@ -1,1 +1,1 @@
-"""The reference trainer: data, encoders, methods, one loop, evaluation, checkpoints and the report.."""
+"""The reference trainer: data, encoders, methods, one loop, evaluation, checkpoints and the report."""
