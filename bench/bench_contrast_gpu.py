@@ -1,7 +1,8 @@
 """The contrast losses on a GPU in bfloat16, forward and backward, against eager PyTorch and fused kernels.
 
 Operations that must be done: 2 products of 2·N·K·D with frozen keys, 4 with learnt ones, 3 of rows with themselves.
-Frozen, the loss is attention with keys = values, so scaled_dot_product_attention's forward is the strongest stand-in for forward and backward.
+Frozen, the loss is attention with keys = values, so scaled_dot_product_attention's forward is the strongest stand-in
+for forward and backward.
 """
 
 from __future__ import annotations
