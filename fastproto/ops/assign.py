@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from fastproto._check import expect, expect_tensor
@@ -15,6 +18,7 @@ def assign(
     x: Tensor,  # (N, D) float
     centers: Tensor,  # (K, D) float
     metric: str = "l2",
+    exact: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Labels (N,) int64 and distances (N,) float32: squared L2 to the nearest centre, or the largest inner product.
 
@@ -29,8 +33,17 @@ def assign(
     expect_tensor(x, "assign", "x", ("N", "D"))
     expect_tensor(centers, "assign", "centers", ("K", x.shape[1]), device=x.device)
     expect(centers.numel() > 0, "assign", "centers", "at least one centre of at least one dimension", centers)
-    labels, distance = _op(x, centers, metric)
+    labels, distance = _op(x.detach(), centers.detach(), metric, exact)
     return labels, distance
 
 
-_op = Op("assign", reference=reference.assign)
+_op = Op(
+    "assign",
+    "(Tensor x, Tensor centers, str metric, bool exact) -> (Tensor, Tensor)",
+    reference=reference.assign,
+)
+
+
+@_op.fake
+def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), dtype=torch.float32)

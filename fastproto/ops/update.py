@@ -1,12 +1,17 @@
-"""update: sums and counts of the rows that carry each label, in a fixed order."""
+"""update: sums and counts of the rows that carry each label, the same bits in any order."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from fastproto._check import INTEGERS, expect, expect_tensor, reads_data
 from fastproto.ops._dispatch import Op
 from fastproto.reference import update as reference
+from fastproto.reference.update import round_to_grid as round_to_grid
+from fastproto.reference.update import rounder as rounder
 
 
 def update(
@@ -14,10 +19,17 @@ def update(
     labels: Tensor,  # (N,) int64 or int32
     num_clusters: int,
     weights: Tensor | None = None,  # (N,) float
+    rounders: Tensor | None = None,  # (2,) float64
 ) -> tuple[Tensor, Tensor]:
     """Sums (K, D) and counts (K,), both float64: Σ w_n x_n and Σ w_n over the rows n of each label.
 
-    Rows labelled -1 are left out. The same bits from run to run, whatever the number of threads. Not differentiable.
+    Rows labelled -1 are left out. The same bits from run to run, for any number of threads, and on every device: each
+    w x is first rounded to a multiple of about N · max |w x| · 2^-51, and multiples of it add up without an error. Not
+    differentiable.
+
+    Args:
+        rounders: :func:`rounder` of the largest w |x| and of the largest w among all rows that will be summed, for sums
+            of parts that add up to those of the whole bit by bit. By default these rows are the whole.
 
     Raises:
         TypeError: an argument is no tensor of the right dtype.
@@ -30,8 +42,22 @@ def update(
     if weights is not None:
         expect_tensor(weights, "update", "weights", (x.shape[0],), device=x.device)
     expect_labels(labels, num_clusters, "update")
-    sums, counts = _op(x, labels.long(), num_clusters, weights)
+    if rounders is None:
+        kept = torch.where((labels >= 0)[:, None], x, 0)
+        rounders = torch.stack([rounder(value, len(x)) for value in largest(kept, weights)])
+    sums, counts = _op(x.detach(), labels.long(), num_clusters, weights, rounders)
     return sums, counts
+
+
+def largest(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """max w |x| and max w, each () float64: what :func:`rounder` is made of."""
+    if not len(x):
+        return x.new_zeros((), dtype=torch.float64), x.new_ones((), dtype=torch.float64)
+    row_n = torch.linalg.vector_norm(x, torch.inf, dim=1).double()
+    return (
+        (row_n if weights is None else row_n * weights).max(),
+        x.new_ones((), dtype=torch.float64) if weights is None else weights.double().max(),
+    )
 
 
 def expect_labels(labels: Tensor, num_clusters: int, op: str) -> None:
@@ -41,4 +67,14 @@ def expect_labels(labels: Tensor, num_clusters: int, op: str) -> None:
         expect(low >= -1 and high < num_clusters, op, "labels", f"-1 ... {num_clusters - 1}", f"{low} ... {high}")
 
 
-_op = Op("update", reference=reference.update)
+_op = Op(
+    "update",
+    "(Tensor x, Tensor labels, int num_clusters, Tensor? weights, Tensor rounders) -> (Tensor, Tensor)",
+    reference=reference.update,
+)
+
+
+@_op.fake
+def _fake(x: Tensor, labels: Tensor, num_clusters: int, *_: Any) -> tuple[Tensor, Tensor]:
+    sums = x.new_empty(num_clusters, x.shape[1], dtype=torch.float64)
+    return sums, x.new_empty(num_clusters, dtype=torch.float64)

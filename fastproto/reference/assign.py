@@ -4,7 +4,8 @@
     ip    label_n = argmax_k <x_n, c_k>         distance_n = <x_n, c_label>
 
 A matrix product finds the best centre from ½||c_k||² - <x_n, c_k>, everything taken relative to the centres' median so
-that a common offset does not eat the digits; the distance itself is then summed from the coordinates. All in float64.
+that a common offset does not eat the digits; the distance itself is then summed from the coordinates. All in float64,
+exact or not.
 N rows, K centres, D dimensions; n the rows of one chunk, so that never more than a chunk of N x K exists.
 """
 
@@ -23,6 +24,7 @@ def assign(
     x: Tensor,  # (N, D) float
     centers: Tensor,  # (K, D) float
     metric: str,
+    exact: bool,
 ) -> tuple[Tensor, Tensor]:
     centers_kd = centers.double()
     # The median, unlike the mean, stays with the data when one centre is far away.
