@@ -2,9 +2,9 @@
 
     sums_kd = Σ_{n: label_n = k} [w_n x_nd]        counts_k = Σ_{n: label_n = k} [w_n]
 
-[v] is v rounded to a grid so coarse that float64 adds up all rows without an error. Sums of parts then add up to the sum
-of the whole, bit by bit, whatever the threads, chunks or ranks that they come from. docs/math/update.md has the bound.
-Rows labelled -1 belong nowhere. N rows, K clusters, D dimensions.
+[v] is v rounded to a grid so coarse that float64 adds up all rows without an error. Sums of parts then add up to the
+sum of the whole, bit by bit, whatever the threads, chunks or ranks that they come from. Rows labelled -1 belong
+nowhere. N rows, K clusters, D dimensions.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def rounder(
 ) -> Tensor:
     """1.5 · 2^e with 2^e ≥ count · largest, () float64: :func:`round_to_grid` with it makes sums of ``count`` exact.
 
-    Numbers up to ``largest`` lie within 2^(e - 1). Added to 1.5 · 2^e they stay between 2^e and 2^(e + 1), where float64
-    resolves 2^(e - 52); sums of multiples of that are exact up to 2^(e + 1).
+    Numbers up to ``largest`` lie within 2^(e - 1). Added to 1.5 · 2^e they stay between 2^e and 2^(e + 1), where
+    float64 resolves 2^(e - 52); sums of multiples of that are exact up to 2^(e + 1).
     """
     exponent = torch.frexp(largest.double()).exponent + max(1, count.bit_length())
     return torch.ldexp(torch.full_like(largest, 1.5, dtype=torch.float64), exponent)
