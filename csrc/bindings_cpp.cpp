@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "assign/bind.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "contrast/bind.h"
@@ -31,6 +32,17 @@ PYBIND11_MODULE(_fastproto_C, m) {
     return result;
   });
   bind_crop_resize<int>(m, [](const CropResize& args, int threads) { FASTPROTO_DISPATCH(crop_resize, args, threads); });
+  m.def("assign", assign_binding([](const Assign& args, int threads) { FASTPROTO_DISPATCH(assign, args, threads); }));
+  m.def("assign_panel_rows", [] {
+    int64_t result = 0;
+    FASTPROTO_DISPATCH_TO(result =, assign_panel_rows);
+    return result;
+  });
+  m.def("assign_group_centers", [] {
+    int64_t result = 0;
+    FASTPROTO_DISPATCH_TO(result =, assign_group_centers);
+    return result;
+  });
   m.def("contrast_fwd", contrast_binding([](const Contrast& args, int threads) {
           FASTPROTO_DISPATCH(contrast_fwd, args, threads);
         }));

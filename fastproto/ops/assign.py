@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastproto import _native
 from fastproto._check import expect, expect_tensor
-from fastproto.ops._dispatch import Op
+from fastproto.ops._dispatch import DTYPE_CODES, Op
 from fastproto.reference import assign as reference
 
 METRICS = ("l2", "ip")
@@ -37,10 +38,29 @@ def assign(
     return labels, distance
 
 
+def _cpp(x: Tensor, centers: Tensor, metric: str, exact: bool) -> tuple[Tensor, Tensor]:
+    if torch.float64 in (x.dtype, centers.dtype):
+        return reference.assign(x, centers, metric, exact)
+    labels, distance = _fake(x)
+    launch(x, centers, metric, exact, labels, distance)
+    return labels, distance
+
+
+def launch(x: Tensor, centers: Tensor, metric: str, exact: bool, *rest: Tensor) -> None:
+    """Calls the C++ kernel; ``rest`` are the tensors from label on in the order of csrc/assign/assign.h."""
+    assert _native.cpp is not None
+    x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    tensors = (x, centers.float().contiguous(), *rest)
+    sizes = (len(x), *centers.shape, x.stride(0), DTYPE_CODES[x.dtype], metric == "ip", exact)
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    _native.cpp.assign(sizes, addresses + [0] * (9 - len(addresses)), torch.get_num_threads())
+
+
 _op = Op(
     "assign",
     "(Tensor x, Tensor centers, str metric, bool exact) -> (Tensor, Tensor)",
     reference=reference.assign,
+    cpp=_cpp,
 )
 
 

@@ -1,0 +1,135 @@
+// The screen: products of rows and centres in 16-bit integers, with a bound on their error that is a proof.
+//
+// A row x stands as s · q with q integers of 16 bits, likewise a centre c as t · r. By Cauchy and Schwarz
+//   |<x, c> − s t <q, r>| ≤ ||x − s q|| ||c|| + ||s q|| ||c − t r||,
+// where the residuals are measured, not estimated. s is the smallest scale for which |q| ≤ 2^15.5, so that no sum of
+// products leaves 32 bits: |<q, r>| ≤ |q| |r| < 2^31. At D = 128 the residual is 7e-5 of the row.
+// Two products and their sum are one instruction (pmaddwd): twice the rate of a float32 multiply-add.
+// Included by *_cpu.cpp only.
+#pragma once
+
+#include <limits>
+
+#include "../common/tile.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace fastproto {
+namespace FASTPROTO_ISA {
+
+constexpr float INF = std::numeric_limits<float>::infinity();
+// Covers what float32 adds: the rounding of x − origin, of the scores and of the biases, each of some 2^-24 of
+// |x| |c| + |c|² / 2; their sum stays below this share of it.
+constexpr float ROUNDING = 1.f / (1 << 20);
+
+inline bool has_vnni() {
+#if defined(__AVX512F__)
+  static const bool has = __builtin_cpu_supports("avx512vnni");
+  return has;
+#else
+  return false;
+#endif
+}
+
+// acc + a.lo · b.lo + a.hi · b.hi in every lane of 32 bits.
+template <bool VNNI>
+inline IntVec dot_pairs(IntVec acc, IntVec a, IntVec b) {
+#if defined(__AVX512F__)
+  if constexpr (VNNI) {
+    // As assembly, since this file is compiled for all CPUs with AVX-512.
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    return acc;
+  }
+  return acc + (IntVec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return acc + (IntVec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return acc + (IntVec)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+  for (int l = 0; l < LANES; ++l)
+    acc[l] += int32_t(int16_t(a[l])) * int16_t(b[l]) + int32_t(int16_t(a[l] >> 16)) * int16_t(b[l] >> 16);
+  return acc;
+#endif
+}
+
+// One bit per lane: whether it is true.
+inline unsigned bits(IntVec truth) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)truth);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)truth);
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)truth);
+#else
+  unsigned result = 0;
+  for (int l = 0; l < LANES; ++l) result |= unsigned(truth[l] & 1) << l;
+  return result;
+#endif
+}
+
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+// A row in integers.
+struct Quantized {
+  float scale;     // s; 0 for a row of zeros
+  float length;    // |x| or a little more
+  float residual;  // |x − s q|
+};
+
+constexpr float SHORTEST = 1e-15f;  // the squares of shorter rows might vanish: their length counts as this
+
+// Writes the row as `pairs` pairs of 16 bits, the last one padded with 0.
+inline Quantized quantize(const float* x, int64_t D, int64_t pairs, int32_t* out) {
+  float largest = 0;
+  for (int64_t d = 0; d < D; ++d) largest = std::max(largest, std::fabs(x[d]));
+  // No shorter than the row: the sum of D / LANES squares a lane is that far off at most.
+  const float length = std::sqrt(dot(x, x, D)) * (1 + (D / LANES + 8) * 0x1p-24f);
+  if (largest == 0) {
+    std::fill(out, out + pairs, 0);
+    return {0, 0, 0};
+  }
+  // |q| ≤ |x| / s + √D / 2 ≤ 2^15.5, with room for the rounding of these floats.
+  const float most = 46300.f - std::sqrt(static_cast<float>(D));
+  const float scale = std::max(length / std::max(most, 1.f), largest / 32767.f), inverse = 1.f / scale;
+  float squares = 0;
+  int16_t* q = reinterpret_cast<int16_t*>(out);
+  for (int64_t d = 0; d < D; ++d) {
+    const float rounded = (x[d] * inverse + 12582912.f) - 12582912.f;  // 1.5 · 2^23: to the nearest integer
+    const float rest = x[d] - rounded * scale;
+    q[d] = static_cast<int16_t>(rounded);
+    squares += rest * rest;
+  }
+  if (D % 2) q[D] = 0;
+  return {scale, std::max(length, SHORTEST), std::max(std::sqrt(squares), SHORTEST)};
+}
+
+// best[n] = max over the tile's centres of <x_n, c> − bias, of NR rows: one panel, (pairs, NR), by one tile, (pairs, MR).
+template <bool VNNI>
+inline void screen_tile(const int32_t* centers, const int32_t* rows, int64_t pairs, const float* scale, const float* bias,
+                        const float* row_scale, float* best) {
+  IntVec acc[MR][NV];
+  for (int m = 0; m < MR; ++m)
+    for (int v = 0; v < NV; ++v) acc[m][v] = IntVec{};
+#pragma GCC unroll 2
+  for (int64_t p = 0; p < pairs; ++p) {
+    IntVec x[NV];
+    for (int v = 0; v < NV; ++v) std::memcpy(&x[v], rows + p * NR + v * LANES, sizeof x[v]);
+    for (int m = 0; m < MR; ++m) {
+      const IntVec c = centers[p * MR + m] - IntVec{};
+      for (int v = 0; v < NV; ++v) acc[m][v] = dot_pairs<VNNI>(acc[m][v], c, x[v]);
+    }
+  }
+  for (int v = 0; v < NV; ++v) {
+    Vec largest = splat(-INF);
+    for (int m = 0; m < MR; ++m) {
+      const Vec product = __builtin_convertvector(acc[m][v], Vec) * load(row_scale + v * LANES);
+      largest = max(largest, product * scale[m] - bias[m]);
+    }
+    store(best + v * LANES, largest);
+  }
+}
+
+}  // namespace FASTPROTO_ISA
+}  // namespace fastproto

@@ -1,0 +1,94 @@
+// What the screen leaves open: the nearest of a few centres, from differences in float32, and in float64 where those
+// cannot tell two centres apart.
+// Included by *_cpu.cpp only.
+#pragma once
+
+#include "../common/tile.h"
+#include "assign.h"
+
+namespace fastproto {
+namespace FASTPROTO_ISA {
+
+// Σ_d term(d), in several sums side by side: neither the latency of an addition nor the length of one sum counts.
+template <typename Term, typename Rest>
+inline float float_sum(int64_t D, Term term, Rest rest) {
+  Vec a{}, b{}, c{}, e{};
+  int64_t d = 0;
+  for (; d + 4 * LANES <= D; d += 4 * LANES) {
+    a += term(d), b += term(d + LANES), c += term(d + 2 * LANES), e += term(d + 3 * LANES);
+  }
+  for (; d + LANES <= D; d += LANES) a += term(d);
+  float total = sum((a + b) + (c + e));
+  for (; d < D; ++d) total += rest(d);
+  return total;
+}
+
+inline float squared_distance(const float* x, const float* c, int64_t D) {
+  return float_sum(
+      D, [=](int64_t d) { const Vec gap = load(x + d) - load(c + d); return gap * gap; },
+      [=](int64_t d) { const float gap = x[d] - c[d]; return gap * gap; });
+}
+inline float product(const float* x, const float* c, int64_t D) {
+  return float_sum(
+      D, [=](int64_t d) { return load(x + d) * load(c + d); }, [=](int64_t d) { return x[d] * c[d]; });
+}
+
+// How far one row is from one centre, less being nearer: ||x − c||², or −<x, c>. In float64.
+inline double exact_gap(const float* x, const float* c, int64_t D, bool inner) {
+  constexpr int WAYS = 8;
+  double sums[WAYS] = {};
+  int64_t d = 0;
+  for (; d + WAYS <= D; d += WAYS)
+    for (int w = 0; w < WAYS; ++w) {
+      const double a = x[d + w], b = c[d + w];
+      sums[w] += inner ? -a * b : (a - b) * (a - b);
+    }
+  for (; d < D; ++d) {
+    const double a = x[d], b = c[d];
+    sums[0] += inner ? -a * b : (a - b) * (a - b);
+  }
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+// The nearest of the centres that were shown to one row.
+class Nearest {
+ public:
+  // `reach`: |x| · max_k |c_k|, which bounds every product and so the error of a float32 sum of products.
+  Nearest(const Assign& args, const float* x, float reach)
+      : args_(args), x_(x), share_((args.D / (4 * LANES) + 16) * 0x1p-23f), slack_(args.inner ? share_ * reach : 1e-36f) {}
+
+  void show(int64_t k) {
+    const float* c = args_.centers + k * args_.D;
+    const float gap = args_.inner ? -product(x_, c, args_.D) : squared_distance(x_, c, args_.D);
+    const float doubt = args_.inner ? slack_ : share_ * gap_ + slack_;
+    if (label_ < 0 || gap < gap_ - doubt) {
+      label_ = k, gap_ = gap, settled_ = false;
+    } else if (!(gap > gap_ + doubt)) {
+      settle();
+      const double exact = exact_gap(x_, c, args_.D, args_.inner);
+      if (exact < exact_ || (exact == exact_ && k < label_)) label_ = k, gap_ = gap, exact_ = exact;
+    }
+  }
+  int64_t label() const { return label_; }
+  double gap() {
+    settle();
+    return exact_;
+  }
+
+ private:
+  void settle() {
+    if (!settled_) exact_ = exact_gap(x_, args_.centers + label_ * args_.D, args_.D, args_.inner);
+    settled_ = true;
+  }
+
+  const Assign& args_;
+  const float* x_;
+  const float share_, slack_;
+  int64_t label_ = -1;
+  float gap_ = 0;
+  double exact_ = 0;
+  bool settled_ = false;
+};
+
+}  // namespace FASTPROTO_ISA
+}  // namespace fastproto
