@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -10,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastproto._check import expect, expect_tensor, expect_type, reads_data
-
-Array = Tensor | np.ndarray
+from fastproto.cluster._stream import Array, as_tensor, stream
+from fastproto.ops.assign import assign
+from fastproto.ops.update import round_to_grid, rounder
 
 # Rows that have to be copied (from a file, from another device, to another type) come in pieces of about this size.
 CHUNK_BYTES = 1 << 26
@@ -22,10 +24,13 @@ class Rows:
 
     Args:
         x: (N, D) tensor, array or memory map. Never copied as a whole.
-        weights: (N,) float64 tensor on the CPU or on ``device``, or None.
+        weights: (N,) float64 tensor, or None.
         device: where chunks are computed on; None for where ``x`` lies.
-        chunk_rows: rows in a chunk; None for all of them, or 64 MiB where they have to be copied.
+        chunk_rows: rows in a chunk; None for all of them, or 64 MiB where they may have to be copied.
     """
+
+    # 1.5 · 2^e for the sums of w x and of w, (2,) float64; see ops/update.py. Set by ``survey``.
+    rounders: Tensor
 
     def __init__(
         self,
@@ -36,43 +41,96 @@ class Rows:
         chunk_rows: int | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        self.x, self.weights, self.group = x, weights, group
+        self.x, self.group = x, group
         self.local: int = x.shape[0]
         self.dim: int = x.shape[1]
         self.home = x.device if isinstance(x, Tensor) else torch.device("cpu")
         self.device = self.home if device is None else torch.zeros(0, device=device).device
         self.dtype = torch.float64 if x.dtype.itemsize == 8 else torch.float32
+        self.weights = None if weights is None else weights.to(self.device)
         in_place = isinstance(x, Tensor) and self.home == self.device
-        self.chunk_rows = chunk_rows or max(1, self.local if in_place else CHUNK_BYTES // (4 * self.dim))
-        sizes = self.gather(torch.tensor(self.local, dtype=torch.float64, device=self.device)).long().tolist()
-        self.total = sum(sizes)
-        self.offset = sum(sizes[: self.rank])
+        fits = self.local if in_place else CHUNK_BYTES // (x.dtype.itemsize * self.dim)
+        self.chunk_rows = chunk_rows or max(1, fits)
+        sizes = [self.local] if group is None else self.gather(torch.tensor(self.local, device=self.device)).tolist()
+        self.total: int = sum(sizes)
+        self.offset: int = sum(sizes[: self.rank])
 
     @property
     def rank(self) -> int:
         return 0 if self.group is None else dist.get_rank(self.group)
 
     def sum(self, *tensors: Tensor) -> None:
-        """Sums tensors over the ranks, in place."""
+        """Sums tensors of one dtype over the ranks, in place."""
         if self.group is not None:
-            for tensor in tensors:
-                dist.all_reduce(tensor, group=self.group)
+            together = torch.cat([tensor.flatten() for tensor in tensors])
+            dist.all_reduce(together, group=self.group)
+            for tensor, part in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """The largest over the ranks of every element; NaN counts as infinity."""
+        tensor = tensor.nan_to_num(nan=torch.inf, posinf=torch.inf)
+        if self.group is not None:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return tensor
 
     def gather(self, value: Tensor) -> Tensor:
-        """One float64 number of each rank, in rank order, the same on every rank."""
+        """One number of each rank, in rank order, the same on every rank."""
         if self.group is None:
             return value[None]
-        values = torch.zeros(dist.get_world_size(self.group), dtype=torch.float64, device=value.device)
+        values = torch.zeros(dist.get_world_size(self.group), dtype=value.dtype, device=value.device)
         values[self.rank] = value
         self.sum(values)
         return values
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Which rows, the rows (n, D) and their weights (n,) or None, both on ``device``."""
-        for start in range(0, self.local, self.chunk_rows):
-            here = slice(start, min(start + self.chunk_rows, self.local))
-            weights = None if self.weights is None else self.weights[here].to(self.device)
-            yield here, as_tensor(self.x[here]).to(self.device), weights
+        """Which rows, the rows (n, D) and their weights (n,) or None, both on ``device``.
+
+        The rows of a chunk may be overwritten by those of the next.
+        """
+        starts = range(0, self.local, self.chunk_rows)
+        slices = [slice(start, min(start + self.chunk_rows, self.local)) for start in starts]
+        for here, x in zip(slices, stream(self.x, slices, self.device), strict=True):
+            yield here, x, None if self.weights is None else self.weights[here]
+
+    def survey(self, op: str) -> None:
+        """Reads all rows once: refuses NaN and infinity, and learns how coarse a grid makes their sums exact."""
+        largest = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for _, x, weights in self.chunks():
+            largest = torch.maximum(largest, _largest(x, weights))
+        largest = self.max(largest)
+        if not bool(largest.isfinite().all()):
+            self.refuse(op)
+        expect(bool(largest[1] > 0), op, "sample_weight", "a sum above 0", 0.0)
+        self.rounders = torch.stack([rounder(value, self.total) for value in largest])
+
+    def rounder(self, values: Tensor) -> Tensor:
+        """What makes sums of these values (N,) exact, of this and of all other ranks' rows: () float64."""
+        largest = values.abs().max() if values.numel() else values.new_zeros(())
+        return rounder(self.max(largest.double()), self.total)
+
+    def weighted_sum(self, values: Tensor) -> Tensor:
+        """Σ w_n v_n over the rows of all ranks, () float64: the same bits however the rows are spread."""
+        values = values.double() if self.weights is None else values * self.weights
+        total = round_to_grid(values, self.rounder(values)).sum()
+        self.sum(total)
+        return total
+
+    def nearest(self, centers: Tensor, metric: str, op: str) -> tuple[Tensor, Tensor]:
+        """Labels (N,) int64 and distances (N,) float32 of this rank's rows, where they lie. One pass over them.
+
+        Raises ValueError for rows of NaN or infinity where data on that device is read.
+        """
+        labels = torch.zeros(self.local, dtype=torch.int64, device=self.device)
+        distance = torch.zeros(self.local, dtype=torch.float32, device=self.device)
+        centers = centers.to(self.device)
+        for here, x, _ in self.chunks():
+            labels[here], distance[here] = assign(x, centers, metric)
+        labels, distance = labels.to(self.home), distance.to(self.home)
+        # What is not finite in a row shows in its distance, so the rows need no pass of their own.
+        if reads_data(distance) and not distance.isfinite().all():
+            self.refuse(op)
+        return labels, distance
 
     def take(self, indices: np.ndarray) -> Tensor:
         """The rows of these indices into all ranks' rows, on every rank: (len(indices), D)."""
@@ -90,22 +148,35 @@ class Rows:
         weights = None if self.weights is None else _pick(self.weights, mine)
         return Rows(_pick(self.x, mine).to(self.device), weights, group=self.group)
 
-    def check_finite(self, op: str) -> None:
-        """Raises ValueError, on every rank alike, if a row of any rank holds NaN or infinity."""
+    def refuse(self, op: str) -> NoReturn:
+        """Says, on every rank alike, how many rows hold NaN or infinity, or that all are finite but too large."""
         count, first = 0, self.total
         for here, x, _ in self.chunks():
             bad = (~x.isfinite()).any(1)
             if bad.any():
                 first = min(first, self.offset + here.start + int(bad.byte().argmax()))
                 count += int(bad.sum())
-        counts, firsts = (
-            self.gather(torch.tensor(value, dtype=torch.float64, device=self.device)) for value in (count, first)
+        count, first = (
+            int(number)
+            for number in (
+                self.gather(torch.tensor(count, device=self.device)).sum(),
+                self.gather(torch.tensor(first, device=self.device)).min(),
+            )
         )
-        count, first = int(counts.sum()), int(firsts.min())
         expect(count == 0, op, "x", "finite rows", f"{count} with NaN or infinity, the first at index {first}")
+        raise ValueError(f"{op}: x expected distances that float32 can hold, got larger ones")
 
     def _is_mine(self, indices: np.ndarray) -> np.ndarray:
         return (indices >= self.offset) & (indices < self.offset + self.local)
+
+
+def _largest(x: Tensor, weights: Tensor | None) -> Tensor:
+    """max w |x| and max w, (2,) float64; NaN or infinity where a row holds either."""
+    if weights is None:
+        low, high = x.aminmax()
+        return torch.stack([torch.maximum(high, -low).double(), high.new_ones((), dtype=torch.float64)])
+    row_n = torch.maximum(x.amax(1), -x.amin(1)).double()
+    return torch.stack([(row_n * weights).max(), weights.max()])
 
 
 def check_rows(x: Array, op: str, dim: int | None = None) -> None:
@@ -133,20 +204,6 @@ def check_weights(weights: Array | None, op: str, rows: int) -> Tensor | None:
         bad = int(((weights < 0) | ~weights.isfinite()).sum())
         expect(bad == 0, op, "sample_weight", "finite weights of at least 0", f"{bad} others")
     return weights
-
-
-def block_sums(values: Tensor) -> np.ndarray:
-    """Sums of 1024 values each, on the host. Unlike one long sum, their bits do not follow the number of threads."""
-    padded = torch.nn.functional.pad(values.double(), (0, -values.numel() % 1024))
-    return padded.view(-1, 1024).sum(1).cpu().numpy()
-
-
-def as_tensor(x: Array) -> Tensor:
-    """The array as a tensor, copied only where torch could not share it: read-only, strided backwards, byte-swapped."""
-    if isinstance(x, Tensor):
-        return x.detach()
-    x = np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
-    return torch.from_numpy(x if x.flags.writeable else x.copy())
 
 
 def _pick(x: Array, indices: np.ndarray) -> Tensor:

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from fastproto._check import INTEGERS, expect, expect_tensor
+from fastproto.cluster._sums import sum_rows
 from fastproto.ops.update import expect_labels, update
 
 TEMPERATURE = 0.2
 ALPHA = 10.0
-CHUNK_ELEMENTS = 1 << 22
+# What stays in a CPU's cache, what fills a GPU.
+CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
 
 
 @torch.no_grad()
@@ -54,21 +56,24 @@ def concentration(
     expect(temperature > 0, op, "temperature", "above 0", temperature)
     expect(alpha >= 0, op, "alpha", "at least 0", alpha)
     expect_labels(labels, centers.shape[0], op)
-    phi = from_radii(*radius_sums(x, labels, centers), temperature, alpha)
+    sums, counts = update(radii(x, labels, centers)[:, None], labels, centers.shape[0])
+    phi = from_radii(sums[:, 0], counts, temperature, alpha)
     return phi if x.dtype == torch.float64 else phi.float()
 
 
-def radius_sums(x: Tensor, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ_v ||v - c_k|| and the number of members of every cluster: two (K,) float64 to add over chunks and ranks."""
-    chunk = max(1, CHUNK_ELEMENTS // x.shape[1])
-    pairs = zip(x.split(chunk), labels.split(chunk), strict=True)
-    parts = [(x_nd.double() - centers[label_n.clamp(min=0)].double()).norm(dim=1) for x_nd, label_n in pairs]
-    sums, counts = update(torch.cat(parts)[:, None], labels, centers.shape[0])
-    return sums[:, 0], counts
+def radii(x: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
+    """||x_n - c_label|| (N,) float64. The same bits whatever rows stand beside a row."""
+    out = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    chunk = max(1, CHUNK_ELEMENTS[x.device.type] // x.shape[1])
+    for start in range(0, len(x), chunk):
+        here = slice(start, start + chunk)
+        center_nd = centers[labels[here].clamp(min=0)].double()
+        out[here] = sum_rows(center_nd.sub_(x[here]).square_()).sqrt_()
+    return out
 
 
 def from_radii(radii: Tensor, counts: Tensor, temperature: float = TEMPERATURE, alpha: float = ALPHA) -> Tensor:
-    """Concentration (K,) float64 from what ``radius_sums`` gives for all rows."""
+    """Concentration (K,) float64 from Σ_v ||v - c_k|| and the number of members Z_k of every cluster."""
     several = counts > 1
     phi = torch.where(several, radii / (counts * (counts + alpha).log()), 0.0)
     phi = torch.where(several, phi, phi.max())

@@ -12,7 +12,6 @@ from torch import Tensor
 from fastproto._check import expect
 from fastproto.cluster._rows import Rows, check_rows
 from fastproto.cluster.kmeans import KMeans
-from fastproto.ops.assign import assign
 
 
 class FlatIndex:
@@ -37,12 +36,8 @@ class FlatIndex:
         expect(k == 1, op, "k", "1", k)
         if self.vectors is None:
             raise RuntimeError(f"{op}: call train first")
-        rows = Rows(_float32(x, op, self.d), device=self.device)
-        rows.check_finite(op)
-        found = [assign(chunk, self.vectors, self.metric) for _, chunk, _ in rows.chunks()]
-        labels = [label.cpu().numpy() for label, _ in found] or [np.empty(0, np.int64)]
-        distances = [distance.cpu().numpy() for _, distance in found] or [np.empty(0, np.float32)]
-        return np.concatenate(distances)[:, None], np.concatenate(labels)[:, None]
+        labels, distance = Rows(_float32(x, op, self.d), device=self.device).nearest(self.vectors, self.metric, op)
+        return distance.numpy()[:, None], labels.numpy()[:, None]
 
 
 class Kmeans:
@@ -145,7 +140,8 @@ class Kmeans:
             warnings.warn(f"{op}: please provide at least {wanted}, got {len(x)}", stacklevel=2)
         weights = None if weights is None else np.asarray(weights, dtype=np.float32)
         init = "random" if init_centroids is None else np.asarray(init_centroids, dtype=np.float32)
-        _, centers, history = KMeans(self.k, init=init, **self.options).find_centers(x, weights, op)
+        centers, reports = KMeans(self.k, init=init, **self.options).find_centers(x, weights, op)
+        history = [report.objective for report in reports]
         self.centroids, self.obj = centers.cpu().numpy(), np.array(history)
         self.index.vectors = centers
         return history[-1]

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastproto._check import expect, expect_tensor, expect_type
-from fastproto.cluster._rows import Array, Rows, as_tensor, block_sums
+from fastproto.cluster._lloyd import unit
+from fastproto.cluster._rows import Rows
+from fastproto.cluster._stream import Array, as_tensor
+from fastproto.cluster._sums import squared_distances
 
 METHODS = ("random", "k-means++")
 
@@ -33,45 +35,47 @@ def random_centers(rows: Rows, count: int, rng: np.random.Generator) -> Tensor:
 def plus_plus_centers(rows: Rows, count: int, rng: np.random.Generator, spherical: bool = False) -> Tensor:
     """Rows drawn one after the other, each with a chance that grows with its squared distance to those before it.
 
-    Weights multiply the chances. ``spherical`` measures between unit rows. Reads all rows ``count`` times.
+    Weights multiply the chances. ``spherical`` measures between unit rows. Each draw reads all rows once, to see which
+    of them are nearer to the new centre than to those before it.
     Source: Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", SODA 2007, section 2.2.
     """
     centers = torch.zeros(count, rows.dim, dtype=rows.dtype, device=rows.device)
-    nearest = torch.ones(rows.local, dtype=torch.float64, device=rows.device)
+    nearest = torch.ones(rows.local, dtype=rows.dtype, device=rows.device)
+    scale = _inverse_norms(rows) if spherical else None
     for k in range(count):
         centers[k] = rows.take(np.array([_draw(rows, nearest, rng)]))[0]
+        if k + 1 == count:
+            break
+        center = unit(centers[k : k + 1])[0] if spherical else centers[k]
         for here, x, _ in rows.chunks():
-            x, center = x.to(rows.dtype), centers[k : k + 1]
-            if spherical:
-                x, center = F.normalize(x, dim=1), F.normalize(center, dim=1)
-            # Straight from the differences, which a matrix product would lose for data with a common offset.
-            distance = torch.cdist(x, center, compute_mode="donot_use_mm_for_euclid_dist")[:, 0].double().square()
+            distance = squared_distances(x, center, None if scale is None else scale[here])
             nearest[here] = distance if k == 0 else torch.minimum(nearest[here], distance)
     return centers
 
 
+def _inverse_norms(rows: Rows) -> Tensor:
+    """1 / ||x_n|| (N,), and 1 for rows of zeros."""
+    squares = torch.ones(rows.local, dtype=rows.dtype, device=rows.device)
+    origin = squares.new_zeros(rows.dim)
+    for here, x, _ in rows.chunks():
+        squares[here] = squared_distances(x, origin)
+    return torch.where(squares > 0, squares, 1).sqrt().reciprocal()
+
+
 def _draw(rows: Rows, chances: Tensor, rng: np.random.Generator) -> int:
-    """An index into all ranks' rows, drawn in proportion to chance times weight; any row where all of those are 0."""
-    if rows.weights is not None:
-        chances = chances * rows.weights.to(chances.device)
-    blocks = block_sums(chances)
-    totals = rows.gather(torch.tensor(blocks.sum(), dtype=torch.float64, device=rows.device)).cpu().numpy()
-    uniform = rng.random()
-    if not totals.sum() > 0:
-        return int(uniform * rows.total)
-    rank, rest = _find(totals, uniform * totals.sum())
-    drawn = torch.zeros(1, dtype=torch.int64, device=rows.device)
-    if rank == rows.rank:
-        block, rest = _find(blocks, rest)
-        inside, _ = _find(chances[block * 1024 : (block + 1) * 1024].cpu().numpy(), rest)
-        drawn += rows.offset + block * 1024 + inside
-    rows.sum(drawn)
-    return int(drawn)
+    """An index into all ranks' rows, drawn in proportion to chance times weight; any row where all of those are 0.
 
-
-def _find(chances: np.ndarray, target: float) -> tuple[int, float]:
-    """Which of the stretches of these lengths, laid end to end, holds the target, and how far into it."""
-    ends = chances.cumsum()
-    # The target may lie past the end by a rounding error: then it is the last stretch that has a length.
-    index = min(int(np.searchsorted(ends, target, side="right")), int(np.flatnonzero(chances)[-1]))
-    return index, target - (ends[index - 1] if index else 0.0)
+    Every row holds a whole number of tickets, and one ticket is drawn. Whole numbers have the same sums wherever the
+    rows are divided into ranks, so the same ticket belongs to the same row.
+    """
+    chances = chances.double() if rows.weights is None else chances * rows.weights
+    largest = rows.max(chances.max() if rows.local else chances.new_zeros(()))
+    # All ranks' tickets stay below 2^62. Where no row has a chance, each gets one ticket.
+    tickets = torch.ldexp(chances, 62 - rows.total.bit_length() - torch.frexp(largest).exponent).long()
+    ends = torch.where(largest > 0, tickets, 1).cumsum(0)
+    totals = rows.gather(ends[-1] if rows.local else ends.new_zeros(()))
+    ticket = (rng.random() * totals.sum().double()).long().clamp(max=totals.sum() - 1) - totals[: rows.rank].sum()
+    index = rows.offset + torch.searchsorted(ends, ticket, right=True)
+    index = torch.where((ticket >= 0) & (ticket < totals[rows.rank]), index, 0)
+    rows.sum(index)
+    return int(index)

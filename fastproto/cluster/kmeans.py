@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -13,13 +13,18 @@ from torch import Tensor
 
 from fastproto._check import expect, expect_tensor, reads_data
 from fastproto.cluster import init as start
-from fastproto.cluster._lloyd import Step, assign_all, faiss_lloyd, lloyd, unit
-from fastproto.cluster._rows import Array, Rows, check_rows, check_weights
+from fastproto.cluster._faiss import faiss_lloyd
+from fastproto.cluster._fit import Report, fit_centers
+from fastproto.cluster._lloyd import Assignment, assign_all, lloyd, unit
+from fastproto.cluster._rows import Rows, check_rows, check_weights
+from fastproto.cluster._stream import Array
 from fastproto.ops.assign import METRICS, assign
 
 PRECISIONS = ("exact", "fast")
 ENGINES = ("fastproto", "faiss")
 EMPTY = ("split", "keep")
+# Distances that ``transform`` computes at a time.
+TRANSFORM_ELEMENTS = 1 << 20
 
 
 def kmeans_assign(
@@ -61,9 +66,11 @@ def kmeans_assign(
     expect_tensor(centers, op, "centers", ("K", x.shape[1]), device=x.device)
     expect(centers.numel() > 0, op, "centers", "at least one centre of at least one dimension", centers)
     if reads_data(x):
-        Rows(x).check_finite(op)
         expect(bool(centers.isfinite().all()), op, "centers", "finite centres", "NaN or infinity")
-    return assign(x, centers, metric)
+    labels, distance = assign(x, centers, metric)
+    if reads_data(x) and not distance.isfinite().all():
+        Rows(x).refuse(op)
+    return labels, distance
 
 
 class KMeans:
@@ -177,88 +184,110 @@ class KMeans:
             x: float tensor, array or memory map; float16 and bfloat16 are computed in float32 at least.
             sample_weight: (N,) float, at least 0: a row of weight 2 counts as two rows.
         """
-        rows, self.cluster_centers_, self.history_ = self.find_centers(x, sample_weight, "KMeans.fit")
-        self.n_iter_ = len(self.history_)
-        self.labels_, self.inertia_, self.counts_, self.concentration_ = assign_all(
-            rows, self.cluster_centers_, self.spherical
-        )
+        op = "KMeans.fit"
+        rows = self._rows(x, op, sample_weight)
+        training = self._training_rows(rows, op)
+        self.cluster_centers_, reports, found = self._train(training, op)
+        self.history_ = [report.objective for report in reports]
+        self.n_iter_ = len(reports)
+        if found is None or training is not rows:
+            found = assign_all(rows, self.cluster_centers_, self.spherical)
+        self.labels_, self.inertia_, self.counts_, self.concentration_ = found
         return self
 
     def predict(self, x: Array) -> Tensor:
         """Labels (N,) int64 of the nearest centres, where ``x`` (N, D) lies."""
-        rows = self._fitted_rows(x, "KMeans.predict")
-        centers, metric = self.cluster_centers_.to(rows.device), "ip" if self.spherical else "l2"
-        labels = torch.empty(rows.local, dtype=torch.int64, device=rows.home)
-        for here, chunk, _ in rows.chunks():
-            labels[here] = assign(chunk, centers, metric)[0].to(rows.home)
-        return labels
+        op = "KMeans.predict"
+        rows = self._fitted_rows(x, op)
+        return rows.nearest(self.cluster_centers_, "ip" if self.spherical else "l2", op)[0]
 
     def fit_predict(self, x: Array, sample_weight: Array | None = None) -> Tensor:
         """``fit``, then ``labels_``."""
         return self.fit(x, sample_weight).labels_
 
     def transform(self, x: Array) -> Tensor:
-        """Euclidean distances (N, K) from every row to every centre, where ``x`` (N, D) lies."""
-        rows = self._fitted_rows(x, "KMeans.transform")
+        """Euclidean distances (N, K) from every row to every centre, where ``x`` (N, D) lies.
+
+        Of float32 rows they are computed in float64 and right to about 1e-7 of the spread of rows and centres, of
+        float64 rows from the differences, and right to the last digits.
+        """
+        op = "KMeans.transform"
+        rows = self._fitted_rows(x, op)
         dtype = torch.promote_types(rows.dtype, self.cluster_centers_.dtype)
-        centers = self.cluster_centers_.to(rows.device, dtype)
-        distances = torch.empty(rows.local, self.n_clusters, dtype=dtype, device=rows.home)
+        centers = self.cluster_centers_.to(rows.device).double()
+        # Distances to the median instead of to zero: a common offset takes no digits.
+        origin = centers.median(0).values
+        mode = "donot_use_mm_for_euclid_dist" if dtype == torch.float64 else "use_mm_for_euclid_dist"
+        distances = torch.zeros(rows.local, self.n_clusters, dtype=dtype, device=rows.home)
+        finite = torch.ones((), dtype=torch.bool, device=rows.device)
         for here, chunk, _ in rows.chunks():
-            # The matrix product that cdist would use loses the digits of distances small beside the rows.
-            exact = torch.cdist(chunk.to(dtype), centers, compute_mode="donot_use_mm_for_euclid_dist")
-            distances[here] = exact.to(rows.home)
+            size = max(1, TRANSFORM_ELEMENTS // max(self.n_clusters, rows.dim))
+            for part, out in zip(chunk.split(size), distances[here].split(size), strict=True):
+                found = torch.cdist(part.double() - origin, centers - origin, compute_mode=mode)
+                finite &= found.isfinite().all()
+                out.copy_(found)
+        if reads_data(distances) and not finite:
+            rows.refuse(op)
         return distances
 
-    def find_centers(self, x: Array, sample_weight: Array | None, op: str) -> tuple[Rows, Tensor, list[float]]:
-        """``fit`` without the assignment of all rows: the rows, the centres, the objective at each iteration."""
-        rows = self._rows(x, op, sample_weight)
-        centers, history = self._train(self._training_rows(rows), op)
-        return rows, centers, history
+    def find_centers(self, x: Array, sample_weight: Array | None, op: str) -> tuple[Tensor, list[Report]]:
+        """``fit`` without the assignment of all rows: the centres, and what the host learnt of each iteration."""
+        centers, reports, _ = self._train(self._training_rows(self._rows(x, op, sample_weight), op), op)
+        return centers, reports
 
     def _rows(self, x: Array, op: str, sample_weight: Array | None) -> Rows:
         check_rows(x, op)
         weights = check_weights(sample_weight, op, x.shape[0])
         rows = Rows(x, weights, device=self.device, chunk_rows=self.chunk_rows, group=self.process_group)
         expect(rows.total >= self.n_clusters, op, "x", f"at least n_clusters = {self.n_clusters} rows", f"{rows.total}")
-        if not isinstance(x, Tensor) or reads_data(x):
-            rows.check_finite(op)
-        if weights is not None:
-            weight = float(rows.gather(weights.sum().to(rows.device)).sum())
-            expect(weight > 0, op, "sample_weight", "a sum above 0", weight)
+        rows.survey(op)
         return rows
 
     def _fitted_rows(self, x: Array, op: str) -> Rows:
         if not hasattr(self, "cluster_centers_"):
             raise RuntimeError(f"{op}: call fit first")
         check_rows(x, op, self.cluster_centers_.shape[1])
-        rows = Rows(x, device=self.device, chunk_rows=self.chunk_rows)
-        if not isinstance(x, Tensor) or reads_data(x):
-            rows.check_finite(op)
-        return rows
+        return Rows(x, device=self.device, chunk_rows=self.chunk_rows)
 
-    def _training_rows(self, rows: Rows) -> Rows:
+    def _training_rows(self, rows: Rows, op: str) -> Rows:
         most = rows.total if self.max_points_per_cluster is None else self.n_clusters * self.max_points_per_cluster
         if rows.total <= most:
             return rows
         drawn = np.random.default_rng([self.seed, 0]).choice(rows.total, size=most, replace=False)
-        return rows.subset(np.sort(drawn))
+        training = rows.subset(np.sort(drawn))
+        training.survey(op)
+        return training
 
-    def _train(self, rows: Rows, op: str) -> tuple[Tensor, list[float]]:
-        """The best centres of ``n_init`` fits to the rows, and the objective at each iteration towards them."""
-        if self.engine == "faiss":
-            expect(rows.device.type == "cpu", op, "engine", '"fastproto" on a GPU', self.engine)
-            step = faiss_lloyd(rows, self.spherical)
-        else:
-            step = lloyd(rows, self.spherical, keep_empty=self.empty == "keep")
+    def _train(self, rows: Rows, op: str) -> tuple[Tensor, list[Report], Assignment | None]:
+        """The best centres of ``n_init`` fits to the rows, the way there, and of several fits where the rows belong."""
+        step = (faiss_lloyd if self.engine == "faiss" else lloyd)(rows, self.spherical)
         runs = self.n_init if isinstance(self.init, str) else 1
-        fits = []
-        with self._progress(runs, rows) as bar:
+        best: tuple[Tensor, list[Report], Assignment | None] | None = None
+        lowest = math.inf
+        with self._progress(runs, rows) as show:
+
+            def watch(report: Report) -> None:
+                if not math.isfinite(report.objective):
+                    rows.refuse(op)
+                show(report)
+
             for run in range(runs):
-                centers, history = self._iterate(step, self._start(rows, run, op), rows, op, bar)
-                objective = assign_all(rows, centers, self.spherical).objective if runs > 1 else 0.0
-                fits.append((-objective if self.spherical else objective, run, centers, history))
-        _, _, centers, history = min(fits)
-        return centers, history
+                centers, reports = fit_centers(
+                    step,
+                    self._start(rows, run, op),
+                    n_iter=self.n_iter,
+                    tol=self.tol,
+                    spherical=self.spherical,
+                    split=rows.total if self.empty == "split" else None,
+                    ahead=rows.device.type == "cuda",
+                    watch=watch,
+                )
+                found = assign_all(rows, centers, self.spherical) if runs > 1 else None
+                height = 0.0 if found is None else -found.objective if self.spherical else found.objective
+                if best is None or height < lowest:
+                    best, lowest = (centers, reports, found), height
+        assert best is not None
+        return best
 
     def _start(self, rows: Rows, run: int, op: str) -> Tensor:
         rng = np.random.default_rng([self.seed, 1 + run])
@@ -270,26 +299,18 @@ class KMeans:
             centers = start.plus_plus_centers(rows, self.n_clusters, rng, self.spherical)
         return unit(centers) if self.spherical else centers
 
-    def _iterate(self, step: Step, centers: Tensor, rows: Rows, op: str, bar: Any) -> tuple[Tensor, list[float]]:
-        history: list[float] = []
-        for _ in range(self.n_iter):
-            before = centers
-            centers, objective = step(before)
-            if not math.isfinite(objective):
-                rows.check_finite(op)
-                expect(False, op, "x", "distances that float32 can hold", "larger ones")
-            history.append(objective)
-            if bar is not None:
-                bar.set_postfix_str(f"objective {objective:.6g}", refresh=False)
-                bar.update()
-            settled = len(history) > 1 and abs(history[-2] - objective) <= self.tol * abs(history[-2])
-            if torch.equal(before, centers) or (self.tol > 0 and settled):
-                break
-        return centers, history
-
-    def _progress(self, runs: int, rows: Rows) -> Any:
+    @contextmanager
+    def _progress(self, runs: int, rows: Rows) -> Iterator[Callable[[Report], None]]:
+        """What to call with each report."""
         if not self.progress or rows.rank > 0:
-            return nullcontext()
+            yield lambda report: None
+            return
         from tqdm import tqdm
 
-        return tqdm(total=runs * self.n_iter, desc=f"k-means, {self.n_clusters} clusters", unit="iteration")
+        with tqdm(total=runs * self.n_iter, desc=f"k-means, {self.n_clusters} clusters", unit="iteration") as bar:
+
+            def show(report: Report) -> None:
+                bar.set_postfix_str(f"objective {report.objective:.6g}", refresh=False)
+                bar.update()
+
+            yield show

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastproto.cluster._lloyd import split_empty
+from fastproto.cluster._empty import split_empty
 from fastproto.cluster.kmeans import KMeans
 
 faiss = pytest.importorskip("faiss")
