@@ -3,6 +3,7 @@
   fastproto train [RECIPE] --out RUN [options]    train an encoder without labels, evaluate it before and after
   fastproto eval RUN [--knn] [--linear]           evaluate the encoder of a run
   fastproto report RUN                            write RUN/report.html
+  fastproto cluster EMBEDDINGS --k K --out DIR    k-means of the rows of a .npy, .npz, .parquet or .safetensors file
   fastproto info                                  versions, devices, and which backend runs each operation
 
 RECIPE is a YAML file, or the name of one that comes with the package; without it the packaged recipe for the method
@@ -14,10 +15,11 @@ and the data is taken, where there is one. Options override it: fastproto train 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     command, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
-    commands = {"train": train, "eval": evaluate, "report": report, "info": info}
+    commands = {"train": train, "eval": evaluate, "report": report, "cluster": cluster, "info": info}
     if command in ("", "-h", "--help"):
         print(__doc__.strip())
         return 0 if command else REFUSED
@@ -50,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail(f"fastproto {command}", "interrupted", SIGNALLED + signal.SIGINT)
     except ModuleNotFoundError as error:
-        return fail(f"fastproto {command}", f"{error}: it comes with pip install 'fastproto[train]'", FAILED)
+        extra = f"'fastproto[{'cluster' if command == 'cluster' else 'train'}]'"
+        package = "faiss-cpu" if error.name == "faiss" else extra
+        return fail(f"fastproto {command}", f"{error}: it comes with pip install {package}", FAILED)
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -195,6 +199,39 @@ def report(arguments: Sequence[str]) -> int:
     return 0
 
 
+def cluster(arguments: Sequence[str]) -> int:
+    """``fastproto cluster``: refuses bad input before anything is computed, clusters, prints what came of it."""
+    from fastproto.cluster.command import cluster_file, describe
+
+    about = "Cluster the rows of a file by k-means. DIR gets centres, labels, concentrations, a summary and a picture."
+    parser = Parser("fastproto cluster", description=about)
+    add, whole, count, share = parser.add_argument, at_least(int, 0), at_least(int, 1), at_least(float, 0)
+    add("embeddings", type=Path, help="float rows (N, D): .npy, .npz, .safetensors or .parquet (a column of lists)")
+    add("--k", type=count, required=True, dest="n_clusters", metavar="K", help="number of clusters")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the results, new or empty")
+    add("--overwrite", action="store_true", help="replace the clustering in DIR")
+    add("--key", "--column", metavar="NAME", help="array, tensor or column of the file, where it has several")
+    add("--iterations", type=count, default=20, dest="n_iter", metavar="N", help="at most; default %(default)s")
+    add("--init", default="random", metavar="START", help="random (default), k-means++, or a file of K centres")
+    add("--n-init", type=count, default=1, metavar="N", help="starts, of which the best is kept; default %(default)s")
+    add("--spherical", action="store_true", help="largest inner product, centres of length 1")
+    add("--tol", type=share, default=0.0, metavar="SHARE", help="end once the objective changes by no more than this")
+    add("--max-points-per-cluster", type=count, metavar="N", help="train on so many rows per cluster; default all rows")
+    add("--seed", type=whole, default=0, metavar="N", help="of everything drawn; default %(default)s")
+    add("--engine", choices=("fastproto", "faiss"), default="fastproto", help="default %(default)s")
+    add("--device", help="cpu, cuda or cuda:N; default a GPU where there is one")
+    try:
+        given = vars(parser.parse_args(arguments))
+        path, folder = given.pop("embeddings"), given.pop("out")
+        summary = cluster_file(path, folder, progress=sys.stderr.isatty(), **given)
+    except ValueError as error:
+        return fail("fastproto cluster", error)
+    except OSError as error:
+        return fail("fastproto cluster", error, FAILED)
+    print(describe(summary, folder))
+    return 0
+
+
 def info(arguments: Sequence[str]) -> int:
     """``fastproto info``."""
     from fastproto.info import print_info
@@ -212,6 +249,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
+
+
+def at_least(kind: type[int] | type[float], low: int) -> Callable[[str], float]:
+    """What reads an option that is a number of at least ``low``."""
+
+    def read(text: str) -> float:
+        name = "an integer" if kind is int else "a number"
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not value >= low or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"expected {name} of at least {low}, got {text!r}")
+        return value
+
+    return read
 
 
 def fail(command: str, error: object, code: int = REFUSED) -> int:
