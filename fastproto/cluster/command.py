@@ -102,13 +102,13 @@ def _listed(clusters: Sequence[int], counts: Tensor, phi: Tensor) -> list[dict[s
 
 def describe(summary: dict[str, Any], folder: Path) -> str:
     """The summary in a few lines for people."""
-    sizes, history = summary["sizes"], summary["objective"]
+    sizes, history, iterations = summary["sizes"], summary["objective"], summary["iterations"]
     rows, trained = summary["rows"], summary["training_rows"]
     of = f" of {trained} rows drawn for training" if trained < rows else ""
     lines = {
-        "rows": f"{rows} × {summary['dim']} in {summary['clusters']} clusters, {summary['seconds']:.1f} s",
-        "objective": f"{history[0]:.6g} → {history[-1]:.6g} in {summary['iterations']} iterations{of}",
-        "sizes": f"{sizes['min']} … {sizes['max']}, median {sizes['median']:g}, {summary['empty']} empty",
+        "rows": f"{rows} x {summary['dim']} in {summary['clusters']} clusters, {summary['seconds']:.1f} s",
+        "objective": f"{history[0]:.6g} to {history[-1]:.6g} in {iterations} iteration{'s'[: iterations > 1]}{of}",
+        "sizes": f"{sizes['min']} to {sizes['max']}, median {sizes['median']:g}, {summary['empty']} empty",
         "written": f"{folder}{os.sep} centers.npy, labels.npy, concentration.npy, {SUMMARY}, clusters.png",
     }
     return "\n".join(f"{name:12}{line}" for name, line in lines.items())
