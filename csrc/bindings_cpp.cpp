@@ -8,6 +8,7 @@
 #include "contrast/bind.h"
 #include "crop_resize/bind.h"
 #include "siamese/bind.h"
+#include "update/bind.h"
 
 namespace fastproto {
 namespace baseline { double peak_flops(int threads); }
@@ -43,6 +44,7 @@ PYBIND11_MODULE(_fastproto_C, m) {
     FASTPROTO_DISPATCH_TO(result =, assign_group_centers);
     return result;
   });
+  m.def("update", update_binding([](const Update& args, int threads) { FASTPROTO_DISPATCH(update, args, threads); }));
   m.def("contrast_fwd", contrast_binding([](const Contrast& args, int threads) {
           FASTPROTO_DISPATCH(contrast_fwd, args, threads);
         }));

@@ -50,9 +50,10 @@ std::vector<float> choose_origin(const Assign& args) {
 
 void pack_tile(const Assign& args, Centers& centers, int64_t tile) {
   thread_local std::vector<float> row;
-  thread_local std::vector<int32_t> integers;
-  row.resize(args.D);
-  integers.assign(MR * centers.pairs, 0);
+  thread_local Buffer integers;
+  row.assign(2 * centers.pairs, 0.f);
+  float* packed = integers.take(MR * centers.pairs);
+  std::memset(packed, 0, MR * centers.pairs * sizeof(float));
   for (int m = 0; m < MR; ++m) {
     const int64_t at = tile * MR + m, k = centers.order[at];
     if (k < 0) continue;
@@ -61,21 +62,20 @@ void pack_tile(const Assign& args, Centers& centers, int64_t tile) {
       row[d] = args.centers[k * args.D + d] - centers.origin[d];
       squares += double(row[d]) * row[d];
     }
-    const Quantized c = quantize(row.data(), args.D, centers.pairs, integers.data() + m * centers.pairs);
+    const Quantized c = quantize(row.data(), args.D, packed + m * centers.pairs);
     centers.scale[at] = c.scale;
     centers.bias[at] = args.inner ? 0.f : static_cast<float>(squares / 2);
     centers.length[tile] = std::max(centers.length[tile], c.length);
     centers.residual[tile] = std::max(centers.residual[tile], c.residual);
     centers.offset[tile] = std::max(centers.offset[tile], centers.bias[at]);
   }
-  pack_panels<MR>(reinterpret_cast<const float*>(integers.data()), MR, centers.pairs,
-                  centers.packed.data() + tile * centers.pairs * MR);
+  pack_tall(packed, MR, centers.pairs, centers.packed.data() + tile * centers.pairs * MR);
 }
 
 void pack_centers(const Assign& args, Centers& centers, int threads) {
   centers.tiles = (args.K + MR - 1) / MR;
   centers.groups = (centers.tiles + GROUP - 1) / GROUP;
-  centers.pairs = (args.D + 1) / 2;
+  centers.pairs = round_up(args.D, LANES) / 2;
   centers.origin = choose_origin(args);
   centers.order.assign(centers.tiles * MR, -1);
   centers.group_of.resize(args.K);
@@ -118,10 +118,10 @@ struct Chunk {
 
 void load_chunk(const Assign& args, const Centers& centers, Chunk& chunk) {
   thread_local std::vector<float> shifted;
-  thread_local std::vector<int32_t> integers;
+  thread_local Buffer integers;
   const int64_t D = args.D, size = chunk.size();
-  shifted.resize(D);
-  integers.assign(size * centers.pairs, 0);
+  shifted.assign(2 * centers.pairs, 0.f);
+  float* packed = integers.take(size * centers.pairs);
   chunk.rows.resize(size * D);
   chunk.nearest.clear();
   chunk.nearest.reserve(size);
@@ -132,6 +132,7 @@ void load_chunk(const Assign& args, const Centers& centers, Chunk& chunk) {
   chunk.hope.resize(size * WAITING);
   chunk.waiting_count.assign(size, 0);
   if (args.slack) chunk.square.assign(size, 0.f);
+  std::memset(packed, 0, size * centers.pairs * sizeof(float));
   for (int64_t i = 0; i < chunk.count; ++i) {
     const int64_t n = args.row_order ? args.row_order[chunk.begin + i] : chunk.begin + i;
     float* row = chunk.rows.data() + i * D;
@@ -141,15 +142,14 @@ void load_chunk(const Assign& args, const Centers& centers, Chunk& chunk) {
     chunk.nearest.emplace_back(args, row, length * centers.longest);
     chunk.screened[i] = centers.screened && length <= TOO_LONG;
     if (!chunk.screened[i]) continue;
-    const Quantized x = quantize(shifted.data(), D, centers.pairs, integers.data() + i * centers.pairs);
+    const Quantized x = quantize(shifted.data(), D, packed + i * centers.pairs);
     chunk.scale[i] = x.scale;
     // Not exact, the scores are believed.
     chunk.length[i] = args.exact ? x.length + x.residual : 0.f;
     chunk.doubt[i] = args.exact ? x.residual + ROUNDING * x.length : 0.f;
     if (args.slack) chunk.square[i] = x.length > SHORTEST ? x.length * x.length * (1 - 4 * ROUNDING - D * 0x1p-22f / LANES) : 0.f;
   }
-  float* packed = chunk.packed.take(size * centers.pairs);
-  pack_across(reinterpret_cast<const float*>(integers.data()), size, centers.pairs, packed);
+  pack_across(packed, size, centers.pairs, chunk.packed.take(size * centers.pairs));
   chunk.scores.take(STRETCH * GROUP * size);
 }
 
@@ -193,44 +193,48 @@ void wait(const Centers& centers, Chunk& chunk, int64_t i, int64_t tile, float h
   chunk.hope[i * WAITING + count++] = hope;
 }
 
+// How far the LANES rows from `first` on miss a group whose scores are at most `scores`.
+void keep_miss(const Chunk& chunk, int64_t first, Vec scores, float& miss) {
+  for (int l = 0; l < LANES && first + l < chunk.count; ++l) {
+    // ||x − c||² = |x|² − 2 (<x, c> − |c|² / 2)
+    const float distance = std::sqrt(std::max(0.f, chunk.square[first + l] - 2 * scores[l]));
+    miss = std::min(miss, distance - chunk.own[first + l]);
+  }
+}
+
 // Takes in the scores of some groups for LANES rows from `first` on: which tiles can hold the nearest centre?
 void judge(const Assign& args, const Centers& centers, Chunk& chunk, int64_t first, int64_t group_begin,
            int64_t group_end) {
-  const int64_t panel = first / NR;
+  const int64_t panel = first / NR, size = chunk.size();
   const char* skipped = chunk.skipped.data() + panel * centers.groups;
-  const float* scores = chunk.scores.data() + first;
+  const float* scores = chunk.scores.data() + first - group_begin * GROUP * size;
+  const float *lengths = centers.length.data(), *residuals = centers.residual.data(), *offsets = centers.offset.data();
   const Vec length = load(chunk.length.data() + first), doubt = load(chunk.doubt.data() + first);
   const float rounding = args.exact ? ROUNDING : 0.f;
-  auto score = [&](int64_t tile) { return load(scores + (tile - group_begin * GROUP) * chunk.size()); };
-  auto error = [&](int64_t tile) {
-    return doubt * centers.length[tile] + length * centers.residual[tile] + rounding * centers.offset[tile];
-  };
+  auto error = [=](int64_t tile) { return doubt * lengths[tile] + length * residuals[tile] + rounding * offsets[tile]; };
   Vec certain = load(chunk.certain.data() + first);
+  Vec nearest[STRETCH];
   for (int64_t group = group_begin; group < group_end; ++group) {
-    if (skipped[group]) continue;
-    for (int64_t tile = group * GROUP; tile < std::min(centers.tiles, (group + 1) * GROUP); ++tile)
-      certain = max(certain, score(tile) - error(tile));
+    Vec hope = splat(-INF);
+    const int64_t last = skipped[group] ? 0 : std::min(centers.tiles, (group + 1) * GROUP);
+    for (int64_t tile = group * GROUP; tile < last; ++tile) {
+      const Vec score = load(scores + tile * size), doubted = error(tile);
+      certain = max(certain, score - doubted);
+      hope = max(hope, score + doubted);
+    }
+    nearest[group - group_begin] = hope;
   }
   store(chunk.certain.data() + first, certain);
   unsigned valid = 0;
   for (int l = 0; l < LANES; ++l) valid |= unsigned(chunk.screened[first + l]) << l;
   for (int64_t group = group_begin; group < group_end; ++group) {
     if (skipped[group]) continue;
-    Vec nearest = splat(-INF);
+    if (args.slack) keep_miss(chunk, first, nearest[group - group_begin], chunk.miss[panel * centers.groups + group]);
+    if (!(bits(nearest[group - group_begin] >= certain) & valid)) continue;
     for (int64_t tile = group * GROUP; tile < std::min(centers.tiles, (group + 1) * GROUP); ++tile) {
-      const Vec hope = score(tile) + error(tile);
-      nearest = max(nearest, hope);
-      for (unsigned open = bits(hope >= certain) & valid; open; open &= open - 1) {
-        const int lane = __builtin_ctz(open);
-        wait(centers, chunk, first + lane, tile, hope[lane]);
-      }
-    }
-    if (!args.slack) continue;
-    // ||x − c||² = |x|² − 2 (<x, c> − |c|² / 2)
-    float& miss = chunk.miss[panel * centers.groups + group];
-    for (int l = 0; l < LANES && first + l < chunk.count; ++l) {
-      const float distance = std::sqrt(std::max(0.f, chunk.square[first + l] - 2 * nearest[l]));
-      miss = std::min(miss, distance - chunk.own[first + l]);
+      const Vec hope = load(scores + tile * size) + error(tile);
+      for (unsigned open = bits(hope >= certain) & valid; open; open &= open - 1)
+        wait(centers, chunk, first + __builtin_ctz(open), tile, hope[__builtin_ctz(open)]);
     }
   }
 }

@@ -71,6 +71,8 @@ inline unsigned bits(IntVec truth) {
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+typedef int16_t ShortVec __attribute__((vector_size(LANES * 2)));
+
 // A row in integers.
 struct Quantized {
   float scale;     // s; 0 for a row of zeros
@@ -80,29 +82,36 @@ struct Quantized {
 
 constexpr float SHORTEST = 1e-15f;  // the squares of shorter rows might vanish: their length counts as this
 
-// Writes the row as `pairs` pairs of 16 bits, the last one padded with 0.
-inline Quantized quantize(const float* x, int64_t D, int64_t pairs, int32_t* out) {
-  float largest = 0;
-  for (int64_t d = 0; d < D; ++d) largest = std::max(largest, std::fabs(x[d]));
-  // No shorter than the row: the sum of D / LANES squares a lane is that far off at most.
-  const float length = std::sqrt(dot(x, x, D)) * (1 + (D / LANES + 8) * 0x1p-24f);
+// Writes the row in 16 bits a number. Its D, and that of `out`, is padded with zeros to whole vectors.
+inline Quantized quantize(const float* x, int64_t D, void* out) {
+  const int64_t padded = round_up(D, LANES);
+  char* next = static_cast<char*>(out);
+  Vec largest_abs{}, squared{};
+  for (int64_t d = 0; d < padded; d += LANES) {
+    const Vec v = load(x + d);
+    largest_abs = max(largest_abs, max(v, -v));
+    squared += v * v;
+  }
+  const float largest = fastproto::FASTPROTO_ISA::largest(largest_abs);
   if (largest == 0) {
-    std::fill(out, out + pairs, 0);
+    std::memset(out, 0, padded * sizeof(int16_t));
     return {0, 0, 0};
   }
+  // No shorter than the row: a sum of D / LANES squares per lane is that far off at most.
+  const float length = std::sqrt(sum(squared)) * (1 + (D / LANES + 8) * 0x1p-24f);
   // |q| ≤ |x| / s + √D / 2 ≤ 2^15.5, with room for the rounding of these floats.
-  const float most = 46300.f - std::sqrt(static_cast<float>(D));
-  const float scale = std::max(length / std::max(most, 1.f), largest / 32767.f), inverse = 1.f / scale;
-  float squares = 0;
-  int16_t* q = reinterpret_cast<int16_t*>(out);
-  for (int64_t d = 0; d < D; ++d) {
-    const float rounded = (x[d] * inverse + 12582912.f) - 12582912.f;  // 1.5 · 2^23: to the nearest integer
-    const float rest = x[d] - rounded * scale;
-    q[d] = static_cast<int16_t>(rounded);
-    squares += rest * rest;
+  const float most = std::max(1.f, 46300.f - std::sqrt(static_cast<float>(D)));
+  const float scale = std::max(length / most, largest / 32767.f), inverse = 1.f / scale;
+  Vec squared_rest{};
+  for (int64_t d = 0; d < padded; d += LANES) {
+    const Vec v = load(x + d), rounded = (v * inverse + 12582912.f) - 12582912.f;  // 1.5 · 2^23: to the nearest integer
+    const Vec rest = v - rounded * scale;
+    squared_rest += rest * rest;
+    const ShortVec q = __builtin_convertvector(__builtin_convertvector(rounded, IntVec), ShortVec);
+    std::memcpy(next, &q, sizeof q);
+    next += sizeof q;
   }
-  if (D % 2) q[D] = 0;
-  return {scale, std::max(length, SHORTEST), std::max(std::sqrt(squares), SHORTEST)};
+  return {scale, std::max(length, SHORTEST), std::max(std::sqrt(sum(squared_rest)), SHORTEST)};
 }
 
 // best[n] = max over the tile's centres of <x_n, c> − bias, of NR rows: one panel, (pairs, NR), by one tile, (pairs, MR).

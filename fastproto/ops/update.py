@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastproto import _native
 from fastproto._check import INTEGERS, expect, expect_tensor, reads_data
-from fastproto.ops._dispatch import Op
+from fastproto.ops._dispatch import DTYPE_CODES, Op
 from fastproto.reference import update as reference
 from fastproto.reference.update import round_to_grid as round_to_grid
 from fastproto.reference.update import rounder as rounder
@@ -67,10 +68,29 @@ def expect_labels(labels: Tensor, num_clusters: int, op: str) -> None:
         expect(low >= -1 and high < num_clusters, op, "labels", f"-1 ... {num_clusters - 1}", f"{low} ... {high}")
 
 
+def _cpp(
+    x: Tensor, labels: Tensor, num_clusters: int, weights: Tensor | None, rounders: Tensor
+) -> tuple[Tensor, Tensor]:
+    if x.dtype == torch.float64:
+        return reference.update(x, labels, num_clusters, weights, rounders)
+    assert _native.cpp is not None
+    x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    sums, counts = (total.zero_() for total in _fake(x, labels, num_clusters))
+    weights = None if weights is None else weights.double().contiguous()
+    tensors = (x, labels.contiguous(), weights, rounders, sums, counts)
+    _native.cpp.update(
+        (len(x), num_clusters, x.shape[1], x.stride(0), DTYPE_CODES[x.dtype]),
+        [0 if tensor is None else tensor.data_ptr() for tensor in tensors],
+        torch.get_num_threads(),
+    )
+    return sums, counts
+
+
 _op = Op(
     "update",
     "(Tensor x, Tensor labels, int num_clusters, Tensor? weights, Tensor rounders) -> (Tensor, Tensor)",
     reference=reference.update,
+    cpp=_cpp,
 )
 
 

@@ -1,0 +1,29 @@
+// Sums and counts of the rows that carry each label, on a grid: what the CPU kernel takes.
+//
+//   sums_k = Σ_{n: label_n = k} [w_n x_n]        counts_k = Σ_{n: label_n = k} [w_n]        [v] = (v + r) − r
+//
+// The rounder r is so large that float64 adds up multiples of its resolution without an error, in any order.
+// N rows, K clusters, D dimensions. Rows labelled −1 are left out.
+#pragma once
+
+#include <cstdint>
+
+namespace fastproto {
+
+struct Update {
+  int64_t N, K, D;
+  const void* x;          // (N, D), row stride stride_x
+  int64_t stride_x;
+  int x_dtype;
+  const int64_t* label;   // (N,)
+  const double* weight;   // (N,); null: 1
+  const double* rounder;  // (2,) of w x and of w
+  double* sums;           // (K, D), zeros
+  double* counts;         // (K,), zeros
+};
+
+namespace baseline { void update(const Update& args, int threads); }
+namespace avx2 { void update(const Update& args, int threads); }
+namespace avx512 { void update(const Update& args, int threads); }
+
+}  // namespace fastproto
