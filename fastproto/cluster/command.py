@@ -106,7 +106,7 @@ def describe(summary: dict[str, Any], folder: Path) -> str:
     rows, trained = summary["rows"], summary["training_rows"]
     of = f" of {trained} rows drawn for training" if trained < rows else ""
     lines = {
-        "rows": f"{rows} x {summary['dim']} in {summary['clusters']} clusters, {summary['seconds']:.1f} s",
+        "rows": f"{rows} x {summary['dim']}, K = {summary['clusters']}, {summary['seconds']:.1f} s",
         "objective": f"{history[0]:.6g} to {history[-1]:.6g} in {iterations} iteration{'s'[: iterations > 1]}{of}",
         "sizes": f"{sizes['min']} to {sizes['max']}, median {sizes['median']:g}, {summary['empty']} empty",
         "written": f"{folder}{os.sep} centers.npy, labels.npy, concentration.npy, {SUMMARY}, clusters.png",

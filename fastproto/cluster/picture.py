@@ -44,8 +44,9 @@ def _sizes(axes: Axes, counts: np.ndarray) -> None:
         axes.set_xscale("log")
     else:
         edges = np.linspace(low, high + 1, BARS + 1)
-    # Sizes are whole: of several edges between two of them one is enough.
-    axes.hist(filled, np.unique(np.ceil(edges)).tolist())
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    # Sizes are whole: of several edges between two of them one is enough, half way.
+    axes.hist(filled, (np.unique(np.ceil(edges)) - 0.5).tolist())
     empty = len(counts) - len(filled)
     axes.set(title="Sizes" + (f" ({empty} empty)" if empty else ""), xlabel="rows in a cluster", ylabel="clusters")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -56,12 +57,13 @@ def _map(axes: Axes, centers: np.ndarray, counts: np.ndarray, concentration: np.
     shown = np.argsort(-counts, kind="stable")[:MAPPED_CLUSTERS]
     place, size = plane(centers[shown]), counts[shown]
     # Discs of one another's sum cover a fixed share of the frame, whatever the number of clusters.
-    area = 12000 * size / size.sum()
+    area = np.clip(12000 * size / size.sum(), 3, 800)
     x, y, phi = place[:, 0], place[:, 1], concentration[shown]
-    discs = axes.scatter(x, y, area.clip(min=3), phi, cmap="viridis", alpha=0.7, linewidths=0)
+    discs = axes.scatter(x, y, area, phi, cmap="viridis", alpha=0.7, linewidths=0)
     title = f"The {len(shown)} largest clusters" if len(counts) > len(shown) else "Centres"
     axes.set(title=f"{title}, principal components", xticks=[], yticks=[])
     axes.set_aspect("equal", adjustable="datalim")
+    axes.margins(0.1)
     axes.figure.colorbar(discs, ax=axes, label="concentration φ (small: tight)")
 
 

@@ -134,9 +134,10 @@ def test_the_summary_is_of_what_was_written(tmp_path: Path, capsys: pytest.Captu
     assert printed.err == ""
     assert printed.out.isascii()
     first, objective, spread, written = printed.out.splitlines()
-    assert first.startswith("rows        320 x 7 in 14 clusters, ")
+    assert first.startswith("rows        320 x 7, K = 14, ")
     assert objective.endswith(f" to {summary['objective'][-1]:.6g} in 4 iterations")
-    assert spread == f"sizes       {sizes.min()} to {sizes.max()}, median {np.median(sizes):g}, {summary['empty']} empty"
+    empty = (sizes == 0).sum()
+    assert spread == f"sizes       {sizes.min()} to {sizes.max()}, median {np.median(sizes):g}, {empty} empty"
     assert written.startswith(f"written     {out}")
 
 
