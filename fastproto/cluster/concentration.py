@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from fastproto._check import INTEGERS, expect, expect_tensor
-from fastproto.cluster._sums import sum_rows
 from fastproto.ops.update import expect_labels, update
 
 TEMPERATURE = 0.2
 ALPHA = 10.0
+# Of torch.cdist: differences and not a matrix product, which loses the digits of distances small beside the rows.
+EXACT = "donot_use_mm_for_euclid_dist"
 # What stays in a CPU's cache, what fills a GPU.
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
 
@@ -63,13 +64,13 @@ def concentration(
 
 def radii(x: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
     """||x_n - c_label|| (N,) float64. The same bits whatever rows stand beside a row."""
-    out = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     chunk = max(1, CHUNK_ELEMENTS[x.device.type] // x.shape[1])
-    for start in range(0, len(x), chunk):
-        here = slice(start, start + chunk)
-        center_nd = centers[labels[here].clamp(min=0)].double()
-        out[here] = sum_rows(center_nd.sub_(x[here]).square_()).sqrt_()
-    return out
+    parts = [
+        # N matrices of one row each: cdist takes their differences, without an N x D matrix of them.
+        torch.cdist(x_nd.double()[:, None], centers[label_n.clamp(min=0)].double()[:, None], compute_mode=EXACT)
+        for x_nd, label_n in zip(x.split(chunk), labels.split(chunk), strict=True)
+    ]
+    return torch.cat(parts)[:, 0, 0]
 
 
 def from_radii(radii: Tensor, counts: Tensor, temperature: float = TEMPERATURE, alpha: float = ALPHA) -> Tensor:

@@ -13,7 +13,7 @@ from fastproto._check import expect, expect_tensor, expect_type
 from fastproto.cluster._lloyd import unit
 from fastproto.cluster._rows import Rows
 from fastproto.cluster._stream import Array, as_tensor
-from fastproto.cluster._sums import squared_distances
+from fastproto.cluster.concentration import CHUNK_ELEMENTS, EXACT
 
 METHODS = ("random", "k-means++")
 
@@ -48,7 +48,7 @@ def plus_plus_centers(rows: Rows, count: int, rng: np.random.Generator, spherica
             break
         center = unit(centers[k : k + 1])[0] if spherical else centers[k]
         for here, x, _ in rows.chunks():
-            distance = squared_distances(x, center, None if scale is None else scale[here])
+            distance = _squared_distances(x, center, None if scale is None else scale[here])
             nearest[here] = distance if k == 0 else torch.minimum(nearest[here], distance)
     return centers
 
@@ -58,8 +58,20 @@ def _inverse_norms(rows: Rows) -> Tensor:
     squares = torch.ones(rows.local, dtype=rows.dtype, device=rows.device)
     origin = squares.new_zeros(rows.dim)
     for here, x, _ in rows.chunks():
-        squares[here] = squared_distances(x, origin)
+        squares[here] = _squared_distances(x, origin)
     return torch.where(squares > 0, squares, 1).sqrt().reciprocal()
+
+
+def _squared_distances(x: Tensor, center: Tensor, scale: Tensor | None = None) -> Tensor:
+    """||s_n x_n - c||² (n,) in the dtype of ``center``. The same bits whatever rows stand beside a row."""
+    chunk = max(1, CHUNK_ELEMENTS[x.device.type] // x.shape[1])
+    parts = []
+    for start in range(0, len(x), chunk):
+        x_nd = x[start : start + chunk].to(center.dtype)
+        if scale is not None:
+            x_nd = x_nd * scale[start : start + chunk, None]
+        parts.append(torch.cdist(x_nd, center[None], compute_mode=EXACT)[:, 0])
+    return torch.cat(parts).square_()
 
 
 def _draw(rows: Rows, chances: Tensor, rng: np.random.Generator) -> int:
@@ -69,9 +81,11 @@ def _draw(rows: Rows, chances: Tensor, rng: np.random.Generator) -> int:
     rows are divided into ranks, so the same ticket belongs to the same row.
     """
     chances = chances.double() if rows.weights is None else chances * rows.weights
+    # Rows whose distance float32 cannot hold are refused when the first iteration finds them.
+    chances = chances.clamp(max=torch.finfo(torch.float32).max)
     largest = rows.max(chances.max() if rows.local else chances.new_zeros(()))
     # All ranks' tickets stay below 2^62. Where no row has a chance, each gets one ticket.
-    tickets = torch.ldexp(chances, 62 - rows.total.bit_length() - torch.frexp(largest).exponent).long()
+    tickets = (chances / largest * 2.0 ** (62 - rows.total.bit_length())).long()
     ends = torch.where(largest > 0, tickets, 1).cumsum(0)
     totals = rows.gather(ends[-1] if rows.local else ends.new_zeros(()))
     ticket = (rng.random() * totals.sum().double()).long().clamp(max=totals.sum() - 1) - totals[: rows.rank].sum()

@@ -18,6 +18,7 @@ from fastproto.cluster._fit import Report, fit_centers
 from fastproto.cluster._lloyd import Assignment, assign_all, lloyd, unit
 from fastproto.cluster._rows import Rows, check_rows, check_weights
 from fastproto.cluster._stream import Array
+from fastproto.cluster.concentration import EXACT
 from fastproto.ops.assign import METRICS, assign
 
 PRECISIONS = ("exact", "fast")
@@ -217,7 +218,7 @@ class KMeans:
         centers = self.cluster_centers_.to(rows.device).double()
         # Distances to the median instead of to zero: a common offset takes no digits.
         origin = centers.median(0).values
-        mode = "donot_use_mm_for_euclid_dist" if dtype == torch.float64 else "use_mm_for_euclid_dist"
+        mode = EXACT if dtype == torch.float64 else "use_mm_for_euclid_dist"
         distances = torch.zeros(rows.local, self.n_clusters, dtype=dtype, device=rows.home)
         finite = torch.ones((), dtype=torch.bool, device=rows.device)
         for here, chunk, _ in rows.chunks():

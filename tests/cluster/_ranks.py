@@ -18,7 +18,7 @@ def attributes(kmeans: KMeans) -> dict:
 
 
 def main(folder: Path, rank: int, bounds: list[int]) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(1 + rank % 2)
     world = len(bounds) - 1
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
     group = dist.group.WORLD
@@ -27,7 +27,8 @@ def main(folder: Path, rank: int, bounds: list[int]) -> None:
     found = []
     for case in cases["kmeans"]:
         weights = cases["weights"][mine] if case.pop("weighted", False) else None
-        found.append(attributes(KMeans(**case, process_group=group).fit(cases["x"][mine], weights)))
+        rows = cases["x"][mine].to(case.pop("dtype", torch.float32))
+        found.append(attributes(KMeans(**case, process_group=group).fit(rows, weights)))
     bank = PrototypeBank(len(cases["x"]), cases["x"].shape[1], **cases["bank"], process_group=group)
     bank.update(cases["x"][mine])
     bank.update(-cases["x"][mine])

@@ -80,10 +80,17 @@ def test_rows_of_nan_or_infinity_are_counted_and_named(chunk_rows: int | None) -
         kmeans_assign(x[:2], x[5:7])
     with pytest.raises(ValueError, match=r"KMeans.fit: x expected distances that float32 can hold, got larger ones"):
         KMeans(2).fit(torch.randn(10, 3) * 1e25)
+    with pytest.raises(ValueError, match=r"KMeans.fit: x expected distances that float32 can hold, got larger ones"):
+        KMeans(4, init="k-means++").fit(torch.randn(10, 3) * 1e25, torch.rand(10))
+    with pytest.raises(ValueError, match=f"KMeans.transform: {message}"):
+        KMeans(2, chunk_rows=chunk_rows).fit(x[:5]).transform(x)
+    with pytest.raises(ValueError, match=r"KMeans.predict: x expected distances that float32 can hold, got larger"):
+        KMeans(2).fit(x[:5]).predict(x[:5] * 1e25)
 
 
 def test_rows_of_nan_are_refused_even_where_checks_read_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastproto.cluster.kmeans.reads_data", lambda tensor: False)
+    for module in ("kmeans", "_rows"):
+        monkeypatch.setattr(f"fastproto.cluster.{module}.reads_data", lambda tensor: False)
     x = torch.randn(10, 3)
     x[6, 1] = torch.nan
     for init in ("random", "k-means++"):
