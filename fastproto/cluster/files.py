@@ -54,8 +54,9 @@ def _parquet(path: Path, key: str | None) -> np.ndarray:
     def is_list(kind: Any) -> bool:
         return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
+    # Mapped: read, a row group's whole column would lie in memory beside the array.
     with _parsing(path):
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, memory_map=True)
     with file:
         schema = file.schema_arrow
         lists = [field.name for field in schema if is_list(field.type)]
