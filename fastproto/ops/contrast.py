@@ -185,28 +185,33 @@ class _Contrast(torch.autograd.Function):
         args = (features, keys, targets, scale, bias, groups, key_groups)
         loss, lse, dx, *stats = _fwd(*args, normalize, need_dx, need_stats)
         if divisor is not None:
-            loss, dx = loss.sum() / divisor, dx / divisor
+            loss = loss.sum() / divisor
         ctx.normalize, ctx.symmetric, ctx.dtype = normalize, symmetric, features.dtype
         # A tensor is for autograd to keep, a number is not.
         ctx.divisor = None if isinstance(divisor, Tensor) else divisor
-        for_keys = (lse, divisor if isinstance(divisor, Tensor) else None, *args)
-        ctx.save_for_backward(dx, *(for_keys if need_backward else ()))
+        for_keys = (lse, *args) if need_backward else ()
+        ctx.save_for_backward(dx, divisor if isinstance(divisor, Tensor) else None, *for_keys)
         ctx.mark_non_differentiable(lse, *stats)
+        # No zeros as upstream gradients of what has none. The compiler makes none, and does not know the method.
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)
         return loss, lse, *stats
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        dx, *for_keys = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor | None] = [None] * 11
+        if grad is None:
+            return tuple(gradients)
+        dx, divisor, *for_keys = ctx.saved_tensors
+        divisor = ctx.divisor if divisor is None else divisor
+        grad = grad if divisor is None else grad / divisor
         if ctx.needs_input_grad[0] and not ctx.symmetric:
             gradients[0] = ((grad[:, None] if grad.ndim else grad) * dx).to(ctx.dtype)
         if for_keys:
-            lse, divisor, *args = for_keys
-            divisor = ctx.divisor if divisor is None else divisor
-            grad = grad if divisor is None else (grad / divisor).expand(lse.shape).contiguous()
+            lse, *args = for_keys
             # Of keys, or the rows that they are, scale and bias: arguments 1 or 0, 3 and 4.
-            results = _bwd_keys(*args, ctx.normalize, ctx.symmetric, lse, grad)
+            results = _bwd_keys(*args, ctx.normalize, ctx.symmetric, lse, grad.expand(lse.shape).contiguous())
             for i, gradient in zip((0 if ctx.symmetric else 1, 3, 4), results, strict=True):
                 if ctx.needs_input_grad[i]:
                     gradients[i] = gradient.to(args[i].dtype)

@@ -124,6 +124,37 @@ def test_only_the_loss_and_only_what_asks_has_a_gradient() -> None:
     assert not contrast(**frozen).loss.requires_grad
 
 
+class NoGradient(torch.autograd.Function):
+    """x, and no upstream gradient for what made it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+def test_no_upstream_gradient_gives_none() -> None:
+    arguments = problem(5, 7, 3)
+    leaves = [arguments[name] for name in ("features", "keys", "scale", "bias")]
+    loss = NoGradient.apply(contrast(**arguments).loss).sum()
+    assert torch.autograd.grad(loss, leaves, allow_unused=True) == (None,) * 4
+
+
+@pytest.mark.parametrize("divisor", [None, 5.0, torch.tensor(5.0)])
+def test_a_second_backward_pass_gives_the_same_and_a_second_derivative_is_refused(divisor: float | None) -> None:
+    arguments = problem(5, 7, 3)
+    leaves = [arguments[name] for name in ("features", "keys", "scale", "bias")]
+    loss = contrast(**arguments, divisor=divisor).loss.square().sum()
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves, create_graph=True)
+    assert all(map(torch.equal, first, again))
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        again[0].sum().backward()
+
+
 def test_the_target_is_seen_in_its_own_group() -> None:
     features, keys = torch.randn(4, 3), torch.randn(6, 3)
     everyone = {"groups": torch.zeros(4, dtype=torch.int32), "key_groups": torch.zeros(6, dtype=torch.int32)}
