@@ -59,8 +59,9 @@ def _parquet(path: Path, key: str | None) -> np.ndarray:
         file = pq.ParquetFile(path, memory_map=True)
     with file:
         schema = file.schema_arrow
-        lists = [field.name for field in schema if is_list(field.type)]
-        name = _choose(path, "a column of lists", lists, schema.names, key)
+        lists = [field for field in schema if is_list(field.type)]
+        floats = [field for field in lists if pa.types.is_floating(field.type.value_type)]
+        name = _choose(path, "a column of lists", [field.name for field in floats or lists], schema.names, key)
         kind = schema.field(name).type
         fits = is_list(kind) and pa.types.is_floating(kind.value_type)
         expect(fits, str(path), name, "lists of float16, float32 or float64", str(kind))

@@ -31,7 +31,7 @@ def lists(rows: np.ndarray, kind: pa.DataType) -> pa.Array:
 
 
 def save(path: Path, rows: np.ndarray) -> Path:
-    """The rows as the extension of the path says; parquet and archives hold ids beside them."""
+    """The rows as the extension of the path says; some hold more beside them."""
     if path.suffix == ".npy":
         np.save(path, rows)
     elif path.suffix == ".npz":
@@ -40,7 +40,8 @@ def save(path: Path, rows: np.ndarray) -> Path:
         save_file({"rows": torch.from_numpy(rows), "ids": torch.arange(len(rows))}, path)
     else:
         kind = pa.from_numpy_dtype(rows.dtype)
-        table = pa.table({"id": np.arange(len(rows)), "rows": lists(rows, pa.list_(kind, rows.shape[1]))})
+        beside = {"id": np.arange(len(rows)), "tokens": [[1, 2]] * len(rows)}
+        table = pa.table(beside | {"rows": lists(rows, pa.list_(kind, rows.shape[1]))})
         pq.write_table(table, path, row_group_size=70)
     return path
 
