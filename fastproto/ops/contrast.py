@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastproto import _native
 from fastproto._check import FLOATS, INTEGERS, expect, expect_tensor, expect_type, reads_data
-from fastproto.ops._dispatch import DTYPE_CODES, Op
+from fastproto.ops._dispatch import DTYPE_CODES, Op, once_differentiable
 from fastproto.reference import contrast as reference
 
 
@@ -71,7 +71,7 @@ def _launch(
     sizes = (len(features), *keys.shape, features.stride(0), keys.stride(0))
     getattr(_native.cpp, name)(
         (*sizes, DTYPE_CODES[features.dtype], DTYPE_CODES[keys.dtype], normalize, symmetric),
-        [0 if t is None or not t.numel() else t.data_ptr() for t in tensors],
+        [0 if t is None else t.data_ptr() for t in tensors],
         torch.get_num_threads(),
     )
 
@@ -198,7 +198,7 @@ class _Contrast(torch.autograd.Function):
         return loss, lse, *stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor | None] = [None] * 11
         if grad is None:
@@ -329,7 +329,7 @@ def contrast_unchecked(
     targets = targets.long() if ignore_index == -1 else torch.where(targets == ignore_index, -1, targets.long())
     if not isinstance(scale, Tensor):
         dtype = torch.promote_types(keys.dtype, torch.float32)
-        scale = torch.full((len(keys),), float(scale), dtype=dtype, device=keys.device)
+        scale = keys.new_full((len(keys),), float(scale), dtype=dtype)
     if groups is not None and key_groups is not None:
         groups, key_groups = groups.long().contiguous(), key_groups.long().contiguous()
         key_groups = key_groups.view_as(key_groups) if key_groups is groups else key_groups

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastproto.ops._dispatch import OPS, Op
+from fastproto.ops._dispatch import OPS, Op, once_differentiable
 from fastproto.ops.contrast import outputs, unit_inputs
 from fastproto.reference import contrast as reference
 
@@ -116,7 +116,7 @@ class _ContrastSets(torch.autograd.Function):
         return loss if divisor is None else loss.sum(1) / divisor
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, divisor, *for_keys = ctx.saved_tensors
         need_x, _, need_a, need_b, _, _, *need_keys = ctx.needs_input_grad

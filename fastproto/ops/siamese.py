@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastproto import _native
 from fastproto._check import FLOATS, INTEGERS, expect_tensor
-from fastproto.ops._dispatch import DTYPE_CODES, Op
+from fastproto.ops._dispatch import DTYPE_CODES, Op, once_differentiable
 from fastproto.ops.contrast import _rows, expect_index
 from fastproto.reference import siamese as reference
 
@@ -195,7 +195,7 @@ class _Pairs(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         slope, *args = ctx.saved_tensors
         need_a, need_b, _, need_w, need_beta = ctx.needs_input_grad
@@ -229,7 +229,7 @@ class _AllPairs(torch.autograd.Function):
         return mean
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         slope, share, *args = ctx.saved_tensors
         gradients: list[Tensor | None] = [None] * 6
