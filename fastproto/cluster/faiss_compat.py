@@ -1,72 +1,58 @@
-"""k-means with the names of faiss.Kmeans: change the import, keep the code. faiss itself is not needed."""
+"""k-means with faiss's names: ``import fastproto.cluster.faiss_compat as faiss``, and keep the code.
+
+``Kmeans`` is faiss's Python class; ``Clustering`` on an index is what the scripts of PCL and DeepCluster call. faiss
+itself is not needed. The iterations and the splitting of empty clusters are faiss's: from the same start come the same
+centroids up to rounding. Rows that are drawn (the start, subsets) are others than faiss draws from the same seed, redos
+are compared by their final centroids, and weights count in the objective.
+"""
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fastproto._check import expect
-from fastproto.cluster._rows import Rows, check_rows
-from fastproto.cluster.kmeans import KMeans
+from fastproto.cluster import _faiss_clustering as clustering
+from fastproto.cluster import _faiss_flat as flat
 
-
-class FlatIndex:
-    """The centroids, as the index that faiss keeps beside them: search for the nearest one."""
-
-    def __init__(self, d: int, metric: str, device: torch.device) -> None:
-        self.d, self.metric, self.device = d, metric, device
-        self.vectors: Tensor | None = None
-
-    @property
-    def ntotal(self) -> int:
-        return 0 if self.vectors is None else len(self.vectors)
-
-    def search(self, x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Distances (N, 1) float32 and indices (N, 1) int64 of the nearest vector: squared L2, or inner product.
-
-        Raises:
-            RuntimeError: before ``train``.
-            ValueError: ``k`` is not 1, or ``x`` is not (N, d).
-        """
-        op = "faiss_compat.Kmeans.index.search"
-        expect(k == 1, op, "k", "1", k)
-        if self.vectors is None:
-            raise RuntimeError(f"{op}: call train first")
-        labels, distance = Rows(_float32(x, op, self.d), device=self.device).nearest(self.vectors, self.metric, op)
-        return distance.numpy()[:, None], labels.numpy()[:, None]
+Clustering = clustering.Clustering
+ClusteringIterationStats = clustering.ClusteringIterationStats
+ClusteringParameters = clustering.ClusteringParameters
+ClusteringInitMethod_KMEANS_PLUS_PLUS = clustering.ClusteringInitMethod_KMEANS_PLUS_PLUS
+ClusteringInitMethod_RANDOM = clustering.ClusteringInitMethod_RANDOM
+GpuIndexFlatConfig = flat.GpuIndexFlatConfig
+GpuIndexFlatIP = flat.GpuIndexFlatIP
+GpuIndexFlatL2 = flat.GpuIndexFlatL2
+IndexFlatIP = flat.IndexFlatIP
+IndexFlatL2 = flat.IndexFlatL2
+StandardGpuResources = flat.StandardGpuResources
+copy_array_to_vector = flat.copy_array_to_vector
+vector_to_array = flat.vector_to_array
 
 
 class Kmeans:
     """fastproto's k-means behind the interface of ``faiss.Kmeans``: numpy float32 in, numpy out.
 
-    The same iterations and the same splitting of empty clusters as faiss: from the same ``init_centroids`` come the
-    same centroids up to rounding. Rows that are drawn (the start, subsets) are others than faiss draws from the
-    same seed, and redos are compared by their final centroids.
-
     Args:
         d: dimension of the vectors.
         k: number of centroids.
-        niter: iterations.
-        nredo: fits from different starts, of which the best is kept.
-        verbose: shows a progress bar.
-        spherical: inner product, centroids of unit length.
         gpu: False for the CPU; True, -1 or a number for the current CUDA device (one, whatever the number).
-        seed: of everything drawn.
-        min_points_per_centroid: fewer training vectors per centroid cause a warning.
-        max_points_per_centroid: of more, that many per centroid are drawn for training.
+        **parameters: fields of ``ClusteringParameters``: niter=25, nredo=1, verbose, spherical, seed=1234,
+            min_points_per_centroid=39, max_points_per_centroid=256, init_method, early_stop_threshold, ...
 
     Attributes:
         centroids: (k, d) float32, None before ``train``.
         obj: objective of each iteration of the kept fit, None before ``train``. There are fewer than ``niter`` where
             the last one changed nothing.
+        iteration_stats: for each of them a dict of obj, time, imbalance_factor and nsplit, None before ``train``.
         index: the centroids, with ``index.search(x, 1)``.
+        cp: the parameters, which may be set before ``train``.
 
     Raises:
-        ValueError: an option out of range; ``gpu`` where there is no CUDA device.
+        TypeError: a parameter that faiss does not have.
+        ValueError: a parameter out of range or not supported; ``gpu`` where there is no CUDA device.
 
     Example:
         >>> import numpy as np
@@ -83,39 +69,27 @@ class Kmeans:
     defaults of faiss 1.15.
     """
 
-    def __init__(
-        self,
-        d: int,
-        k: int,
-        *,
-        niter: int = 25,
-        nredo: int = 1,
-        verbose: bool = False,
-        spherical: bool = False,
-        gpu: bool | int = False,
-        seed: int = 1234,
-        min_points_per_centroid: int = 39,
-        max_points_per_centroid: int = 256,
-    ) -> None:
+    def __init__(self, d: int, k: int, *, gpu: bool | int = False, **parameters: Any) -> None:
         op = "faiss_compat.Kmeans"
         expect(d >= 1, op, "d", "at least 1", d)
-        available = not gpu or torch.cuda.is_available()
-        expect(available, op, "gpu", "False where torch finds no CUDA device", gpu)
-        self.d, self.k, self.gpu = int(d), int(k), gpu
-        self.min_points_per_centroid = min_points_per_centroid
-        self.options: dict[str, Any] = {
-            "n_iter": niter,
-            "n_init": nredo,
-            "progress": verbose,
-            "spherical": spherical,
-            "seed": seed,
-            "max_points_per_cluster": max_points_per_centroid,
-            "device": "cuda" if gpu else "cpu",
-        }
-        KMeans(self.k, **self.options)
-        self.index = FlatIndex(self.d, "ip" if spherical else "l2", torch.device(self.options["device"]))
+        steps = parameters.pop("progressive_dim_steps", None)
+        expect(steps is None, op, "progressive_dim_steps", "None: it is not supported", steps)
+        expect(not gpu or torch.cuda.is_available(), op, "gpu", "False where torch finds no CUDA device", gpu)
+        self.gpu, self.cp = gpu, ClusteringParameters(**parameters)
+        self.cp.kmeans(k, op)
+        device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        self.index = flat.FlatIndex(d, "ip" if self.cp.spherical else "l2", device)
+        self.d, self.k = int(d), int(k)
+        self.reset()
+
+    def reset(self, k: int | None = None) -> None:
+        """Forgets what was trained; ``k`` changes the number of centroids."""
+        if k is not None:
+            self.k = int(k)
         self.centroids: np.ndarray | None = None
         self.obj: np.ndarray | None = None
+        self.iteration_stats: list[dict[str, float]] | None = None
+        self.index.reset()
 
     def train(
         self,
@@ -133,26 +107,16 @@ class Kmeans:
         Raises:
             ValueError: sizes do not fit, NaN or infinity in ``x``, negative weights.
         """
-        op = "faiss_compat.Kmeans.train"
-        x = _float32(x, op, self.d)
-        if len(x) < self.k * self.min_points_per_centroid:
-            wanted = f"{self.k * self.min_points_per_centroid} training vectors for {self.k} centroids"
-            warnings.warn(f"{op}: please provide at least {wanted}, got {len(x)}", stacklevel=2)
-        weights = None if weights is None else np.asarray(weights, dtype=np.float32)
-        init = "random" if init_centroids is None else np.asarray(init_centroids, dtype=np.float32)
-        centers, reports = KMeans(self.k, init=init, **self.options).find_centers(x, weights, op)
-        history = [report.objective for report in reports]
-        self.centroids, self.obj = centers.cpu().numpy(), np.array(history)
-        self.index.vectors = centers
-        return history[-1]
+        fit = Clustering(self.d, self.k, self.cp)
+        if init_centroids is not None:
+            copy_array_to_vector(flat.float32(init_centroids, "faiss_compat.Kmeans.train", self.d), fit.centroids)
+        fit.train(x, self.index, weights)
+        self.centroids = vector_to_array(fit.centroids).reshape(self.k, self.d)
+        self.obj = vector_to_array(fit.obj)
+        self.iteration_stats = [stats._asdict() for stats in fit.iteration_stats.values]
+        return fit.obj.at(-1)
 
     def assign(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Distances (N,) float32 and indices (N,) int64 of the nearest centroids."""
         distances, labels = self.index.search(x, 1)
         return distances[:, 0], labels[:, 0]
-
-
-def _float32(x: np.ndarray, op: str, dim: int) -> np.ndarray:
-    x = np.ascontiguousarray(x, dtype=np.float32)
-    check_rows(x, op, dim)
-    return x

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+import fastproto.cluster.faiss_compat as compat
 from fastproto.cluster import KMeans
 from fastproto.cluster.faiss_compat import Kmeans
 
@@ -17,10 +20,11 @@ def clustered(n: int = 2000, k: int = 40, d: int = 24) -> np.ndarray:
     return (3 * rng.normal(size=(k, d))[rng.integers(k, size=n)] + rng.normal(size=(n, d))).astype(np.float32)
 
 
+@pytest.mark.parametrize("data", ["clustered", "gaussian"])
 @pytest.mark.parametrize("spherical", [False, True])
 @pytest.mark.parametrize("k", [1, 33, 100])
-def test_objective_is_that_of_faiss_from_the_same_start(k: int, spherical: bool) -> None:
-    x = clustered()
+def test_objective_is_that_of_faiss_from_the_same_start(k: int, spherical: bool, data: str) -> None:
+    x = clustered() if data == "clustered" else np.random.default_rng(0).normal(size=(2000, 24)).astype(np.float32)
     options = {"niter": 10, "spherical": spherical, "min_points_per_centroid": 1, "max_points_per_centroid": 10_000}
     theirs, ours = faiss.Kmeans(24, k, **options), Kmeans(24, k, **options)
     expected = theirs.train(x, init_centroids=x[:k])
@@ -71,6 +75,126 @@ def test_search_and_assign_find_the_nearest_centroid(spherical: bool) -> None:
     assert kmeans.index.search(x[:0], 1)[1].shape == (0, 1)
 
 
+def pcl_clusters(faiss: Any, index: Any, x: np.ndarray, k: int, start: np.ndarray | None, **settings: Any) -> dict:
+    """What PCL's and DeepCluster's scripts ask of faiss: centroids, assignments, distances and losses."""
+    clus = faiss.Clustering(x.shape[1], k)
+    for name, value in settings.items():
+        getattr(clus, name)
+        setattr(clus, name, value)
+    if start is not None:
+        faiss.copy_array_to_vector(start.ravel(), clus.centroids)
+    clus.train(x, index)
+    distance, assigned = index.search(x, 1)
+    losses = [clus.iteration_stats.at(i).obj for i in range(clus.iteration_stats.size())]
+    splits = [clus.iteration_stats.at(i).nsplit for i in range(clus.iteration_stats.size())]
+    imbalance = [clus.iteration_stats.at(i).imbalance_factor for i in range(clus.iteration_stats.size())]
+    return {
+        "centroids": faiss.vector_to_array(clus.centroids).reshape(k, x.shape[1]),
+        "labels": np.array([int(row[0]) for row in assigned]),
+        "distance": distance,
+        "losses": np.array(losses),
+        "splits": splits,
+        "imbalance": imbalance,
+    }
+
+
+PCL = {"verbose": False, "niter": 20, "nredo": 5, "seed": 0, "max_points_per_centroid": 1000}
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+def test_pcl_scripts_run_with_one_import_changed(spherical: bool) -> None:
+    # Without clusters all optima are about equally good, whatever the start.
+    x = np.random.default_rng(0).normal(size=(2000, 24)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    name = "IndexFlatIP" if spherical else "IndexFlatL2"
+    settings = PCL | {"min_points_per_centroid": 10, "spherical": spherical}
+    theirs, ours = (pcl_clusters(lib, getattr(lib, name)(24), x, 40, None, **settings) for lib in (faiss, compat))
+    for key, value in theirs.items():
+        assert np.shape(ours[key])[1:] == np.shape(value)[1:], key
+        assert np.asarray(ours[key]).dtype == np.asarray(value).dtype, key
+    np.testing.assert_allclose(ours["distance"].sum(), theirs["distance"].sum(), rtol=5e-3)
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+def test_pcl_scripts_find_the_same_from_the_same_start(spherical: bool) -> None:
+    x = clustered()
+    start = x[:40].copy()
+    # One centroid that no vector is nearest to.
+    start[7] = -1000 * np.abs(x).max(0) if not spherical else -x.mean(0)
+    name = "IndexFlatIP" if spherical else "IndexFlatL2"
+    settings = PCL | {"min_points_per_centroid": 10, "spherical": spherical, "nredo": 1, "niter": 4}
+    theirs, ours = (pcl_clusters(lib, getattr(lib, name)(24), x, 40, start, **settings) for lib in (faiss, compat))
+    assert ours["splits"] == theirs["splits"]
+    np.testing.assert_allclose(ours["imbalance"], theirs["imbalance"], rtol=1e-6)
+    np.testing.assert_allclose(ours["losses"], theirs["losses"], rtol=1e-5)
+    np.testing.assert_allclose(ours["centroids"], theirs["centroids"], rtol=1e-4, atol=1e-4)
+    assert np.array_equal(ours["labels"], theirs["labels"])
+    np.testing.assert_allclose(ours["distance"], theirs["distance"], rtol=1e-4, atol=1e-3)
+
+
+def test_names_parameters_and_defaults_are_those_of_faiss() -> None:
+    theirs, ours = faiss.ClusteringParameters(), compat.ClusteringParameters()
+    names = {
+        name
+        for name in vars(faiss.ClusteringParameters)
+        if isinstance(getattr(faiss.ClusteringParameters, name), property)
+    }
+    assert names - {"thisown"} == set(vars(ours))
+    for name in vars(ours):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert set(vars(Kmeans(24, 5))) == set(vars(faiss.Kmeans(24, 5)))
+    for name in ("ClusteringInitMethod_RANDOM", "ClusteringInitMethod_KMEANS_PLUS_PLUS"):
+        assert getattr(compat, name) == getattr(faiss, name)
+
+
+def test_early_stop_plus_plus_and_parameters_without_effect() -> None:
+    x = clustered()
+    options = {"niter": 60, "early_stop_threshold": 0.003, "min_points_per_centroid": 1}
+    theirs, ours = faiss.Kmeans(24, 40, **options), Kmeans(24, 40, **options)
+    for kmeans in (theirs, ours):
+        kmeans.train(x, init_centroids=x[:40])
+    assert len(ours.obj) == len(theirs.obj) < 60
+    kept = {"update_index": True, "decode_block_size": 7, "check_input_data_for_NaNs": False}
+    same = Kmeans(24, 40, **options, **kept, use_faster_subsampling=True)
+    same.train(x, init_centroids=x[:40])
+    assert np.array_equal(same.centroids, ours.centroids)
+    plus = Kmeans(24, 40, niter=3, min_points_per_centroid=1, init_method=compat.ClusteringInitMethod_KMEANS_PLUS_PLUS)
+    plus.train(x)
+    expected = KMeans(40, n_iter=3, init="k-means++", seed=1234).fit(x)
+    assert np.array_equal(plus.centroids, expected.cluster_centers_.numpy())
+
+
+def test_parameters_are_set_on_cp_and_iteration_stats_tell_the_way() -> None:
+    x = clustered()
+    kmeans = Kmeans(24, 10)
+    kmeans.cp.niter = 3
+    kmeans.train(x)
+    assert [stats["obj"] for stats in kmeans.iteration_stats] == kmeans.obj.tolist()
+    assert len(kmeans.obj) == 3
+    times = [stats["time"] for stats in kmeans.iteration_stats]
+    assert times == sorted(times) and times[0] > 0
+    counts = np.bincount(KMeans(10, n_iter=2, seed=1234).fit(x).labels_, minlength=10)
+    assert kmeans.iteration_stats[2]["imbalance_factor"] == pytest.approx(10 * (counts**2).sum() / 2000**2)
+    kmeans.reset(5)
+    assert kmeans.centroids is kmeans.obj is kmeans.iteration_stats is None
+    kmeans.train(x)
+    assert kmeans.centroids.shape == (5, 24)
+
+
+def test_index_adds_searches_and_forgets() -> None:
+    x = clustered(50)
+    theirs, ours = faiss.IndexFlatL2(24), compat.IndexFlatL2(24)
+    for index in (theirs, ours):
+        index.train(x)
+        index.add(x[:20])
+        index.add(x[20:])
+    assert ours.is_trained and ours.ntotal == theirs.ntotal == 50
+    query = clustered(70) + 0.01
+    assert np.array_equal(ours.search(query, 1)[1], theirs.search(query, 1)[1])
+    ours.reset()
+    assert ours.ntotal == 0
+
+
 def test_weights_subset_seed_and_redo() -> None:
     x, weights = clustered(), np.random.default_rng(1).random(2000)
     first, again, other = (Kmeans(24, 10, seed=seed, max_points_per_centroid=50) for seed in (1, 1, 2))
@@ -111,25 +235,51 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         Kmeans(24, 0)
     with pytest.raises(ValueError, match=r"faiss_compat.Kmeans: d expected at least 1, got int 0"):
         Kmeans(0, 5)
-    with pytest.raises(TypeError, match=r"unexpected keyword argument 'progressive_dim_steps'"):
-        Kmeans(24, 5, progressive_dim_steps=3)
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'iterations'"):
+        Kmeans(24, 5, iterations=3)
+    for name, value in (
+        ("progressive_dim_steps", 3),
+        ("int_centroids", True),
+        ("frozen_centroids", True),
+        ("use_super_kmeans", True),
+        ("afkmc2_chain_length", 10),
+        ("init_method", faiss.ClusteringInitMethod_AFK_MC2),
+    ):
+        with pytest.raises(ValueError, match=f"faiss_compat.Kmeans: {name} expected .* got {type(value).__name__}"):
+            Kmeans(24, 5, **{name: value})
     kmeans = Kmeans(24, 5)
-    with pytest.raises(RuntimeError, match=r"faiss_compat.Kmeans.index.search: call train first"):
+    with pytest.raises(RuntimeError, match=r"faiss_compat.IndexFlat.search: the index is empty: train or add first"):
         kmeans.assign(x)
-    with pytest.raises(ValueError, match=r"faiss_compat.Kmeans.train: x expected \(N, 24\), got float32 array"):
+    with pytest.raises(ValueError, match=r"faiss_compat.Clustering.train: x expected \(N, 24\), got float32 array"):
         kmeans.train(x[:, :23])
-    with pytest.raises(ValueError, match=r"faiss_compat.Kmeans.train: x expected finite rows, got 1 with NaN"):
+    with pytest.raises(ValueError, match=r"faiss_compat.Clustering.train: x expected finite rows, got 1 with NaN"):
         kmeans.train(np.where(x == x[3, 3], np.nan, x))
     with pytest.raises(ValueError, match=r"KMeans: init expected \(5, D\), got float32 \(4, 24\) on cpu"):
         kmeans.train(x, init_centroids=x[:4])
-    with pytest.raises(ValueError, match=r"faiss_compat.Kmeans.train: sample_weight expected \(500,\)"):
+    with pytest.raises(ValueError, match=r"faiss_compat.Clustering.train: sample_weight expected \(500,\)"):
         kmeans.train(x, weights=np.ones(499))
+    with pytest.raises(ValueError, match=r"faiss_compat.Kmeans.train: x expected \(N, 24\), got float32 array"):
+        kmeans.train(x, init_centroids=x[:5, :23])
+    clus = compat.Clustering(24, 5)
+    with pytest.raises(
+        ValueError, match=r"faiss_compat.Clustering.train: index expected dimension 24, got dimension 23"
+    ):
+        clus.train(x, compat.IndexFlatL2(23))
+    with pytest.raises(ValueError, match=r'index expected metric "l2" for spherical=False, got ip'):
+        clus.train(x, compat.IndexFlatIP(24))
+    with pytest.raises(ValueError, match=r"faiss_compat.IndexFlat: d expected at least 1, got int 0"):
+        compat.IndexFlatL2(0)
     kmeans.train(x)
-    with pytest.raises(ValueError, match=r"faiss_compat.Kmeans.index.search: k expected 1, got int 2"):
+    with pytest.raises(ValueError, match=r"faiss_compat.IndexFlat.search: k expected 1, got int 2"):
         kmeans.index.search(x, 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"faiss_compat.Kmeans: gpu expected False where torch finds no CUDA device"):
         Kmeans(24, 5, gpu=True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(
+        ValueError, match=r"GpuIndexFlatL2: config.device expected one of the 1 CUDA devices found, got"
+    ):
+        compat.GpuIndexFlatL2(compat.StandardGpuResources(), 24, compat.GpuIndexFlatConfig(device=1))
 
 
 @pytest.mark.parametrize("init", ["random", "k-means++"])

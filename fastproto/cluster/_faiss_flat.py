@@ -1,0 +1,136 @@
+"""The flat indexes and the vectors of faiss that scripts for k-means touch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastproto._check import expect
+from fastproto.cluster._rows import Rows, check_rows
+
+
+class Vector:
+    """A std::vector as faiss shows it: ``size()`` and ``at(i)``; ``vector_to_array`` makes an array of it."""
+
+    def __init__(self, values: Any = ()) -> None:
+        self.values = values
+
+    def size(self) -> int:
+        return len(self.values)
+
+    def at(self, index: int) -> Any:
+        return self.values[index]
+
+
+def vector_to_array(vector: Vector) -> np.ndarray:
+    """A copy of the vector's numbers."""
+    return np.array(vector.values)
+
+
+def copy_array_to_vector(array: np.ndarray, vector: Vector) -> None:
+    """Fills the vector with the array's numbers."""
+    vector.values = np.array(array).ravel()
+
+
+class FlatIndex:
+    """Vectors in the order in which they were added, and the search for the nearest one.
+
+    Args:
+        d: dimension of the vectors.
+        metric: "l2" for the smallest squared distance, "ip" for the largest inner product.
+        device: where they are kept and searched.
+    """
+
+    is_trained = True
+
+    def __init__(self, d: int, metric: str, device: torch.device | str = "cpu") -> None:
+        expect(d >= 1, "faiss_compat.IndexFlat", "d", "at least 1", d)
+        self.d, self.metric, self.device = int(d), metric, torch.device(device)
+        self.reset()
+
+    @property
+    def ntotal(self) -> int:
+        return len(self.vectors)
+
+    def train(self, x: np.ndarray) -> None:
+        """Does nothing: a flat index needs no training."""
+
+    def reset(self) -> None:
+        """Forgets all vectors."""
+        self.vectors = torch.zeros(0, self.d, device=self.device)
+
+    def add(self, x: np.ndarray) -> None:
+        """Appends the vectors (N, d)."""
+        fresh = torch.from_numpy(float32(x, "faiss_compat.IndexFlat.add", self.d).copy())
+        self.vectors = torch.cat([self.vectors, fresh.to(self.device)])
+
+    def search(self, x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Distances (N, 1) float32 and indices (N, 1) int64 of the nearest vector; ties go to the lowest index.
+
+        Raises:
+            RuntimeError: there are no vectors yet.
+            ValueError: ``k`` is not 1, or ``x`` is not (N, d).
+        """
+        op = "faiss_compat.IndexFlat.search"
+        expect(k == 1, op, "k", "1", k)
+        if not self.ntotal:
+            raise RuntimeError(f"{op}: the index is empty: train or add first")
+        labels, distance = Rows(float32(x, op, self.d), device=self.device).nearest(self.vectors, self.metric, op)
+        return distance.numpy()[:, None], labels.numpy()[:, None]
+
+
+class IndexFlatL2(FlatIndex):
+    """Vectors by squared distance."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__(d, "l2")
+
+
+class IndexFlatIP(FlatIndex):
+    """Vectors by inner product."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__(d, "ip")
+
+
+@dataclass
+class GpuIndexFlatConfig:
+    """Where a GPU index lies. ``useFloat16`` changes nothing: the search is exact."""
+
+    device: int = 0
+    useFloat16: bool = False
+
+
+class StandardGpuResources:
+    """Nothing: torch looks after the GPU's memory."""
+
+
+class GpuIndexFlatL2(FlatIndex):
+    """Vectors by squared distance, on a CUDA device."""
+
+    def __init__(self, resources: StandardGpuResources, d: int, config: GpuIndexFlatConfig | None = None) -> None:
+        super().__init__(d, "l2", cuda(config or GpuIndexFlatConfig(), "faiss_compat.GpuIndexFlatL2"))
+
+
+class GpuIndexFlatIP(FlatIndex):
+    """Vectors by inner product, on a CUDA device."""
+
+    def __init__(self, resources: StandardGpuResources, d: int, config: GpuIndexFlatConfig | None = None) -> None:
+        super().__init__(d, "ip", cuda(config or GpuIndexFlatConfig(), "faiss_compat.GpuIndexFlatIP"))
+
+
+def cuda(config: GpuIndexFlatConfig, op: str) -> torch.device:
+    """The device of a configuration; ValueError where torch does not find it."""
+    found = torch.cuda.device_count()
+    expect(0 <= config.device < found, op, "config.device", f"one of the {found} CUDA devices found", config.device)
+    return torch.device("cuda", config.device)
+
+
+def float32(x: np.ndarray, op: str, dim: int) -> np.ndarray:
+    """Vectors (N, dim) as float32 in C order, copied only if they are not."""
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    check_rows(x, op, dim)
+    return x
