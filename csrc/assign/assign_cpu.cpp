@@ -139,7 +139,7 @@ void load_chunk(const Assign& args, const Centers& centers, Chunk& chunk) {
     load_row(args.x, args.x_dtype, n * args.stride_x, D, row);
     for (int64_t d = 0; d < D; ++d) shifted[d] = args.inner ? row[d] : row[d] - centers.origin[d];
     const float length = std::sqrt(dot(row, row, D));
-    chunk.nearest.emplace_back(args, row, length * centers.longest);
+    chunk.nearest.emplace_back(args, row, std::max(length, SHORTEST) * std::max(centers.longest, SHORTEST));
     chunk.screened[i] = centers.screened && length <= TOO_LONG;
     if (!chunk.screened[i]) continue;
     const Quantized x = quantize(shifted.data(), D, packed + i * centers.pairs);

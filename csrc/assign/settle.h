@@ -64,9 +64,11 @@ inline double exact_gap(const float* x, const float* c, int64_t D, bool inner) {
 // The nearest of the centres that were shown to one row.
 class Nearest {
  public:
-  // `reach`: |x| · max_k |c_k|, which bounds every product and so the error of a float32 sum of products.
+  // `reach`: |x| · max_k |c_k|, which bounds every product and so the error of a float32 sum of products. What is smaller
+  // than normal numbers has no relative error: 1e-36 stands for it.
   Nearest(const Assign& args, const float* x, float reach)
-      : args_(args), x_(x), share_((args.D / (4 * LANES) + 16) * 0x1p-23f), slack_(args.inner ? share_ * reach : 1e-36f) {}
+      : args_(args), x_(x), share_((args.D / (4 * LANES) + 16) * 0x1p-23f),
+        slack_((args.inner ? share_ * reach : 0.f) + 1e-36f) {}
 
   void show(int64_t k) {
     const float* c = args_.centers + k * args_.D;

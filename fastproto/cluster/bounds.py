@@ -1,0 +1,76 @@
+"""Bounds: what one iteration of k-means leaves the next, so that it need not try every centre on every row.
+
+Rows of one cluster stand together in panels, neighbouring centres together in groups. A panel misses a group by
+    s = min_n ( min_{c in group} ||x_n - c|| - ||x_n - own_n|| )
+at least: the slack. Once the group's centres have moved by at most ``drift`` and the distances to the own centres have
+grown by at most g, no centre of the group is nearest to any row of the panel while s - drift - g > 0. Labels and
+distances are those of a full search. docs/math/assign.md has the proof with its rounding.
+
+Source: Ding et al., "Yinyang k-means", ICML 2015, section 3, with panels in the place of rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastproto import _native
+from fastproto.ops.assign import assign, launch
+from fastproto.ops.update import update
+
+GROUPING_ITERATIONS = 5
+
+
+class Bounds:
+    """The searches of one fit over the same rows, the first two of them full.
+
+    Args:
+        x: rows (N, D) on the CPU, float32, float16 or bfloat16. C++ kernels must be there.
+
+    Attributes:
+        tried: pairs of a row and a centre whose distance was computed, so far.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        assert _native.cpp is not None
+        self.x, self.tried = x, 0
+        self.panel_rows, self.group_centers = _native.cpp.assign_panel_rows(), _native.cpp.assign_group_centers()
+        self.labels = self.distance = self.row_order = self.center_order = self.slack = self.centers = torch.empty(0)
+
+    def assign(self, centers: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels (N,) and squared distances (N,) as from ``assign``; valid until the next call."""
+        if not len(self.labels):
+            self.labels, self.distance = assign(self.x, centers)
+            self.tried += len(self.x) * len(centers)
+            return self.labels, self.distance
+        if not len(self.slack):
+            self._arrange(centers)
+        drift = (centers.double() - self.centers.double()).norm(dim=1)
+        tried = torch.zeros((), dtype=torch.int64)
+        launch(
+            self.x, centers, "l2", True, self.labels, self.distance, self.row_order, self.center_order,
+            self._per_group(drift), self.slack, tried,
+        )  # fmt: skip
+        self.centers = centers
+        self.tried += int(tried)
+        return self.labels, self.distance
+
+    def _arrange(self, centers: Tensor) -> None:
+        """Puts neighbouring centres into one group, and rows of neighbouring centres into one panel."""
+        size, k = self.group_centers, len(centers)
+        anchors = centers[:: max(1, size // 2)]
+        for _ in range(GROUPING_ITERATIONS):
+            labels, _ = assign(centers, anchors)
+            sums, counts = update(centers, labels, len(anchors))
+            anchors = torch.where(counts[:, None] > 0, sums / counts[:, None], anchors.double()).to(centers.dtype)
+        self.center_order = labels.argsort(stable=True)
+        place = torch.empty_like(self.center_order)
+        place[self.center_order] = torch.arange(k)
+        self.row_order = place[self.labels].argsort(stable=True)
+        self.slack = torch.full((-(-len(self.x) // self.panel_rows), -(-k // size)), -torch.inf)
+        self.centers = centers
+
+    def _per_group(self, drift: Tensor) -> Tensor:
+        """The largest drift of a group's centres, rounded up: (groups,) float32."""
+        padded = torch.nn.functional.pad(drift[self.center_order], (0, -len(drift) % self.group_centers))
+        return (padded.view(-1, self.group_centers).amax(1) * (1 + 1e-6)).float()
