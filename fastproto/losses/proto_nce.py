@@ -92,14 +92,17 @@ def proto_nce(
     expect_reduction(reduction, "proto_nce")
     _expect_num_negatives(num_negatives, "proto_nce")
     sets = _sets(prototypes, assignments, concentration, bias)
-    for keys, labels, phi, b in sets:
-        _expect_set(features, keys, labels, phi, b, ignore_index)
+    counts = [_expect_set(features, keys, labels, phi, b, ignore_index) for keys, labels, phi, b in sets]
     if len(sets) > 1 and num_negatives is None and not return_stats:
         return _contrast_of_sets(features, sets, normalize, gather_distributed, ignore_index, reduction)
     losses, stats = [], []
-    for keys, labels, phi, b in sets:
+    for (keys, labels, phi, b), count in zip(sets, counts, strict=True):
         targets = labels.long() if ignore_index == -1 else torch.where(labels == ignore_index, -1, labels.long())
-        divisor = _divisor(targets, gather_distributed) if reduction == "mean" else None
+        divisor: float | Tensor | None = None
+        if reduction == "mean" and count is not None and not gather_distributed:
+            divisor = max(count, 1)
+        elif reduction == "mean":
+            divisor = _divisor(targets, gather_distributed)
         if num_negatives is None:
             rows = contrast_unchecked(
                 features, keys, targets, _inverse(phi), b, normalize=normalize, divisor=divisor, stats=return_stats
@@ -135,13 +138,14 @@ def _sets(prototypes: Any, assignments: Any, concentration: Any, bias: Any) -> l
     return list(zip(prototypes, assignments, concentration, bias, strict=True))
 
 
-def _expect_set(features: Tensor, keys: Any, labels: Any, phi: Any, bias: Any, ignore_index: int) -> None:
+def _expect_set(features: Tensor, keys: Any, labels: Any, phi: Any, bias: Any, ignore_index: int) -> int | None:
+    """Returns how many rows count, where the check has counted them."""
     device = features.device
     expect_tensor(keys, "proto_nce", "prototypes", ("K", features.shape[1]), FLOATS, device)
     k = keys.shape[0]
     expect(k > 0, "proto_nce", "prototypes", "at least one row", keys)
     expect_tensor(labels, "proto_nce", "assignments", (features.shape[0],), INTEGERS, device)
-    expect_index(labels, "proto_nce", "assignments", k, ignore_index)
+    count = expect_index(labels, "proto_nce", "assignments", k, ignore_index)
     if bias is not None:
         expect_tensor(bias, "proto_nce", "bias", (k,), FLOATS, device)
     if isinstance(phi, Tensor):
@@ -152,6 +156,7 @@ def _expect_set(features: Tensor, keys: Any, labels: Any, phi: Any, bias: Any, i
     else:
         expect_type(phi, (float, int), "proto_nce", "concentration", "a number or a (K,) tensor")
         expect(phi > 0, "proto_nce", "concentration", "a positive number", phi)
+    return count
 
 
 def _expect_num_negatives(num_negatives: int | None, op: str) -> None:
@@ -221,7 +226,7 @@ def _contrast_sample(
     phi: float | Tensor,
     bias: Tensor | None,
     normalize: bool,
-    divisor: Tensor | None,
+    divisor: float | Tensor | None,
     kept: Tensor,
     kept_bias: Tensor,
 ) -> Contrast:

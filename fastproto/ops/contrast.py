@@ -17,6 +17,9 @@ from fastproto._check import FLOATS, INTEGERS, expect, expect_tensor, expect_typ
 from fastproto.ops._dispatch import DTYPE_CODES, Op, once_differentiable
 from fastproto.reference import contrast as reference
 
+# Python looks at so many integers in the time that two small ops take to be called.
+FEW = 256
+
 
 def _cpp_fwd(features: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     if torch.float64 in (features.dtype, keys.dtype):
@@ -341,16 +344,25 @@ def contrast_unchecked(
     return rows if ignore_index == -1 else rows._replace(top1=torch.where(targets < 0, ignore_index, rows.top1))
 
 
-def expect_index(index: Tensor, op: str, argument: str, size: int | None, ignore_index: int) -> None:
+def expect_index(index: Tensor, op: str, argument: str, size: int | None, ignore_index: int) -> int | None:
     """Raises ValueError where an entry is neither ``ignore_index`` nor in 0…size-1, if its data may be read now.
 
-    ``size`` None sets no upper end.
+    ``size`` None sets no upper end. Returns how many entries are not ``ignore_index`` where it has counted them.
     """
     if not index.numel() or not reads_data(index):
-        return
-    low, high = map(int, index.aminmax())
-    if low < 0 or low == ignore_index or high == ignore_index:
-        low, high = map(int, torch.where(index == ignore_index, 0, index).aminmax())
-    expected = f"{ignore_index} or at least 0" if size is None else f"{ignore_index} or 0 to {size - 1}"
-    fits = low >= 0 and (size is None or high < size)
-    expect(fits, op, argument, expected, f"values from {low} to {high}")
+        return None
+    count = None
+    if index.numel() <= FEW:
+        entries = index.tolist()
+        count = len(entries) - entries.count(ignore_index)
+        if count < len(entries):
+            entries = [0 if entry == ignore_index else entry for entry in entries]
+        low, high = min(entries), max(entries)
+    else:
+        low, high = map(int, index.aminmax())
+        if low < 0 or low == ignore_index or high == ignore_index:
+            low, high = map(int, torch.where(index == ignore_index, 0, index).aminmax())
+    if low < 0 or (size is not None and high >= size):
+        expected = f"{ignore_index} or at least 0" if size is None else f"{ignore_index} or 0 to {size - 1}"
+        expect(False, op, argument, expected, f"values from {low} to {high}")
+    return count

@@ -52,7 +52,7 @@ def oracle(
     return np.array(losses)
 
 
-@pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 24), (33, 507, 96), (33, 5, 130)])
+@pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 24), (33, 507, 96), (33, 5, 130), (300, 5, 7)])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_is_its_formula(n: int, k: int, d: int, normalize: bool) -> None:
     arguments = problem(n, k, d)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastproto
-from fastproto.ops.contrast import Contrast, contrast
+from fastproto.ops.contrast import FEW, Contrast, contrast, expect_index
 
 SHAPES = [(1, 1, 24), (33, 507, 130), (1, 507, 96), (33, 1, 1), (5, 7, 24)]
 
@@ -326,6 +326,30 @@ def test_bad_input_is_refused_by_name(changes: dict[str, Any], error: type[Excep
     arguments = {"features": torch.ones(2, 4), "keys": torch.ones(3, 4), "targets": integers(0, 1)} | changes
     with pytest.raises(error, match=message):
         contrast(**arguments)
+
+
+@pytest.mark.parametrize("repeats", [1, FEW])
+@pytest.mark.parametrize(
+    ("entries", "ignore_index", "message"),
+    [
+        ([0, 1, 3], -1, "op: index expected -1 or 0 to 2, got values from 0 to 3"),
+        ([1, 2, -1], 5, "op: index expected 5 or 0 to 2, got values from -1 to 2"),
+        ([2, -1, -2], -1, "op: index expected -1 or 0 to 2, got values from -2 to 2"),
+        ([3, 7, 7], 7, "op: index expected 7 or 0 to 2, got values from 0 to 3"),
+        ([1, 2, 7], 7, ""),
+        ([-1, -1, -1], -1, ""),
+    ],
+)
+def test_few_and_many_indices_are_checked_alike(
+    repeats: int, entries: list[int], ignore_index: int, message: str
+) -> None:
+    index = torch.tensor(entries).repeat(repeats)
+    if message:
+        with pytest.raises(ValueError, match=message):
+            expect_index(index, "op", "index", 3, ignore_index)
+    else:
+        count = expect_index(index, "op", "index", 3, ignore_index)
+        assert count == (3 - entries.count(ignore_index) if repeats == 1 else None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
