@@ -26,7 +26,7 @@ constexpr float TOO_LONG = 1e15f;  // squares and products of longer rows might 
 // All centres as the screen takes them.
 struct Centers {
   int64_t tiles, groups, pairs;
-  std::vector<float> origin;                    // (D,)
+  std::vector<float> origin, shift;             // (D,) subtracted from centres, and from rows: for products nothing
   std::vector<int64_t> order;                   // (tiles · MR,) which centre stands where; −1 where padded
   std::vector<int64_t> group_of;                // (K,)
   Buffer packed;                                // (tiles, pairs, MR) pairs of 16 bits
@@ -77,6 +77,7 @@ void pack_centers(const Assign& args, Centers& centers, int threads) {
   centers.groups = (centers.tiles + GROUP - 1) / GROUP;
   centers.pairs = round_up(args.D, LANES) / 2;
   centers.origin = choose_origin(args);
+  centers.shift = args.inner ? std::vector<float>(args.D, 0.f) : centers.origin;
   centers.order.assign(centers.tiles * MR, -1);
   centers.group_of.resize(args.K);
   for (int64_t i = 0; i < args.K; ++i) {
@@ -99,7 +100,8 @@ void pack_centers(const Assign& args, Centers& centers, int threads) {
 // A chunk of rows: as the screen takes them, in panels of NR, and what is known of each.
 struct Chunk {
   int64_t begin, count, panels;
-  std::vector<float> rows;                       // (rows, D) as they came
+  std::vector<const float*> row;                 // (rows,) each (D,) as it came, in float32
+  Buffer copies;                                 // (rows, D) of those that came in half precision
   Buffer packed, scores;                         // (panels, pairs, NR) pairs of 16 bits; (STRETCH · GROUP, rows)
   std::vector<float> scale, length, doubt;       // (rows,) s, |s q| or more, and what a centre's length adds to the error
   std::vector<float> certain;                    // (rows,) a score that some centre surely reaches
@@ -120,35 +122,35 @@ void load_chunk(const Assign& args, const Centers& centers, Chunk& chunk) {
   thread_local std::vector<float> shifted;
   thread_local Buffer integers;
   const int64_t D = args.D, size = chunk.size();
+  const bool copied = args.x_dtype != static_cast<int>(Dtype::float32);
   shifted.assign(2 * centers.pairs, 0.f);
   float* packed = integers.take(size * centers.pairs);
-  chunk.rows.resize(size * D);
+  float* copies = copied ? chunk.copies.take(size * D) : nullptr;
+  chunk.row.clear();
   chunk.nearest.clear();
   chunk.nearest.reserve(size);
-  for (auto* of_row : {&chunk.scale, &chunk.length, &chunk.doubt}) of_row->assign(size, 0.f);
+  for (auto* of_row : {&chunk.scale, &chunk.length, &chunk.doubt, &chunk.square}) of_row->assign(size, 0.f);
   chunk.certain.assign(size, -INF);
   chunk.screened.assign(size, 0);
   chunk.waiting.resize(size * WAITING);
   chunk.hope.resize(size * WAITING);
   chunk.waiting_count.assign(size, 0);
-  if (args.slack) chunk.square.assign(size, 0.f);
-  std::memset(packed, 0, size * centers.pairs * sizeof(float));
   for (int64_t i = 0; i < chunk.count; ++i) {
-    const int64_t n = args.row_order ? args.row_order[chunk.begin + i] : chunk.begin + i;
-    float* row = chunk.rows.data() + i * D;
-    load_row(args.x, args.x_dtype, n * args.stride_x, D, row);
-    for (int64_t d = 0; d < D; ++d) shifted[d] = args.inner ? row[d] : row[d] - centers.origin[d];
-    const float length = std::sqrt(dot(row, row, D));
-    chunk.nearest.emplace_back(args, row, std::max(length, SHORTEST) * std::max(centers.longest, SHORTEST));
-    chunk.screened[i] = centers.screened && length <= TOO_LONG;
-    if (!chunk.screened[i]) continue;
+    const int64_t at = (args.row_order ? args.row_order[chunk.begin + i] : chunk.begin + i) * args.stride_x;
+    if (copied) load_row(args.x, args.x_dtype, at, D, copies + i * D);
+    const float* row = copied ? copies + i * D : static_cast<const float*>(args.x) + at;
+    for (int64_t d = 0; d < D; ++d) shifted[d] = row[d] - centers.shift[d];
     const Quantized x = quantize(shifted.data(), D, packed + i * centers.pairs);
+    chunk.row.push_back(row);
+    chunk.nearest.emplace_back(args, row, std::max(x.length, SHORTEST) * std::max(centers.longest, SHORTEST));
+    chunk.screened[i] = centers.screened && x.length <= TOO_LONG;
     chunk.scale[i] = x.scale;
     // Not exact, the scores are believed.
     chunk.length[i] = args.exact ? x.length + x.residual : 0.f;
     chunk.doubt[i] = args.exact ? x.residual + ROUNDING * x.length : 0.f;
-    if (args.slack) chunk.square[i] = x.length > SHORTEST ? x.length * x.length * (1 - 4 * ROUNDING - D * 0x1p-22f / LANES) : 0.f;
+    if (x.length > SHORTEST) chunk.square[i] = x.length * x.length * (1 - 4 * ROUNDING - D * 0x1p-22f / LANES);
   }
+  std::memset(packed + chunk.count * centers.pairs, 0, (size - chunk.count) * centers.pairs * sizeof(float));
   pack_across(packed, size, centers.pairs, chunk.packed.take(size * centers.pairs));
   chunk.scores.take(STRETCH * GROUP * size);
 }
@@ -252,7 +254,7 @@ void skip_groups(const Assign& args, const Centers& centers, Chunk& chunk) {
       const int64_t n = args.row_order[chunk.begin + i];
       const float* c = args.centers + args.label[n] * args.D;
       const float share = (args.D / LANES + 16) * 0x1p-24f;
-      chunk.own[i] = std::sqrt(squared_distance(chunk.rows.data() + i * args.D, c, args.D) * (1 + share)) * (1 + ROUNDING);
+      chunk.own[i] = std::sqrt(squared_distance(chunk.row[i], c, args.D) * (1 + share)) * (1 + ROUNDING);
       farther = std::max(farther, chunk.own[i] - std::sqrt(args.distance[n]));
       longest = std::max(longest, chunk.own[i]);
       known &= chunk.screened[i] != 0;
