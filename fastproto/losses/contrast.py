@@ -132,24 +132,29 @@ def info_nce(
     expect_views(query, key, "info_nce", ("query", "key"))
     expect_temperature(temperature, "info_nce")
     expect_reduction(reduction, "info_nce")
+    n = query.shape[0]
+    divisor = max(n, 1) if reduction == "mean" else None
     if queue is None:
-        rows = torch.arange(query.shape[0], device=query.device)
-        loss = contrast_unchecked(query, key.detach(), rows, 1 / temperature, normalize=True).loss
+        rows = torch.arange(n, device=query.device)
+        loss = contrast_unchecked(query, key.detach(), rows, 1 / temperature, normalize=True, divisor=divisor).loss
     else:
         expect_tensor(queue, "info_nce", "queue", ("M", query.shape[1]), FLOATS, query.device)
-        loss = _against_queue(query, key.detach(), queue.detach(), temperature)
-    return reduce_rows(loss, reduction)
+        loss = _against_queue(query, key.detach(), queue.detach(), temperature, divisor)
+    return loss.sum() if reduction == "sum" else loss
 
 
-def _against_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """Row losses (N,) of queries that see their own key and the queue (M, D), but not each other's keys."""
+def _against_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: float, divisor: int | None = None) -> Tensor:
+    """Row losses (N,) of queries that see their own key and the queue (M, D), but not each other's keys.
+
+    With a divisor, their sum by it; then the keys are constants.
+    """
     n, device = query.shape[0], query.device
     keys = join_rows(key.detach(), queue)
     in_queue = (torch.arange(keys.shape[0], device=device) >= n).long()
     rows = torch.arange(n, device=device)
     groups = torch.zeros_like(rows)
     loss = contrast_unchecked(
-        query, keys, rows, 1 / temperature, groups=groups, key_groups=in_queue, normalize=True
+        query, keys, rows, 1 / temperature, groups=groups, key_groups=in_queue, normalize=True, divisor=divisor
     ).loss
     if key.requires_grad:
         # Of all keys only the N own ones take a gradient, p_ii - 1 = exp(-L_i) - 1 per logit: a term of value 0 brings
