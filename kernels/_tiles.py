@@ -35,7 +35,7 @@ class Tile(NamedTuple):
         block_n: rows.
         block_k: keys.
         block_d: columns of a row that one product of the scores takes; a narrower row is taken whole.
-        block_v: columns of the sum that a program keeps in registers; wider rows take several programs.
+        block_v: columns of the sum that a program keeps in registers; wider rows take several programs. 0 without one.
         warps, stages: as Triton means them: 32 threads each; copies of a loop's loads on their way.
     """
 
@@ -53,6 +53,16 @@ Table = dict[str, dict[int, dict[int, Tile]]]
 # Exact float32 runs on the ordinary cores, alike on all architectures, and small tiles are what fits their registers.
 FLOAT32_FWD = {64: Tile(64, 32, 32, 64, 8, 2), WIDE: Tile(64, 32, 32, 128, 8, 2)}
 FLOAT32_BWD = {64: Tile(32, 64, 16, 64, 8, 2), WIDE: Tile(32, 64, 16, 128, 8, 2)}
+
+# Whatever the rows are, assign's screen takes them in two bytes. Two programs share a processor where they fit: one's
+# minima run beside the other's product.
+ASSIGN = {64: Tile(128, 64, 64, 0, 8, 3), 128: Tile(128, 64, 128, 0, 8, 2), WIDE: Tile(128, 64, 64, 0, 8, 3)}
+ASSIGN_HOPPER = {
+    64: Tile(128, 128, 64, 0, 8, 3),
+    128: Tile(128, 128, 128, 0, 8, 2),
+    256: Tile(128, 128, 256, 0, 8, 2),
+    WIDE: Tile(128, 128, 64, 0, 8, 4),
+}
 
 # Two warp groups of 64 rows of the accumulator each. What is streamed is as long as registers allow, since a block
 # costs a maximum across threads and a wait. "default" fits the 99 KB of sm_86, sm_89 and sm_120.
@@ -76,6 +86,7 @@ TILES: dict[str, Table] = {
             },
             4: FLOAT32_BWD,
         },
+        "assign": {2: ASSIGN_HOPPER, 4: ASSIGN_HOPPER},
     },
     "sm_90": {
         "contrast_fwd": {
@@ -96,6 +107,7 @@ TILES: dict[str, Table] = {
             },
             4: FLOAT32_BWD,
         },
+        "assign": {2: ASSIGN_HOPPER, 4: ASSIGN_HOPPER},
     },
     "default": {
         "contrast_fwd": {
@@ -114,6 +126,7 @@ TILES: dict[str, Table] = {
             },
             4: FLOAT32_BWD,
         },
+        "assign": {2: ASSIGN, 4: ASSIGN},
     },
 }
 # What suits sm_80 stays below 99 KB: its registers are full first.

@@ -56,11 +56,20 @@ def launch(x: Tensor, centers: Tensor, metric: str, exact: bool, *rest: Tensor) 
     _native.cpp.assign(sizes, addresses + [0] * (9 - len(addresses)), torch.get_num_threads())
 
 
+def _triton(x: Tensor, centers: Tensor, metric: str, exact: bool) -> tuple[Tensor, Tensor]:
+    if torch.float64 in (x.dtype, centers.dtype):
+        return reference.assign(x, centers, metric, exact)
+    from fastproto.kernels.assign import assign
+
+    return assign(x, centers, metric, exact)
+
+
 _op = Op(
     "assign",
     "(Tensor x, Tensor centers, str metric, bool exact) -> (Tensor, Tensor)",
     reference=reference.assign,
     cpp=_cpp,
+    triton=_triton,
 )
 
 

@@ -86,11 +86,18 @@ def _cpp(
     return sums, counts
 
 
+def _triton(*args: Any) -> tuple[Tensor, Tensor]:
+    from fastproto.kernels.update import update
+
+    return update(*args)
+
+
 _op = Op(
     "update",
     "(Tensor x, Tensor labels, int num_clusters, Tensor? weights, Tensor rounders) -> (Tensor, Tensor)",
     reference=reference.update,
     cpp=_cpp,
+    triton=_triton,
 )
 
 
