@@ -80,7 +80,9 @@ class KMeans:
     Each iteration assigns every row to its nearest centre and moves every centre to the mean of its rows:
         minimise  J = Σ_n w_n ||x_n - c_label(n)||²,    or with ``spherical`` maximise  J = Σ_n w_n <x_n, c_label(n)>
     over unit centres. The N x K matrix of distances is never held at once. The same seed gives the same bits, whatever
-    the run or the number of threads.
+    the run and however the rows are divided over chunks, threads and ranks: every sum over rows is exact, of numbers
+    rounded to a grid first. A fit reads its rows once to refuse what is not finite, once for each iteration, and once
+    to assign them in the end.
 
     Args:
         n_clusters: K.
@@ -90,20 +92,22 @@ class KMeans:
             there is one fit whatever ``n_init``.
         spherical: inner product instead of squared distance, centres normalised after each iteration. The rows are
             taken as they are; normalise them for cosine similarity.
-        tol: ends a fit once the objective changes by no more than this share of it from one iteration to the next.
+        tol: ends a fit once the objective changes by no more than this share of it from one iteration to the next. On
+            a GPU the host learns of it while the next iteration runs, which is then dropped.
         max_points_per_cluster: trains on that many rows per cluster, drawn without replacement, if there are more.
             All rows are assigned afterwards.
         empty: "split" gives a cluster without rows half of a large one, as faiss does; "keep" leaves its centre.
         seed: of everything drawn, at least 0.
         precision: "exact", or "fast", which permits an approximate search; in this version both give the same bits.
-        engine: "fastproto", or "faiss" to run the same iterations on an installed faiss: on the CPU, all training rows
-            in memory as float32, ``empty="split"``, no process group. Starts and subsets are fastproto's either way.
-            Weights do not count in faiss's objective.
+        engine: "fastproto", or "faiss" to run the same iterations on an installed faiss: on the GPU of the rows where
+            it finds one (this path has not been run yet), else on the CPU; all training rows in the host's memory as
+            float32, ``empty="split"``, no process group. Starts and subsets are fastproto's either way. Weights do not
+            count in faiss's objective.
         chunk_rows: rows computed at a time; by default all, or 64 MiB where they have to be copied to be computed.
         device: where to compute; by default where the rows lie. Rows elsewhere (a CPU tensor larger than the memory of
-            a GPU, a memory map) are streamed there chunk by chunk.
+            a GPU, a memory map) are streamed there chunk by chunk; the next is read and copied while a GPU computes.
         process_group: ranks that cluster together. Each keeps its rows, which in rank order make up the whole; sums
-            and counts, and the rows that are starts, cross. Every rank gets the centres of one process on all rows.
+            and counts, and the rows that are starts, cross. Every rank gets the bits of one process on all rows.
         progress: shows a tqdm bar, of several ranks on the first.
 
     Attributes:

@@ -311,5 +311,12 @@ def test_on_a_gpu() -> None:
     kmeans.train(x)
     np.testing.assert_allclose(kmeans.centroids, expected.centroids, rtol=1e-4, atol=1e-5)
     assert isinstance(kmeans.index.search(x, 1)[0], np.ndarray)
-    with pytest.raises(ValueError, match=r'engine expected "fastproto" on a GPU, got faiss'):
-        KMeans(3, engine="faiss").fit(torch.from_numpy(x).cuda())
+    start = torch.from_numpy(x[:10])
+    expected = KMeans(10, init=start, n_iter=3).fit(torch.from_numpy(x))
+    theirs = KMeans(10, init=start, n_iter=3, engine="faiss").fit(torch.from_numpy(x).cuda())
+    assert theirs.cluster_centers_.is_cuda and theirs.labels_.is_cuda
+    np.testing.assert_allclose(theirs.inertia_, expected.inertia_, rtol=1e-3)
+    settings = PCL | {"min_points_per_centroid": 10, "niter": 4, "nredo": 1}
+    index = compat.GpuIndexFlatL2(compat.StandardGpuResources(), 24, compat.GpuIndexFlatConfig())
+    on_gpu, on_cpu = (pcl_clusters(compat, one, x, 10, x[:10], **settings) for one in (index, compat.IndexFlatL2(24)))
+    np.testing.assert_allclose(on_gpu["centroids"], on_cpu["centroids"], rtol=1e-4, atol=1e-5)
