@@ -71,7 +71,7 @@ def test_bfloat16(suite: Suite, benchmark) -> None:
 
 
 def test_small(suite: Suite, benchmark) -> None:
-    """Arithmetic of a tenth of a millisecond: what a call costs."""
+    """Little arithmetic: what a call costs."""
     compare_proto_nce(suite, benchmark, "ProtoNCE small", 64, 1000, seconds=2)
 
 
