@@ -35,7 +35,7 @@ TOP = tl.constexpr(14)
 
 @triton.jit
 def power_to_top(largest):
-    """The power of two that takes float64 ``largest`` into [2^TOP, 2^(TOP + 1)); a large one for 0, below all of float32."""
+    """The power of two that takes float64 ``largest`` into [2^TOP, 2^(TOP + 1)); a large one for 0."""
     exponent = tl.maximum(largest.to(tl.int64, bitcast=True) >> 52, 1023 - 256)
     return ((-exponent + (2 * 1023 + TOP)) << 52).to(tl.float64, bitcast=True)
 

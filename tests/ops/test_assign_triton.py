@@ -21,7 +21,7 @@ from fastproto.reference import assign as reference
 METRICS = ["l2", "ip"]
 KINDS = [
     "plain", "offset", "near-duplicates", "unit", "heavy tails", "far outlier", "clusters", "on centres", "tiny",
-    "huge", "rows beside one centre", "rows far away", "one centre many times",
+    "huge", "rows beside one centre", "rows far away", "one centre many times", "on a line",
 ]  # fmt: skip
 
 
@@ -67,6 +67,9 @@ def of_kind(kind: str, n: int = 40, k: int = 150, d: int = 48) -> tuple[Tensor, 
         return centers[:1] + 1e-6 * x, centers
     if kind == "rows far away":
         return 1e4 * x, centers
+    if kind == "on a line":
+        # All errors of rounding point the same way, which is as large as they can make the error of a product.
+        return torch.rand(n, 1, device=DEVICE).repeat(1, d), torch.rand(k, 1, device=DEVICE).repeat(1, d)
     if kind == "one centre many times":
         return x, centers[:1].repeat(k, 1)
     return x, centers
