@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastproto._check import expect, expect_tensor, expect_type, reads_data
-from fastproto.cluster._stream import Array, as_tensor, stream
+from fastproto.cluster._stream import Array, Stream, as_tensor
 from fastproto.ops.assign import assign
 from fastproto.ops.update import round_to_grid, rounder
 
@@ -51,6 +51,9 @@ class Rows:
         in_place = isinstance(x, Tensor) and self.home == self.device
         fits = self.local if in_place else CHUNK_BYTES // (x.dtype.itemsize * self.dim)
         self.chunk_rows = chunk_rows or max(1, fits)
+        starts = range(0, self.local, self.chunk_rows)
+        slices = [slice(start, min(start + self.chunk_rows, self.local)) for start in starts]
+        self.stream = Stream(x, slices, self.device)
         sizes = [self.local] if group is None else self.gather(torch.tensor(self.local, device=self.device)).tolist()
         self.total: int = sum(sizes)
         self.offset: int = sum(sizes[: self.rank])
@@ -88,9 +91,7 @@ class Rows:
 
         The rows of a chunk may be overwritten by those of the next.
         """
-        starts = range(0, self.local, self.chunk_rows)
-        slices = [slice(start, min(start + self.chunk_rows, self.local)) for start in starts]
-        for here, x in zip(slices, stream(self.x, slices, self.device), strict=True):
+        for here, x in zip(self.stream.slices, self.stream, strict=True):
             yield here, x, None if self.weights is None else self.weights[here]
 
     def survey(self, op: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,22 +13,84 @@ from torch import Tensor
 Array = Tensor | np.ndarray
 
 
-def stream(x: Array, slices: list[slice], device: torch.device) -> Iterator[Tensor]:
-    """``x[slice]`` (n, D) on ``device``, slice by slice. A piece may be overwritten by the next.
+class _Slot(NamedTuple):
+    """One of the two places that pieces pass through on their way to a GPU."""
 
-    No slice may be longer than the first. Tensors on ``device``, and arrays that torch can share, are not copied.
+    pinned: Tensor  # on the host
+    buffer: Tensor  # on the device
+    copied: torch.cuda.Event
+    computed: torch.cuda.Event
+
+
+class Stream:
+    """``x[slice]`` (n, D) on ``device``, slice by slice, in each pass over the stream anew.
+
+    A piece may be overwritten by the next. Tensors on ``device``, and arrays that torch can share, are not copied;
+    the buffers for others are made once. No slice may be longer than the first.
     """
-    if not slices:
-        return
-    if device.type == "cuda" and not (isinstance(x, Tensor) and x.is_cuda):
-        yield from _to_cuda(x, slices, device)
-    elif isinstance(x, Tensor) or _shareable(x):
-        for here in slices:
-            yield as_tensor(x[here]).to(device)
-    else:
-        buffer = _buffer(x, slices)
-        for here in slices:
-            yield _fill(buffer, x[here])
+
+    def __init__(self, x: Array, slices: list[slice], device: torch.device) -> None:
+        self.x, self.slices, self.device = x, slices, device
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if not self.slices:
+            return
+        if self.device.type == "cuda" and not (isinstance(self.x, Tensor) and self.x.is_cuda):
+            yield from self._to_cuda()
+        elif isinstance(self.x, Tensor) or _shareable(self.x):
+            for here in self.slices:
+                yield as_tensor(self.x[here]).to(self.device)
+        else:
+            for here in self.slices:
+                yield _fill(self._buffer, self.x[here])
+
+    def _to_cuda(self) -> Iterator[Tensor]:
+        """While one piece is computed, the next is read into the other pinned buffer and copied to the device."""
+        computing = torch.cuda.current_stream(self.device)
+        # The device buffers may still be in use by work that was queued before.
+        self._copying.wait_stream(computing)
+        piece = self._send(0)
+        for index in range(len(self.slices)):
+            slot = self._slots[index % 2]
+            computing.wait_event(slot.copied)
+            yield piece
+            # By now the work on this piece is queued, and runs while the next is read.
+            slot.computed.record(computing)
+            if index + 1 < len(self.slices):
+                piece = self._send(index + 1)
+
+    def _send(self, index: int) -> Tensor:
+        """Reads a piece, and queues its copy to the device."""
+        slot = self._slots[index % 2]
+        # The host waits for the last copy out of the pinned buffer, the copy for the last work on the device buffer.
+        slot.copied.synchronize()
+        self._copying.wait_event(slot.computed)
+        piece = _fill(slot.pinned, self.x[self.slices[index]])
+        with torch.cuda.stream(self._copying):
+            sent = slot.buffer[: len(piece)].copy_(piece, non_blocking=True)
+            slot.copied.record()
+        return sent
+
+    @cached_property
+    def _buffer(self) -> Tensor:
+        return self._room()
+
+    @cached_property
+    def _copying(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
+
+    @cached_property
+    def _slots(self) -> list[_Slot]:
+        pinned = [self._room(pin_memory=True) for _ in range(2)]
+        return [
+            _Slot(room, torch.empty_like(room, device=self.device), torch.cuda.Event(), torch.cuda.Event())
+            for room in pinned
+        ]
+
+    def _room(self, pin_memory: bool = False) -> Tensor:
+        """For the longest piece, on the host."""
+        longest = self.slices[0].stop - self.slices[0].start
+        return torch.empty(longest, self.x.shape[1], dtype=as_tensor(self.x[:0]).dtype, pin_memory=pin_memory)
 
 
 def as_tensor(x: Array) -> Tensor:
@@ -34,41 +98,6 @@ def as_tensor(x: Array) -> Tensor:
     if isinstance(x, Tensor):
         return x.detach()
     return torch.from_numpy(x if _shareable(x) else np.array(x, dtype=x.dtype.newbyteorder("="), order="C"))
-
-
-def _to_cuda(x: Array, slices: list[slice], device: torch.device) -> Iterator[Tensor]:
-    """Two pinned and two device buffers: while one piece is computed, the next is read and copied."""
-    computing, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    staged = [_buffer(x, slices, pinned=True) for _ in range(2)]
-    arrived = [torch.empty_like(buffer, device=device) for buffer in staged]
-    copied, computed = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))
-    # The memory of the device buffers may still be in use by work that was queued before.
-    copying.wait_stream(computing)
-
-    def send(index: int) -> Tensor:
-        slot = index % 2
-        # Waits on the host for the copy out of this pinned buffer, on the device for the work on this device buffer.
-        copied[slot].synchronize()
-        copying.wait_event(computed[slot])
-        piece = _fill(staged[slot], x[slices[index]])
-        with torch.cuda.stream(copying):
-            sent = arrived[slot][: len(piece)].copy_(piece, non_blocking=True)
-            copied[slot].record()
-        return sent
-
-    piece = send(0)
-    for index in range(len(slices)):
-        computing.wait_event(copied[index % 2])
-        yield piece
-        # By now the work on this piece is queued, and runs while the next is read.
-        computed[index % 2].record(computing)
-        if index + 1 < len(slices):
-            piece = send(index + 1)
-
-
-def _buffer(x: Array, slices: list[slice], pinned: bool = False) -> Tensor:
-    """Room for the longest slice."""
-    return torch.empty(slices[0].stop - slices[0].start, x.shape[1], dtype=as_tensor(x[:0]).dtype, pin_memory=pinned)
 
 
 def _fill(buffer: Tensor, piece: Array) -> Tensor:

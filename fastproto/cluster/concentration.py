@@ -65,12 +65,12 @@ def concentration(
 def radii(x: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
     """||x_n - c_label|| (N,) float64. The same bits whatever rows stand beside a row."""
     chunk = max(1, CHUNK_ELEMENTS[x.device.type] // x.shape[1])
-    parts = [
+    out = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    for x_nd, label_n, out_n in zip(x.split(chunk), labels.split(chunk), out.split(chunk), strict=True):
         # N matrices of one row each: cdist takes their differences, without an N x D matrix of them.
-        torch.cdist(x_nd.double()[:, None], centers[label_n.clamp(min=0)].double()[:, None], compute_mode=EXACT)
-        for x_nd, label_n in zip(x.split(chunk), labels.split(chunk), strict=True)
-    ]
-    return torch.cat(parts)[:, 0, 0]
+        center_nd = centers[label_n.clamp(min=0)].double()
+        out_n.copy_(torch.cdist(x_nd.double()[:, None], center_nd[:, None], compute_mode=EXACT)[:, 0, 0])
+    return out
 
 
 def from_radii(radii: Tensor, counts: Tensor, temperature: float = TEMPERATURE, alpha: float = ALPHA) -> Tensor:

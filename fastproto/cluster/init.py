@@ -65,13 +65,14 @@ def _inverse_norms(rows: Rows) -> Tensor:
 def _squared_distances(x: Tensor, center: Tensor, scale: Tensor | None = None) -> Tensor:
     """||s_n x_n - c||² (n,) in the dtype of ``center``. The same bits whatever rows stand beside a row."""
     chunk = max(1, CHUNK_ELEMENTS[x.device.type] // x.shape[1])
-    parts = []
+    out = center.new_zeros(len(x))
     for start in range(0, len(x), chunk):
-        x_nd = x[start : start + chunk].to(center.dtype)
+        here = slice(start, start + chunk)
+        x_nd = x[here].to(center.dtype)
         if scale is not None:
-            x_nd = x_nd * scale[start : start + chunk, None]
-        parts.append(torch.cdist(x_nd, center[None], compute_mode=EXACT)[:, 0])
-    return torch.cat(parts).square_()
+            x_nd = x_nd * scale[here, None]
+        out[here] = torch.cdist(x_nd, center[None], compute_mode=EXACT)[:, 0]
+    return out.square_()
 
 
 def _draw(rows: Rows, chances: Tensor, rng: np.random.Generator) -> int:

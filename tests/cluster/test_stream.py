@@ -13,7 +13,7 @@ import torch
 
 from fastproto.cluster import KMeans
 from fastproto.cluster._rows import Rows
-from fastproto.cluster._stream import stream
+from fastproto.cluster._stream import Stream
 
 
 class Spy(np.ndarray):
@@ -56,7 +56,10 @@ def test_pieces_are_the_rows(rows: int, dtype: type, device: str) -> None:
     x = np.random.default_rng(0).normal(size=(rows, 5)).astype(dtype)
     slices = [slice(start, min(start + 33, rows)) for start in range(0, rows, 33)]
     for kind, source in kinds(x).items():
-        pieces = [piece.clone() for piece in stream(source, slices, torch.device(device))]
+        stream = Stream(source, slices, torch.device(device))
+        first = [piece.clone() for piece in stream]
+        pieces = [piece.clone() for piece in stream]
+        assert all(torch.equal(one, again) for one, again in zip(first, pieces, strict=True))
         assert all(piece.device.type == device and not piece.requires_grad for piece in pieces)
         assert [len(piece) for piece in pieces] == [here.stop - here.start for here in slices]
         if rows:
@@ -68,7 +71,7 @@ def test_pieces_stay_whole_while_the_gpu_lags_behind() -> None:
     x = torch.arange(1000.0)[:, None].repeat(1, 1 << 16)
     slices = [slice(start, start + 50) for start in range(0, 1000, 50)]
     sums = []
-    for piece in stream(x, slices, torch.device("cuda")):
+    for piece in Stream(x, slices, torch.device("cuda")):
         torch.cuda._sleep(20_000_000)
         sums.append(piece.double().mean())
     assert torch.stack(sums).cpu().equal(x[:, 0].double().view(20, 50).mean(1))
