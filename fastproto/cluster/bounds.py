@@ -22,33 +22,34 @@ GROUPING_ITERATIONS = 5
 
 
 class Bounds:
-    """The searches of one fit over the same rows, the first two of them full.
-
-    Args:
-        x: rows (N, D) on the CPU, float32, float16 or bfloat16. C++ kernels must be there.
+    """The searches of one fit, all over the same rows, the first two of them full. Needs the C++ kernels.
 
     Attributes:
         tried: pairs of a row and a centre whose distance was computed, so far.
     """
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self) -> None:
         assert _native.cpp is not None
-        self.x, self.tried = x, 0
+        self.tried = 0
         self.panel_rows, self.group_centers = _native.cpp.assign_panel_rows(), _native.cpp.assign_group_centers()
         self.labels = self.distance = self.row_order = self.center_order = self.slack = self.centers = torch.empty(0)
 
-    def assign(self, centers: Tensor) -> tuple[Tensor, Tensor]:
+    def assign(
+        self,
+        x: Tensor,  # (N, D) float32, float16 or bfloat16, on the CPU
+        centers: Tensor,  # (K, D) float
+    ) -> tuple[Tensor, Tensor]:
         """Labels (N,) and squared distances (N,) as from ``assign``; valid until the next call."""
         if not len(self.labels):
-            self.labels, self.distance = assign(self.x, centers)
-            self.tried += len(self.x) * len(centers)
+            self.labels, self.distance = assign(x, centers)
+            self.tried += len(x) * len(centers)
             return self.labels, self.distance
         if not len(self.slack):
             self._arrange(centers)
         drift = (centers.double() - self.centers.double()).norm(dim=1)
         tried = torch.zeros((), dtype=torch.int64)
         launch(
-            self.x, centers, "l2", True, self.labels, self.distance, self.row_order, self.center_order,
+            x, centers, "l2", True, self.labels, self.distance, self.row_order, self.center_order,
             self._per_group(drift), self.slack, tried,
         )  # fmt: skip
         self.centers = centers
@@ -67,7 +68,7 @@ class Bounds:
         place = torch.empty_like(self.center_order)
         place[self.center_order] = torch.arange(k)
         self.row_order = place[self.labels].argsort(stable=True)
-        self.slack = torch.full((-(-len(self.x) // self.panel_rows), -(-k // size)), -torch.inf)
+        self.slack = torch.full((-(-len(self.labels) // self.panel_rows), -(-k // size)), -torch.inf)
         self.centers = centers
 
     def _per_group(self, drift: Tensor) -> Tensor:
