@@ -23,6 +23,7 @@ class Iteration(NamedTuple):
     counts: Tensor  # (K,) float64, rows or their weights
 
 
+# A fit may drop an iteration that it queued ahead: what a step remembers has to hold for whatever centres come next.
 Step = Callable[[Tensor], Iteration]
 
 

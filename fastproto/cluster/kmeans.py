@@ -220,8 +220,8 @@ class KMeans:
         rows = self._fitted_rows(x, op)
         dtype = torch.promote_types(rows.dtype, self.cluster_centers_.dtype)
         centers = self.cluster_centers_.to(rows.device).double()
-        # Distances to the median instead of to zero: a common offset takes no digits.
-        origin = centers.median(0).values
+        # Everything relative to the middle of the centres: a common offset takes no digits, nor does one far centre.
+        origin = centers.sort(0).values[self.n_clusters // 2]
         mode = EXACT if dtype == torch.float64 else "use_mm_for_euclid_dist"
         distances = torch.zeros(rows.local, self.n_clusters, dtype=dtype, device=rows.home)
         finite = torch.ones((), dtype=torch.bool, device=rows.device)
@@ -284,7 +284,7 @@ class KMeans:
                     tol=self.tol,
                     spherical=self.spherical,
                     split=rows.total if self.empty == "split" else None,
-                    ahead=rows.device.type == "cuda",
+                    ahead=rows.device.type == "cuda" and self.engine == "fastproto",
                     watch=watch,
                 )
                 found = assign_all(rows, centers, self.spherical) if runs > 1 else None

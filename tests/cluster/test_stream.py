@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -97,6 +98,17 @@ def test_a_fit_reads_no_more_than_a_chunk_at_a_time_and_each_once() -> None:
     x.read.clear()
     KMeans(8, n_iter=3, chunk_rows=33, max_points_per_cluster=4).fit(x)
     assert sum(x.read) == 200 * (1 + 1)
+
+
+def test_sums_over_rows_are_exact_in_any_order() -> None:
+    values = torch.randn(5000).double().exp2().mul(1e3).float()
+    weights = torch.rand(5000).double()
+    total = Rows(torch.zeros(5000, 1), weights).weighted_sum(values)
+    assert float(total) == pytest.approx(math.fsum((values.double() * weights).tolist()), rel=1e-11)
+    for _ in range(5):
+        order = torch.randperm(5000)
+        assert torch.equal(Rows(torch.zeros(5000, 1), weights[order]).weighted_sum(values[order]), total)
+    assert Rows(torch.zeros(0, 1)).weighted_sum(torch.zeros(0)) == 0
 
 
 def test_rows_that_are_copied_come_in_pieces() -> None:
