@@ -22,6 +22,9 @@ MAX_CHANNELS = 4  # as in csrc/crop_resize/crop_resize.h
 
 
 def _cpp(images: list[Tensor], *rest: Any) -> None:
+    if rest[-1].dtype == torch.float64:
+        reference.crop_resize(images, *rest)
+        return
     assert _native.cpp is not None
     table = _table(images)
     _native.cpp.crop_resize(*_pointers(table, images, *rest), torch.get_num_threads())
