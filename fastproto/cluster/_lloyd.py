@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastproto.cluster._rows import Rows
+from fastproto.cluster.bounds import Search
 from fastproto.cluster.concentration import from_radii, radii
-from fastproto.ops.assign import assign
 from fastproto.ops.update import rounder, update
 
 
@@ -36,16 +36,15 @@ class Assignment(NamedTuple):
     concentration: Tensor  # (K,)
 
 
-def lloyd(rows: Rows, spherical: bool) -> Step:
+def lloyd(rows: Rows, spherical: bool, search: Search) -> Step:
     """The mean of the rows nearest to each centre; with ``spherical``, of unit length. Reads all rows once."""
-    metric = "ip" if spherical else "l2"
 
     def step(centers: Tensor) -> Iteration:
         sums = torch.zeros_like(centers, dtype=torch.float64)
         counts = torch.zeros_like(sums[:, 0])
         distance = torch.zeros(rows.local, dtype=torch.float32, device=rows.device)
         for here, x, weights in rows.chunks():
-            labels, distance[here] = assign(x, centers, metric)
+            labels, distance[here] = search.nearest(here.start, x, centers)
             chunk_sums, chunk_counts = update(x, labels, len(centers), weights, rows.rounders)
             sums += chunk_sums
             counts += chunk_counts
@@ -56,14 +55,13 @@ def lloyd(rows: Rows, spherical: bool) -> Step:
     return step
 
 
-def assign_all(rows: Rows, centers: Tensor, spherical: bool) -> Assignment:
+def assign_all(rows: Rows, centers: Tensor, search: Search) -> Assignment:
     """Where every row belongs, and what follows from it, in one pass."""
-    metric = "ip" if spherical else "l2"
     labels = torch.zeros(rows.local, dtype=torch.int64, device=rows.device)
     distance = torch.zeros(rows.local, dtype=torch.float32, device=rows.device)
     radius = torch.zeros(rows.local, 1, dtype=torch.float64, device=rows.device)
     for here, x, _ in rows.chunks():
-        labels[here], distance[here] = assign(x, centers, metric)
+        labels[here], distance[here] = search.nearest(here.start, x, centers)
         radius[here, 0] = radii(x, labels[here], centers)
     rounders = torch.stack([rows.rounder(radius), rounder(radius.new_ones(()), rows.total)])
     sums, counts = update(radius, labels, len(centers), None, rounders)

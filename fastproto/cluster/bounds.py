@@ -15,10 +15,51 @@ import torch
 from torch import Tensor
 
 from fastproto import _native
+from fastproto.ops._dispatch import OPS
 from fastproto.ops.assign import assign, launch
 from fastproto.ops.update import update
 
 GROUPING_ITERATIONS = 5
+SHARE = 4  # bounds take a fourth of the memory of the rows at most
+
+
+class Search:
+    """Nearest centres of the same rows over and over, chunk by chunk: with bounds where there are kernels for them.
+
+    Args:
+        metric: "l2" or "ip". Inner products have no bounds yet.
+        exact: False for a search that may err as ``assign`` says; it keeps no bounds.
+
+    Attributes:
+        tried: pairs of a row and a centre whose distance was computed, so far.
+    """
+
+    def __init__(self, metric: str, exact: bool = True) -> None:
+        self.metric, self.exact, self.tried = metric, exact, 0
+        self.bounds: dict[int, Bounds] = {}
+
+    def nearest(self, start: int, x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels and distances as from ``assign``, of the chunk ``x`` that begins at row ``start``.
+
+        They are valid until the next call for this chunk.
+        """
+        if self._bounded(x, centers):
+            bounds = self.bounds.setdefault(start, Bounds())
+            before = bounds.tried
+            found = bounds.assign(x, centers)
+            self.tried += bounds.tried - before
+            return found
+        self.tried += len(x) * len(centers)
+        return assign(x, centers, self.metric, self.exact)
+
+    def _bounded(self, x: Tensor, centers: Tensor) -> bool:
+        if self.metric != "l2" or not self.exact or x.device.type != "cpu" or OPS["assign"].choose("cpu") != "cpp":
+            return False
+        assert _native.cpp is not None
+        # One float32 for each panel and group: worth it while that is a fraction of the rows themselves.
+        pairs = _native.cpp.assign_panel_rows() * _native.cpp.assign_group_centers()
+        slack = len(x) * len(centers) // pairs
+        return torch.float64 not in (x.dtype, centers.dtype) and 4 * slack <= x.nbytes // SHARE
 
 
 class Bounds:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastproto import _native
-from fastproto.cluster.bounds import Bounds
+from fastproto.cluster import KMeans
+from fastproto.cluster.bounds import Bounds, Search
 from fastproto.ops.assign import assign
 from fastproto.ops.update import update
 
@@ -92,3 +93,30 @@ def test_rows_of_nan_are_tried_against_everything(isa: str) -> None:
         assert torch.equal(labels, expected_labels)
         torch.testing.assert_close(distance, expected_distance, rtol=0, atol=0, equal_nan=True)
         centers = centers + 1e-3 * torch.randn_like(centers)
+
+
+@pytest.mark.parametrize("options", [{}, {"n_init": 2}, {"chunk_rows": 999}, {"max_points_per_cluster": 20}])
+def test_a_fit_with_bounds_is_the_fit_without(monkeypatch: pytest.MonkeyPatch, options: dict) -> None:
+    x = blobs(4000, 100, 32, 0.3)
+    bounded = KMeans(100, n_iter=8, **options).fit(x)
+    monkeypatch.setattr(Search, "_bounded", lambda *_: False)
+    full = KMeans(100, n_iter=8, **options).fit(x)
+    assert torch.equal(bounded.cluster_centers_, full.cluster_centers_)
+    assert torch.equal(bounded.labels_, full.labels_)
+    assert bounded.history_ == full.history_
+    assert bounded.inertia_ == full.inertia_
+    assert bounded.n_distances_ < full.n_distances_
+
+
+def test_distances_of_a_fit_without_bounds_are_all_pairs_of_every_pass() -> None:
+    x = blobs(500, 10, 6, 0.3)
+    fit = KMeans(10, n_iter=3, spherical=True).fit(x)
+    assert fit.n_distances_ == 500 * 10 * (fit.n_iter_ + 1)
+
+
+def test_bounds_stay_small_beside_the_rows() -> None:
+    search = Search("l2")
+    x, centers = torch.randn(64, 2), torch.randn(5000, 2)
+    for _ in range(3):
+        search.nearest(0, x, centers)
+    assert not search.bounds

@@ -9,13 +9,15 @@ from torch import Tensor
 from fastproto.cluster._fit import Report, fit_centers
 from fastproto.cluster._lloyd import Iteration, lloyd
 from fastproto.cluster._rows import Rows
+from fastproto.cluster.bounds import Search
 
 
 def fit(x: Tensor, centers: Tensor, **options) -> tuple[Tensor, list[Report], int]:
     """Centres, reports, and how many iterations were computed for them."""
     rows = Rows(x)
     rows.survey("test")
-    step, calls = lloyd(rows, options.get("spherical", False)), []
+    spherical = options.get("spherical", False)
+    step, calls = lloyd(rows, spherical, Search("ip" if spherical else "l2")), []
 
     def counted(given: Tensor) -> Iteration:
         calls.append(given)

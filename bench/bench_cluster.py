@@ -1,0 +1,71 @@
+"""k-means on the CPU: the nearest of many centres, and a whole fit, against faiss-cpu and eager PyTorch.
+
+Operations of an assignment: 2 N K D. The floor is that of float32 multiply-adds; a screen in narrower numbers may pass
+it.
+"""
+
+from __future__ import annotations
+
+import faiss
+import pytest
+import torch
+from harness import Suite, Work
+from torch import Tensor
+
+from fastproto.cluster import KMeans, kmeans_assign
+
+D = 128
+
+
+def eager(x: Tensor, centers: Tensor) -> Tensor:
+    """Chunks of rows against all centres, as one writes it: not exact, float32 products."""
+    half = centers.square().sum(1) / 2
+    return torch.cat([torch.addmm(half, part, centers.T, alpha=-1).argmin(1) for part in x.split(4096)])
+
+
+def rows(kind: str, n: int, k: int) -> tuple[Tensor, Tensor]:
+    """Rows and centres; clustered ones lie three standard deviations of their cluster apart."""
+    centers = torch.randn(k, D)
+    if kind == "gaussian":
+        return torch.randn(n, D), centers
+    return centers[torch.randint(k, (n,))] + 0.33 * torch.randn(n, D), centers + 0.1 * torch.randn(k, D)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "clustered"])
+def test_assign(suite: Suite, benchmark, kind: str) -> None:
+    n, k = 100_000, 4096
+    x, centers = rows(kind, n, k)
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index = faiss.IndexFlatL2(D)
+    index.add(centers.numpy())
+    methods = {
+        "fastproto": lambda: kmeans_assign(x, centers),
+        "faiss-cpu": lambda: index.search(x.numpy(), 1),
+        "eager": lambda: eager(x, centers),
+    }
+    work = Work(f"assign, {kind}", f"{n} x {D} to {k}", "float32", "cpu", bytes=4 * D * (n + k), flop=2 * n * k * D)
+    suite.compare(work, methods, seconds=10)
+    benchmark.pedantic(methods["fastproto"], rounds=3, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "clustered"])
+def test_fit(suite: Suite, benchmark, kind: str) -> None:
+    n, k, iterations = 50_000, 1000, 20
+    x, _ = rows(kind, n, k)
+    start = x[torch.randperm(n)[:k]].clone()
+    faiss.omp_set_num_threads(torch.get_num_threads())
+
+    def ours() -> float:
+        return KMeans(k, n_iter=iterations, init=start).fit(x).history_[-1]
+
+    def theirs() -> float:
+        kmeans = faiss.Kmeans(D, k, niter=iterations, max_points_per_centroid=n, min_points_per_centroid=1)
+        kmeans.train(x.numpy(), init_centroids=start.numpy())
+        kmeans.index.search(x.numpy(), 1)
+        return float(kmeans.obj[-1])
+
+    assert ours() <= 1.001 * theirs()
+    flop = 2 * n * k * D * (iterations + 1)
+    work = Work(f"fit, {kind}", f"{n} x {D}, K {k}, 20 iterations", "float32", "cpu", bytes=4 * D * n, flop=flop)
+    suite.compare(work, {"fastproto": ours, "faiss-cpu": theirs}, seconds=10)
+    benchmark.pedantic(ours, rounds=1)
