@@ -135,8 +135,16 @@ void load_chunk(const Assign& args, const Centers& centers, Chunk& chunk) {
   chunk.waiting.resize(size * WAITING);
   chunk.hope.resize(size * WAITING);
   chunk.waiting_count.assign(size, 0);
+  auto place = [&](int64_t i) {
+    return (args.row_order ? args.row_order[chunk.begin + i] : chunk.begin + i) * args.stride_x;
+  };
+  const int64_t item = copied ? 2 : 4;
   for (int64_t i = 0; i < chunk.count; ++i) {
-    const int64_t at = (args.row_order ? args.row_order[chunk.begin + i] : chunk.begin + i) * args.stride_x;
+    // Rows out of order are what the CPU cannot foresee.
+    if (args.row_order && i + 4 < chunk.count)
+      for (int64_t b = 0; b < D * item; b += 64)
+        __builtin_prefetch(static_cast<const char*>(args.x) + place(i + 4) * item + b);
+    const int64_t at = place(i);
     if (copied) load_row(args.x, args.x_dtype, at, D, copies + i * D);
     const float* row = copied ? copies + i * D : static_cast<const float*>(args.x) + at;
     for (int64_t d = 0; d < D; ++d) shifted[d] = row[d] - centers.shift[d];
