@@ -22,6 +22,8 @@ class PrototypeBank(nn.Module):
         dim: dimension of the features, D.
         num_prototypes: K of each of the G sets, or one K.
         temperature: mean of the concentration of each set.
+        warm_start: each update but the first starts from the centres of the last instead of new ones. Where features
+            move little between updates, few iterations then do (``n_iter``, ``tol``), and bounds save most distances.
         **kmeans: options of ``KMeans``. Set g is clustered with ``seed`` + g. With a ``process_group`` every rank
             gives ``update`` its own rows, which in rank order make up the data set.
 
@@ -53,6 +55,8 @@ class PrototypeBank(nn.Module):
         dim: int,
         num_prototypes: int | tuple[int, ...] | list[int],
         temperature: float = TEMPERATURE,
+        *,
+        warm_start: bool = False,
         **kmeans: Any,
     ) -> None:
         super().__init__()
@@ -65,13 +69,14 @@ class PrototypeBank(nn.Module):
             expect(1 <= size <= num_samples, op, "num_prototypes", f"1 ... num_samples = {num_samples}", size)
         expect(temperature > 0, op, "temperature", "above 0", temperature)
         self.num_samples, self.dim, self.num_prototypes, self.temperature = num_samples, dim, sizes, temperature
-        self.seed, self.kmeans_options = kmeans.pop("seed", 0), kmeans
+        self.warm_start, self.seed, self.kmeans_options = warm_start, kmeans.pop("seed", 0), kmeans
         for index in range(len(sizes)):
             self._kmeans(index)
 
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         for index, size in enumerate(sizes):
             self.register_buffer(f"prototypes_{index}", torch.zeros(size, dim))
+            self.register_buffer(f"centers_{index}", torch.zeros(size, dim) if warm_start else None)
             self.register_buffer(f"assignments_{index}", torch.full((num_samples,), -1))
             self.register_buffer(f"concentration_{index}", torch.full((size,), float(temperature)))
 
@@ -96,7 +101,10 @@ class PrototypeBank(nn.Module):
         rows = Rows(features, group=self.kmeans_options.get("process_group"))
         expect(rows.total == self.num_samples, op, "features", f"{self.num_samples} rows in all", f"{rows.total}")
         for index in range(len(self.num_prototypes)):
-            kmeans = self._kmeans(index).fit(features)
+            warm = {"init": self._buffer("centers", index)} if self.warm_start and self.ready else {}
+            kmeans = self._kmeans(index, **warm).fit(features)
+            if self.warm_start:
+                self._buffer("centers", index).copy_(kmeans.cluster_centers_)
             assignments = torch.zeros(rows.total, dtype=torch.int64, device=features.device)
             assignments[rows.offset : rows.offset + rows.local] = kmeans.labels_
             rows.sum(assignments)
@@ -132,8 +140,8 @@ class PrototypeBank(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.num_samples}, {self.dim}, num_prototypes={self.num_prototypes}, temperature={self.temperature}"
 
-    def _kmeans(self, index: int) -> KMeans:
-        return KMeans(self.num_prototypes[index], seed=self.seed + index, **self.kmeans_options)
+    def _kmeans(self, index: int, **options: Any) -> KMeans:
+        return KMeans(self.num_prototypes[index], **{"seed": self.seed + index, **self.kmeans_options, **options})
 
     def _buffer(self, name: str, index: int) -> Tensor:
         return self.get_buffer(f"{name}_{index}")

@@ -110,3 +110,39 @@ def test_moves_to_a_gpu() -> None:
     for one, other in zip(bank.lookup(ids.cuda()), expected.lookup(ids), strict=True):
         assert one[0].is_cuda
         torch.testing.assert_close(one[0].cpu(), other[0])
+
+
+def test_a_warm_start_goes_on_from_the_last_centers() -> None:
+    centers = torch.randn(30, 8)
+    features = centers[torch.randint(30, (2000,))] + 0.1 * torch.randn(2000, 8)
+    moved = features + 0.01 * torch.randn(2000, 8)
+    bank = PrototypeBank(2000, 8, num_prototypes=(30, 50), warm_start=True, n_iter=3, seed=5)
+    bank.update(features)
+    bank.update(moved)
+    for index, size in enumerate((30, 50)):
+        cold = KMeans(size, n_iter=3, seed=5 + index).fit(features)
+        warm = KMeans(size, n_iter=3, init=cold.cluster_centers_).fit(moved)
+        prototypes, assignments, _ = bank.lookup(torch.arange(2000))
+        assert torch.equal(assignments[index], warm.labels_)
+        assert torch.equal(prototypes[index], torch.nn.functional.normalize(warm.cluster_centers_, dim=1))
+
+
+def test_a_warm_start_survives_being_saved() -> None:
+    features = torch.randn(200, 4)
+    bank = PrototypeBank(200, 4, num_prototypes=9, warm_start=True, n_iter=2)
+    bank.update(features)
+    loaded = PrototypeBank(200, 4, num_prototypes=9, warm_start=True, n_iter=2)
+    loaded.load_state_dict(bank.state_dict())
+    bank.update(features)
+    loaded.update(features)
+    for name, tensor in bank.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+
+
+def test_without_a_warm_start_every_update_is_cold() -> None:
+    features = torch.randn(200, 4)
+    bank = PrototypeBank(200, 4, num_prototypes=9, n_iter=2)
+    bank.update(torch.randn(200, 4))
+    bank.update(features)
+    assert "centers_0" not in bank.state_dict()
+    assert torch.equal(bank.lookup(torch.arange(200))[1][0], KMeans(9, n_iter=2).fit(features).labels_)
