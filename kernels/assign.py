@@ -3,14 +3,15 @@
 
     v_nk = ½||x_n - c_k||²  (l2)        v_nk = -<x_n, c_k>  (ip)        label_n = argmin_k v_nk, the first of equals
 
-N rows, K centres, D dimensions. assign_screen.py bounds every score from below by a product in float16, and keeps of
-each row the group of centres with the lowest bound, and the lowest bound of all other groups.
+N rows, K centres, D dimensions. assign_screen.py bounds every score from below by a product in float16. Of each row it
+keeps a few groups of centres with low bounds, and the lowest bound of all others.
 
-Settle takes v of that group from differences, in float64. Where the second bound lies above the best v, no other centre
-can be as near, and that is the label. Resolve streams the centres once more past the rows that are left, and takes v of
-every group whose bound does not exceed the best v so far. Which rows these are stays on the device.
+Settle takes v of the kept groups from differences in float64, the lowest bound first, until the next lies above the
+best v. Where that of all others does too, no other centre can be as near, and this is the label. Resolve streams the
+centres once more past the rows that are left, and does the same with all groups. Which rows these are stays on the
+device.
 
-In memory are the rows in float16 and some 60 bytes for each, never (N, K). No atomic: the same bits every run.
+In memory are the rows in float16 and some 200 bytes for each, never (N, K). No atomic: the same bits every run.
 docs/math/assign.md, "The GPU screen", has the proof.
 """
 
@@ -23,10 +24,11 @@ from fastproto.kernels._tiles import INF, Tile, processors
 from fastproto.kernels.assign_screen import MEMBERS, first_of_group, group_minima, screen
 from torch import Tensor
 
-# Rows of a program, and columns at a time: what their 16 centres leave room for in registers.
-SETTLE_ROWS, SETTLE_COLUMNS = 8, 32
-RESOLVE_ROWS, RESOLVE_COLUMNS = 16, 8
-RESOLVE_PROGRAMS = 4  # for each processor
+# Rows of a program, and columns at a time: what their groups leave room for in registers.
+SETTLE_ROWS, SETTLE_COLUMNS, SETTLE_WARPS = 16, 16, 8
+RESOLVE_ROWS, RESOLVE_COLUMNS, RESOLVE_WARPS = 16, 8, 8
+RESOLVE_BLOCK_D = 128  # columns of a product at a time
+RESOLVE_PROGRAMS = 2  # for each processor: as many as its registers hold
 NONE = tl.constexpr(2**31 - 1)
 
 
@@ -79,30 +81,69 @@ def nearest_of_group(
 
 
 @triton.jit
-def store_nearest(label_ptr, distance_ptr, row_n, mask_n, best_n, label_n, IP: tl.constexpr):
-    distance_n = -best_n if IP else 2 * best_n
-    tl.store(label_ptr + row_n, label_n.to(tl.int64), mask=mask_n)
-    tl.store(distance_ptr + row_n, tl.where(best_n < INF, distance_n, float("nan")).to(tl.float32), mask=mask_n)
-
-
-@triton.jit
 def limit_of(unit_n, base_n, best_n, D: tl.constexpr, IP: tl.constexpr):
     """What the bound V of a centre as near as the best one cannot exceed."""
     # Squares in float64 are that exact; an inner product is not, and base_n knows it.
     return base_n + unit_n * best_n * (1.0 if IP else 1 + D * 2.0**-50)
 
 
+@triton.jit
+def look(
+    x_ptr,
+    stride_xn,
+    stride_xd,
+    row_n,  # int64
+    c_ptr,
+    K,
+    low_ng,  # float64: bounds V of groups, INF for one that is not to be looked at
+    first_ng,  # int32: the lowest centre of each group
+    unit_n,
+    base_n,
+    limit_n,  # float64: a larger V is of no interest
+    best_n,  # float64: the least v so far
+    label_n,  # int32: and its centre
+    D: tl.constexpr,
+    IP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Takes v of a group of every row, the lowest bound first, while any bound is within its row's limit."""
+    GROUPS: tl.constexpr = low_ng.shape[1]
+    group = tl.arange(0, GROUPS)[None, :]
+    low_n = tl.min(low_ng, 1)
+    wanted_n = (low_n <= limit_n) & (low_n < INF)
+    while tl.max(wanted_n.to(tl.int32), 0) > 0:
+        here_n = tl.min(tl.where(low_ng == low_n[:, None], group, GROUPS), 1)
+        here_ng = group == here_n[:, None]
+        first_n = tl.sum(tl.where(here_ng, first_ng, 0), 1)
+        best_n, label_n = nearest_of_group(
+            x_ptr, stride_xn, stride_xd, row_n, wanted_n, c_ptr, K, first_n, best_n, label_n, D, IP, COLUMNS
+        )
+        limit_n = tl.minimum(limit_n, limit_of(unit_n, base_n, best_n, D, IP))
+        low_ng = tl.where(here_ng, INF, low_ng)
+        low_n = tl.min(low_ng, 1)
+        wanted_n = (low_n <= limit_n) & (low_n < INF)
+    return best_n, label_n, limit_n
+
+
+@triton.jit
+def store_nearest(label_ptr, distance_ptr, row_n, mask_n, best_n, label_n, IP: tl.constexpr):
+    distance_n = -best_n if IP else 2 * best_n
+    tl.store(label_ptr + row_n, label_n.to(tl.int64), mask=mask_n)
+    tl.store(distance_ptr + row_n, tl.where(best_n < INF, distance_n, float("nan")).to(tl.float32), mask=mask_n)
+
+
 @triton.jit(do_not_specialize=["N", "K"])
 def _settle_kernel(
     x_ptr,  # (N, D) at stride_xn, stride_xd
     c_ptr,  # (K, D) float32, contiguous
-    first_ptr,
-    second_ptr,
-    unit_ptr,
-    base_ptr,
+    low_ptr,  # (padded N, BLOCK_K / MEMBERS) float32
+    block_ptr,  # (padded N, BLOCK_K / MEMBERS) int32
+    second_ptr,  # (padded N,) float32
+    unit_ptr,  # (padded N,) float64
+    base_ptr,  # (padded N,) float64
     label_ptr,  # (N,) int64
     distance_ptr,  # (N,) float32
-    best_ptr,  # (N,) float64: v of the label
+    limit_ptr,  # (N,) float64: no centre with a larger V is as near as the label
     open_ptr,  # (N,) int32: 1 where another group may hold a nearer one
     N,
     K,
@@ -111,25 +152,33 @@ def _settle_kernel(
     D: tl.constexpr,
     IP: tl.constexpr,
     EXACT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     SETTLE_ROWS: tl.constexpr,
     SETTLE_COLUMNS: tl.constexpr,
 ):
+    GROUPS: tl.constexpr = BLOCK_K // MEMBERS
     row_n = tl.program_id(0).to(tl.int64) * SETTLE_ROWS + tl.arange(0, SETTLE_ROWS)
     mask_n = row_n < N
-    first_n = tl.load(first_ptr + row_n, mask=mask_n, other=0)
+    group = tl.arange(0, GROUPS)[None, :]
+    at_ng = row_n[:, None] * GROUPS + group
+    low_ng = tl.load(low_ptr + at_ng, mask=mask_n[:, None], other=INF).to(tl.float64)
+    first_ng = first_of_group(tl.load(block_ptr + at_ng, mask=mask_n[:, None], other=0), group, BLOCK_K)
+    if not EXACT:
+        low_ng = tl.where(low_ng == tl.min(low_ng, 1)[:, None], low_ng, INF)
+    unit_n = tl.load(unit_ptr + row_n, mask=mask_n, other=1.0)
+    base_n = tl.load(base_ptr + row_n, mask=mask_n, other=0.0)
+    limit_n = tl.full((SETTLE_ROWS,), INF, tl.float64)
     best_n = tl.full((SETTLE_ROWS,), INF, tl.float64)
     label_n = tl.zeros((SETTLE_ROWS,), tl.int32)
-    best_n, label_n = nearest_of_group(
-        x_ptr, stride_xn, stride_xd, row_n, mask_n, c_ptr, K, first_n, best_n, label_n, D, IP, SETTLE_COLUMNS
-    )
+    best_n, label_n, limit_n = look(
+        x_ptr, stride_xn, stride_xd, row_n, c_ptr, K, low_ng, first_ng, unit_n, base_n, limit_n, best_n, label_n,
+        D, IP, SETTLE_COLUMNS,
+    )  # fmt: skip
     store_nearest(label_ptr, distance_ptr, row_n, mask_n, best_n, label_n, IP)
     if EXACT:
-        unit_n = tl.load(unit_ptr + row_n, mask=mask_n, other=1.0)
-        base_n = tl.load(base_ptr + row_n, mask=mask_n, other=0.0)
         second_n = tl.load(second_ptr + row_n, mask=mask_n, other=INF)
-        open_n = (best_n < INF) & (second_n <= limit_of(unit_n, base_n, best_n, D, IP))
-        tl.store(best_ptr + row_n, best_n, mask=mask_n)
-        tl.store(open_ptr + row_n, open_n.to(tl.int32), mask=mask_n)
+        tl.store(limit_ptr + row_n, limit_n, mask=mask_n)
+        tl.store(open_ptr + row_n, ((best_n < INF) & (second_n <= limit_n)).to(tl.int32), mask=mask_n)
 
 
 @triton.jit(do_not_specialize=["N", "K", "blocks"])
@@ -146,7 +195,7 @@ def _resolve_kernel(
     base_ptr,
     label_ptr,
     distance_ptr,
-    best_ptr,
+    limit_ptr,
     N,
     K,
     blocks,
@@ -167,8 +216,8 @@ def _resolve_kernel(
         mask_n = offs_n < count
         row_n = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
         unit_n, base_n = tl.load(unit_ptr + row_n), tl.load(base_ptr + row_n)
-        limit_n = limit_of(unit_n, base_n, tl.load(best_ptr + row_n), D, IP)
-        # The settled group is looked at again: two kernels may add up equal centres to different bits.
+        limit_n = tl.load(limit_ptr + row_n)
+        # Settled groups are looked at again: two kernels may add up equal centres to different bits.
         best_n = tl.full((RESOLVE_ROWS,), INF, tl.float64)
         label_n = tl.zeros((RESOLVE_ROWS,), tl.int32)
         coef_n = tl.load(coef_ptr + row_n)
@@ -180,17 +229,11 @@ def _resolve_kernel(
                 q_nd, row_ptr_n, coef_n, qc_ptr + at.to(tl.int64) * WIDTH, vector_ptr + at, WIDTH, BLOCK_K, BLOCK_D
             )
             low_ng = tl.where(mask_n[:, None], low_ng.to(tl.float64), INF)
-            low_n = tl.min(low_ng, 1)
-            while tl.max((low_n <= limit_n).to(tl.int32), 0) > 0:
-                # One group of every row that has any left, the most promising first.
-                group_n = tl.min(tl.where(low_ng == low_n[:, None], group, BLOCK_K), 1)
-                best_n, label_n = nearest_of_group(
-                    x_ptr, stride_xn, stride_xd, row_n, low_n <= limit_n, c_ptr, K,
-                    first_of_group(block, group_n, BLOCK_K), best_n, label_n, D, IP, RESOLVE_COLUMNS,
-                )  # fmt: skip
-                low_ng = tl.where(group == group_n[:, None], INF, low_ng)
-                limit_n = tl.minimum(limit_n, limit_of(unit_n, base_n, best_n, D, IP))
-                low_n = tl.min(low_ng, 1)
+            first_ng = tl.broadcast_to(first_of_group(block, group, BLOCK_K), low_ng.shape)
+            best_n, label_n, limit_n = look(
+                x_ptr, stride_xn, stride_xd, row_n, c_ptr, K, low_ng, first_ng, unit_n, base_n, limit_n, best_n,
+                label_n, D, IP, RESOLVE_COLUMNS,
+            )  # fmt: skip
         store_nearest(label_ptr, distance_ptr, row_n, mask_n, best_n, label_n, IP)
 
 
@@ -205,7 +248,7 @@ def assign(
     """Labels (N,) int64 and distances (N,) float32; the tile is for tests.
 
     Not exact, a row is left with the best centre of the group of the lowest bound: its v exceeds the least by at most
-    twice the error of the bound, some 2^-10 ||x|| ||c|| with both taken from the origin.
+    twice the error of the bound, in all some 2^-10 ||x|| ||c|| with both taken from the origin.
     """
     n, k, d = len(x), *centers.shape
     label = torch.empty(n, dtype=torch.int64, device=x.device)
@@ -216,21 +259,22 @@ def assign(
     flags = {"D": d, "IP": metric == "ip"}
     with torch.cuda.device_of(x):
         found = screen(x, centers, metric == "ip", tile)
-        best = torch.empty(n if exact else 0, dtype=torch.float64, device=x.device)
+        limit = torch.empty(n if exact else 0, dtype=torch.float64, device=x.device)
         undecided = torch.empty(n if exact else 0, dtype=torch.int32, device=x.device)
         _settle_kernel[triton.cdiv(n, SETTLE_ROWS),](
-            x, centers, found.first, found.second, found.unit, found.base, label, distance, best, undecided, n, k,
-            *x.stride(), EXACT=exact, SETTLE_ROWS=SETTLE_ROWS, SETTLE_COLUMNS=SETTLE_COLUMNS, **flags,
+            x, centers, found.low, found.block, found.second, found.unit, found.base, label, distance, limit, undecided,
+            n, k, *x.stride(), EXACT=exact, BLOCK_K=found.tile.block_k, SETTLE_ROWS=SETTLE_ROWS,
+            SETTLE_COLUMNS=SETTLE_COLUMNS, num_warps=SETTLE_WARPS, **flags,
         )  # fmt: skip
         if exact:
             count = undecided.cumsum(0)
             # The i-th open row is the first with i open ones up to it.
             rows = torch.searchsorted(count, torch.arange(1, n + 1, device=x.device))
-            blocks, block_k, block_d = len(found.vector) // found.tile.block_k, found.tile.block_k, found.tile.block_d
+            block_k, block_d = found.tile.block_k, min(found.tile.block_d, RESOLVE_BLOCK_D)
             _resolve_kernel[min(triton.cdiv(n, RESOLVE_ROWS), RESOLVE_PROGRAMS * processors(x.device)),](
                 x, centers, rows, count, found.rows, found.coef, found.centers, found.vector, found.unit, found.base,
-                label, distance, best, n, k, blocks, *x.stride(), WIDTH=found.rows.shape[1],
+                label, distance, limit, n, k, len(found.vector) // block_k, *x.stride(), WIDTH=found.rows.shape[1],
                 BLOCK_K=block_k, BLOCK_D=block_d, RESOLVE_ROWS=RESOLVE_ROWS, RESOLVE_COLUMNS=RESOLVE_COLUMNS,
-                num_stages=2, **flags,
+                num_warps=RESOLVE_WARPS, num_stages=2, **flags,
             )  # fmt: skip
     return label, distance

@@ -8,9 +8,10 @@ two that make the most of float16, to which both are then rounded. Their product
 
     V_nk = coef_n · vector_k - <x̂_n, ĉ_k>        V_nk - κ_n ≤ S_nk
 
-The screen keeps of each row the group of 16 centres that holds the least V, and the least V of all other groups.
-docs/math/assign.md, "The GPU screen", has the proof. In memory are the rounded rows and some 30 bytes for each. No
-atomic, no number that the host waits for: the same bits every run.
+The centres stand in groups, and every so many groups form a class. The screen keeps, of each row and class, the group
+with the least V and that V, and the least V of all groups that are not among those. docs/math/assign.md, "The GPU
+screen", has the proof. In memory are the rounded rows and some 150 bytes for each. No atomic, no number that the host
+waits for: the same bits every run.
 
 Source: the bounds are ours; the loop is that of contrast_fwd.py without its second product.
 """
@@ -25,8 +26,8 @@ import triton.language as tl
 from fastproto.kernels._tiles import INF, Tile, product, tile_for
 from torch import Tensor
 
-# The centres of a group: 8 pairs of neighbours, 8 apart.
-MEMBERS = tl.constexpr(16)
+# The centres of a group: 4 pairs of neighbours, 8 apart.
+MEMBERS = tl.constexpr(8)
 PACK_ROWS, PACK_COLUMNS = 16, 64
 SAMPLE = 1024  # centres whose median is the origin
 # Scaled, the largest number of a row, and of the centres, is at least 2^TOP and less than twice that.
@@ -178,8 +179,7 @@ def group_minima(x_nd, row_ptr_n, coef_n, c_ptr, vector_ptr, WIDTH: tl.constexpr
                  BLOCK_D: tl.constexpr):  # fmt: skip
     """The least V_nk of every group of a block of centres: (BLOCK_N, BLOCK_K / MEMBERS).
 
-    Group g holds the centres 16 · 4 · (g // 4) + 2 · (g % 4) + {0, 1} + 8 i, i < 8. What tensor cores leave in the
-    registers of a thread is then whole groups, and no minimum needs another thread.
+    What tensor cores leave in the registers of a thread is whole groups, so that no minimum needs another thread.
     """
     here_k, here_d = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
     BLOCK_N: tl.constexpr = coef_n.shape[0]
@@ -199,7 +199,7 @@ def group_minima(x_nd, row_ptr_n, coef_n, c_ptr, vector_ptr, WIDTH: tl.constexpr
 
 @triton.jit
 def first_of_group(block, group, BLOCK_K: tl.constexpr):
-    """The lowest centre of a group; its others are at + {0, 1} + 8 i."""
+    """The lowest centre of a group in a block; its others are at + {0, 1} + 8 i."""
     return block * BLOCK_K + group // 4 * (4 * MEMBERS) + group % 4 * 2
 
 
@@ -209,7 +209,8 @@ def _screen_kernel(
     coef_ptr,  # (padded N,) float32
     c_ptr,  # (blocks · BLOCK_K, WIDTH) float16
     vector_ptr,  # (blocks · BLOCK_K,) float32
-    first_ptr,  # (padded N,) int32: the lowest centre of the group with the least V
+    low_ptr,  # (padded N, GROUPS) float32: the least V of the groups at one place in their block,
+    block_ptr,  # (padded N, GROUPS) int32: and the block of that group
     second_ptr,  # (padded N,) float32: the least V of all other groups
     blocks,
     WIDTH: tl.constexpr,
@@ -223,7 +224,7 @@ def _screen_kernel(
     coef_n = tl.load(coef_ptr + row_n)
     x_nd = tl.load(row_ptr_n[:, None] + tl.arange(0, BLOCK_D)[None, :])
 
-    # Each group of a block has its own best and second, so that the loop compares nothing across threads.
+    # A class for each place in a block, so that the loop compares nothing across threads.
     best_ng = tl.full((BLOCK_N, GROUPS), INF, tl.float32)
     second_ng = tl.full((BLOCK_N, GROUPS), INF, tl.float32)
     block_ng = tl.zeros((BLOCK_N, GROUPS), tl.int32)
@@ -235,14 +236,10 @@ def _screen_kernel(
         c_ptr += BLOCK_K * WIDTH
         vector_ptr += BLOCK_K
 
-    group = tl.arange(0, GROUPS)[None, :]
-    best_n = tl.min(best_ng, 1)
-    group_n = tl.min(tl.where(best_ng == best_n[:, None], group, GROUPS - 1), 1)
-    here_ng = group == group_n[:, None]
-    block_n = tl.sum(tl.where(here_ng, block_ng, 0), 1)
-    others_n = tl.min(tl.where(here_ng, second_ng, best_ng), 1)
-    tl.store(first_ptr + row_n, first_of_group(block_n, group_n, BLOCK_K))
-    tl.store(second_ptr + row_n, tl.minimum(others_n, tl.min(second_ng, 1)))
+    at_ng = row_n[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
+    tl.store(low_ptr + at_ng, best_ng)
+    tl.store(block_ptr + at_ng, block_ng)
+    tl.store(second_ptr + row_n, tl.min(second_ng, 1))
 
 
 class Screen(NamedTuple):
@@ -255,7 +252,8 @@ class Screen(NamedTuple):
     base: Tensor  # (padded N,) float64
     centers: Tensor  # (padded K, WIDTH) float16
     vector: Tensor  # (padded K,) float32
-    first: Tensor  # (padded N,) int32
+    low: Tensor  # (padded N, GROUPS) float32
+    block: Tensor  # (padded N, GROUPS) int32
     second: Tensor  # (padded N,) float32
 
 
@@ -296,9 +294,10 @@ def screen(
     _pack_rows_kernel[triton.cdiv(rows, PACK_ROWS),](
         x, origin, reach, typical, lost, span, q_rows, coef, unit, base, n, rows, *x.stride(), **flags
     )
-    first, second = empty(rows, dtype=torch.int32), empty(rows)
+    groups = tile.block_k // MEMBERS.value
+    low, block, second = empty(rows, groups), empty(rows, groups, dtype=torch.int32), empty(rows)
     _screen_kernel[rows // tile.block_n,](
-        q_rows, coef, q_centers, vector, first, second, keys // tile.block_k, WIDTH=width, BLOCK_N=tile.block_n,
+        q_rows, coef, q_centers, vector, low, block, second, keys // tile.block_k, WIDTH=width, BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k, BLOCK_D=tile.block_d, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return Screen(tile, q_rows, coef, unit, base, q_centers, vector, first, second)
+    return Screen(tile, q_rows, coef, unit, base, q_centers, vector, low, block, second)

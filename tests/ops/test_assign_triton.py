@@ -146,8 +146,8 @@ def test_both_passes_have_work(metric: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Tensor, "cumsum", counted)
     for kind in ("plain", "near-duplicates"):
         check(*of_kind(kind), metric)
-    assert counts[0] <= 5
-    assert counts[1] == 40
+    assert counts[0] <= 2
+    assert counts[1] >= 30
 
 
 @on_gpu
@@ -165,7 +165,7 @@ def test_ties_go_to_the_lowest_index(metric: str) -> None:
 @on_gpu
 def test_on_a_grid_full_of_ties_labels_are_the_first_best() -> None:
     x = torch.randint(-4, 5, (60, 2), device=DEVICE).float()
-    for k in (1, 9, 70):
+    for k in (9, 70):
         centers = torch.randint(-4, 5, (k, 2), device=DEVICE).float()
         for metric in METRICS:
             with fastproto.backend("triton"):
@@ -211,7 +211,7 @@ def test_any_strides_and_mix_of_dtypes() -> None:
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_same_bits_every_time(metric: str) -> None:
     for kind in ("plain", "near-duplicates"):
-        x, centers = of_kind(kind)
+        x, centers = of_kind(kind, 20, 70)
         with fastproto.backend("triton"):
             first, again = assign(x, centers, metric), assign(x, centers, metric)
         assert all(map(torch.equal, first, again))
