@@ -6,13 +6,14 @@ it.
 
 from __future__ import annotations
 
-import faiss
 import pytest
 import torch
 from harness import Suite, Work
 from torch import Tensor
 
 from fastproto.cluster import KMeans, kmeans_assign
+
+faiss = pytest.importorskip("faiss")
 
 D = 128
 
