@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastproto.cluster import KMeans, concentration, kmeans_assign
+from fastproto.cluster import KMeans, bounds, concentration, kmeans_assign
+from fastproto.ops.assign import assign
 
 
 def blobs(n: int = 400, k: int = 8, d: int = 24, spread: float = 0.3) -> Tensor:
@@ -344,3 +345,20 @@ def test_on_a_gpu() -> None:
         assert torch.equal(kmeans.labels_.cpu(), expected.labels_)
         torch.testing.assert_close(kmeans.cluster_centers_.cpu(), expected.cluster_centers_)
         assert torch.equal(kmeans.predict(rows).cpu(), expected.labels_)
+
+
+def test_a_fast_fit_searches_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def watched(x: Tensor, centers: Tensor, metric: str = "l2", exact: bool = True) -> tuple[Tensor, Tensor]:
+        asked.append(exact)
+        return assign(x, centers, metric, exact)
+
+    monkeypatch.setattr(bounds, "assign", watched)
+    x = torch.randn(500, 16)
+    exact = KMeans(20, n_iter=3).fit(x)
+    assert all(asked)
+    asked.clear()
+    fast = KMeans(20, n_iter=3, precision="fast").fit(x)
+    assert asked == [False] * (fast.n_iter_ + 1)
+    np.testing.assert_allclose(fast.inertia_, exact.inertia_, rtol=1e-3)
