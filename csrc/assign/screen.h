@@ -33,23 +33,24 @@ inline bool has_vnni() {
 #endif
 }
 
-// acc + a.lo · b.lo + a.hi · b.hi in every lane of 32 bits.
+// acc + c.lo · x.lo + c.hi · x.hi in every lane of 32 bits: two numbers of 16 bits each.
 template <bool VNNI>
-inline IntVec dot_pairs(IntVec acc, IntVec a, IntVec b) {
+inline IntVec dot_pairs(IntVec acc, const int32_t& c, IntVec x) {
 #if defined(__AVX512F__)
   if constexpr (VNNI) {
-    // As assembly, since this file is compiled for all CPUs with AVX-512.
-    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    // As assembly, since this file is compiled for all CPUs with AVX-512. c is broadcast from memory: there is no register
+    // left for it.
+    __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(x), "m"(c));
     return acc;
   }
-  return acc + (IntVec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+  return acc + (IntVec)_mm512_madd_epi16((__m512i)(c - IntVec{}), (__m512i)x);
 #elif defined(__AVX2__)
-  return acc + (IntVec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+  return acc + (IntVec)_mm256_madd_epi16((__m256i)(c - IntVec{}), (__m256i)x);
 #elif defined(__SSE2__)
-  return acc + (IntVec)_mm_madd_epi16((__m128i)a, (__m128i)b);
+  return acc + (IntVec)_mm_madd_epi16((__m128i)(c - IntVec{}), (__m128i)x);
 #else
   for (int l = 0; l < LANES; ++l)
-    acc[l] += int32_t(int16_t(a[l])) * int16_t(b[l]) + int32_t(int16_t(a[l] >> 16)) * int16_t(b[l] >> 16);
+    acc[l] += int32_t(int16_t(c)) * int16_t(x[l]) + int32_t(int16_t(c >> 16)) * int16_t(x[l] >> 16);
   return acc;
 #endif
 }
@@ -125,10 +126,8 @@ inline void screen_tile(const int32_t* centers, const int32_t* rows, int64_t pai
   for (int64_t p = 0; p < pairs; ++p) {
     IntVec x[NV];
     for (int v = 0; v < NV; ++v) std::memcpy(&x[v], rows + p * NR + v * LANES, sizeof x[v]);
-    for (int m = 0; m < MR; ++m) {
-      const IntVec c = centers[p * MR + m] - IntVec{};
-      for (int v = 0; v < NV; ++v) acc[m][v] = dot_pairs<VNNI>(acc[m][v], c, x[v]);
-    }
+    for (int m = 0; m < MR; ++m)
+      for (int v = 0; v < NV; ++v) acc[m][v] = dot_pairs<VNNI>(acc[m][v], centers[p * MR + m], x[v]);
   }
   for (int v = 0; v < NV; ++v) {
     Vec largest = splat(-INF);
