@@ -7,6 +7,7 @@
 #include "common/parallel.h"
 #include "contrast/bind.h"
 #include "crop_resize/bind.h"
+#include "photometric/bind.h"
 #include "siamese/bind.h"
 #include "update/bind.h"
 
@@ -33,6 +34,9 @@ PYBIND11_MODULE(_fastproto_C, m) {
     return result;
   });
   bind_crop_resize<int>(m, [](const CropResize& args, int threads) { FASTPROTO_DISPATCH(crop_resize, args, threads); });
+  m.def("photometric", photometric_binding<int>([](const Photometric& args, int threads) {
+          FASTPROTO_DISPATCH(photometric, args, threads);
+        }));
   m.def("assign", assign_binding([](const Assign& args, int threads) { FASTPROTO_DISPATCH(assign, args, threads); }));
   m.def("assign_panel_rows", [] {
     int64_t result = 0;

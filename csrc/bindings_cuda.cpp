@@ -2,10 +2,14 @@
 #include <pybind11/pybind11.h>
 
 #include "crop_resize/bind.h"
+#include "photometric/bind.h"
 
 PYBIND11_MODULE(_fastproto_cuda, m) {
   using namespace fastproto;
   m.doc() = "CUDA kernels of fastproto: device pointers, sizes, strides and a stream in, nothing owned.";
   m.attr("arches") = FASTPROTO_ARCHES;
   bind_crop_resize<uintptr_t>(m, [](const CropResize& args, uintptr_t stream) { crop_resize_cuda(args, stream); });
+  m.def("photometric", photometric_binding<uintptr_t>([](const Photometric& args, uintptr_t stream) {
+          photometric_cuda(args, stream);
+        }));
 }

@@ -155,7 +155,7 @@ def crop_resize(
     if flip is not None:
         expect_tensor(flip, "crop_resize", "flip", (len(crops),), (torch.bool,), device)
         flip = flip.contiguous()
-    scale, offset = _normalisation(mean, std, channels)
+    scale, offset = normalisation("crop_resize", mean, std, channels, white=255.0)
     shape = (len(crops), channels, height, width)
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
@@ -187,16 +187,16 @@ def _image_batches(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return batches
 
 
-def _normalisation(
-    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+def normalisation(
+    op: str, mean: Sequence[float] | None, std: Sequence[float] | None, channels: int, white: float
 ) -> tuple[list[float], list[float]]:
-    """Scale and offset that turn pixel values 0 … 255 into (value / 255 − mean) / std."""
+    """Scale and offset that turn values from 0 to ``white`` into (value / white − mean) / std."""
     means = [0.0] * channels if mean is None else [float(value) for value in mean]
     stds = [1.0] * channels if std is None else [float(value) for value in std]
-    expect(len(means) == channels, "crop_resize", "mean", f"{channels} numbers, one per channel", mean)
-    expect(len(stds) == channels, "crop_resize", "std", f"{channels} numbers, one per channel", std)
-    expect(all(value > 0 for value in stds), "crop_resize", "std", "positive numbers", std)
-    return [1.0 / (255.0 * value) for value in stds], [-m / s for m, s in zip(means, stds, strict=True)]
+    expect(len(means) == channels, op, "mean", f"{channels} numbers, one per channel", mean)
+    expect(len(stds) == channels, op, "std", f"{channels} numbers, one per channel", std)
+    expect(all(value > 0 for value in stds), op, "std", "positive numbers", std)
+    return [1.0 / (white * value) for value in stds], [-m / s for m, s in zip(means, stds, strict=True)]
 
 
 def _check_crops(batches: list[Tensor], crops: Tensor, index: Tensor | None) -> None:

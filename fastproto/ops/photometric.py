@@ -5,14 +5,86 @@ See fastproto/reference/photometric.py for the formulas.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fastproto import _native
 from fastproto._check import FLOATS, INTEGERS, expect, expect_tensor, expect_type, reads_data
-from fastproto.ops._dispatch import Op
+from fastproto.ops._dispatch import DTYPE_CODES, Op
+from fastproto.ops.crop_resize import normalisation
 from fastproto.reference import photometric as reference
 
-_op = Op("photometric", reference=reference.photometric)
+# Half of the 48 KiB in which a block of the CUDA kernel keeps weights and a row while it blurs; pixels that it counts.
+MAX_CUDA_BLUR_WIDTH = 6144
+MAX_CUDA_PIXELS = 2**31 - 1
+
+
+def _cpp(images: Tensor, *rest: Any) -> None:
+    out = rest[-1]
+    if torch.float64 in (images.dtype, out.dtype):
+        reference.photometric(images, *rest)
+    else:
+        _launch(_native.cpp, torch.get_num_threads(), None, images, *rest)
+
+
+def _cuda(images: Tensor, *rest: Any) -> None:
+    sigma, out = rest[3], rest[-1]
+    height, width = images.shape[2:]
+    too_large = height * width > MAX_CUDA_PIXELS or (sigma is not None and width > MAX_CUDA_BLUR_WIDTH)
+    if too_large or torch.float64 in (images.dtype, out.dtype):
+        reference.photometric(images, *rest)
+        return
+    with torch.cuda.device(images.device):
+        work = None if sigma is None else torch.empty(images.shape, dtype=torch.float32, device=images.device)
+        _launch(_native.cuda, torch.cuda.current_stream().cuda_stream, work, images, *rest)
+
+
+def _launch(
+    module: Any,
+    threads_or_stream: int,
+    work: Tensor | None,
+    images: Tensor,
+    jitter: Tensor | None,
+    order: Tensor | None,
+    gray: Tensor | None,
+    sigma: Tensor | None,
+    kernel_size: int,
+    threshold: Tensor | None,
+    scale: list[float],
+    offset: list[float],
+    out: Tensor,
+) -> None:
+    """Calls a compiled kernel with the op's arguments as csrc/photometric/bind.h takes them."""
+    floats = [None if value is None else value.float().contiguous() for value in (jitter, sigma, threshold)]
+    order, gray = (None if value is None else value.contiguous() for value in (order, gray))
+    tensors = (images, floats[0], order, gray, floats[1], floats[2], out, work)
+    module.photometric(
+        (*images.shape, kernel_size // 2, DTYPE_CODES[images.dtype], DTYPE_CODES[out.dtype]),
+        [0 if tensor is None else tensor.data_ptr() for tensor in tensors],
+        images.stride(),
+        out.stride(),
+        scale,
+        offset,
+        threads_or_stream,
+    )
+
+
+_op = Op(
+    "photometric",
+    "(Tensor images, Tensor? jitter, Tensor? order, Tensor? gray, Tensor? sigma, int kernel_size, Tensor? threshold, "
+    "float[] scale, float[] offset, Tensor(a!) out) -> ()",
+    reference=reference.photometric,
+    cpp=_cpp,
+    cuda=_cuda,
+)
+
+
+@_op.fake
+def _fake(*args: Any) -> None:
+    """Writes to out, returns nothing."""
 
 
 def color_jitter(
@@ -157,10 +229,27 @@ def apply_photometric(
     sigma: Tensor | None = None,  # (N,) float
     kernel_size: int | None = None,
     threshold: Tensor | None = None,  # (N,) float
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    out: Tensor | None = None,  # (N, C, H, W) float
 ) -> Tensor:  # (N, C, H, W)
     """``color_jitter``, ``grayscale``, ``gaussian_blur`` and ``solarize`` in this order, each where it has parameters.
 
-    Args, Returns, Raises: those of the four functions, which call this one.
+    Then ``(x - mean) / std``. All of it is one op, which in C++ (CPU) and CUDA holds one image at a time close to the
+    processor: nothing between ``images`` and ``out`` is written to memory but, on a GPU, what is to be blurred.
+
+    Args:
+        images, jitter, order, gray, sigma, kernel_size, threshold: those of the four functions, each of which is this
+            one with its own parameters.
+        mean, std: C numbers each. None: nothing is subtracted, nothing divided.
+        out: (N, C, H, W) to write into, of any of the dtypes and any strides; may be ``images`` itself. None: a new
+            tensor of the dtype and layout of ``images``.
+
+    Returns:
+        ``out``; no gradient flows.
+
+    Raises:
+        TypeError, ValueError: as the four functions; mean or std that are not C numbers, a std that is not positive.
 
     Example:
         >>> import torch
@@ -170,7 +259,9 @@ def apply_photometric(
         >>> apply_photometric(images, **parameters).shape
         torch.Size([8, 3, 32, 32])
     """
-    return _photometric("apply_photometric", images, jitter, order, gray, sigma, kernel_size, threshold)
+    return _photometric(
+        "apply_photometric", images, jitter, order, gray, sigma, kernel_size, threshold, mean, std, out
+    )
 
 
 def _photometric(
@@ -182,6 +273,9 @@ def _photometric(
     sigma: Tensor | None = None,
     kernel_size: int | None = None,
     threshold: Tensor | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Checks in the name of the function that was called."""
     expect_tensor(images, op, "images", ("N", "C", "H", "W"))
@@ -202,9 +296,19 @@ def _photometric(
     elif order is None:
         order = torch.arange(4, device=images.device).expand(rows, 4)
     kernel_size = _kernel_size(op, kernel_size, min(height, width))
+    scale, offset = normalisation(op, mean, std, channels, white=1.0)
+    # A tensor that wants a gradient would make the compiler look for one.
+    images = images.detach()
+    if out is None:
+        out = torch.empty_like(images)
+    else:
+        expect_tensor(out, op, "out", tuple(images.shape), device=images.device)
     if rows and reads_data(images):
         _expect_ranges(op, jitter, order, sigma)
-    return _op(images, jitter, order if order is None else order.long(), gray, sigma, kernel_size, threshold)
+    if rows:
+        order = None if order is None else order.long()
+        _op(images, jitter, order, gray, sigma, kernel_size, threshold, scale, offset, out)
+    return out
 
 
 def _kernel_size(op: str, kernel_size: int | None, side: int) -> int:

@@ -7,6 +7,7 @@
     grayscale   gray x in all channels, where asked
     blur        x convolved with exp(-i² / 2σ²) / sum over |i| <= k // 2 along both axes, mirrored at the edges
     solarise    1 - x where x >= t
+    normalise   scale_c x + offset_c
 
 The order of the four jitters differs from image to image. All but hue, the dearest, are one blend with other
 coefficients, so an image's blends before its hue run first for the whole batch, then hue once, then those after it.
@@ -15,6 +16,8 @@ Letters: N images, C channels, H W.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -32,19 +35,24 @@ def photometric(
     sigma: Tensor | None,  # (N,)
     kernel_size: int,
     threshold: Tensor | None,  # (N,)
-) -> Tensor:  # (N, C, H, W)
+    scale: Sequence[float],  # (C,)
+    offset: Sequence[float],  # (C,)
+    out: Tensor,  # (N, C, H, W), written; may be images
+) -> None:
     # One copy, in place from here on: at these sizes a new tensor costs more in page faults than in arithmetic.
-    out = images.to(torch.promote_types(images.dtype, torch.float32), copy=True)
+    changed = images.to(torch.promote_types(images.dtype, torch.float32), copy=True)
     if jitter is not None and order is not None:
-        _color_jitter(out, jitter.to(out.dtype), order)
+        _color_jitter(changed, jitter.to(changed.dtype), order)
     if gray is not None:
         # As arithmetic: a selection by mask is several times slower on a CPU.
-        out.lerp_(_luma(out), _per_image(gray.to(out.dtype)))
+        changed.lerp_(_luma(changed), _per_image(gray.to(changed.dtype)))
     if sigma is not None:
-        out = _blur(out, sigma.to(out.dtype), kernel_size)
+        changed = _blur(changed, sigma.to(changed.dtype), kernel_size)
     if threshold is not None:
-        out = torch.where(out >= _per_image(threshold), 1 - out, out)
-    return out.to(images.dtype)
+        changed = torch.where(changed >= _per_image(threshold), 1 - changed, changed)
+    # Number by number: nothing is copied from the host.
+    for channel in range(images.shape[1]):
+        out[:, channel] = changed[:, channel] * scale[channel] + offset[channel]
 
 
 def _color_jitter(images: Tensor, jitter_n4: Tensor, order_n4: Tensor) -> None:

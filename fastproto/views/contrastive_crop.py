@@ -126,17 +126,9 @@ class ContrastiveCrop(nn.Module):
             parameters = sample_photometric(
                 sample_ids, jitter=self.jitter, blur_p=blur_p, views=views, seed=seed, epoch=epoch
             )
-            out = apply_photometric(crop_resize(images, crops, self.size, flip=flip), **parameters)
-            self._normalize(out)
+            out = crop_resize(images, crops, self.size, flip=flip)
+            out = apply_photometric(out, **parameters, mean=self.mean, std=self.std, out=out)
         return out.unflatten(0, (views, len(images))).unbind()
-
-    def _normalize(self, out: Tensor) -> None:
-        # Number by number and in place: nothing is copied from the host, and nothing is allocated.
-        for channel in range(out.shape[1]):
-            if self.mean is not None:
-                out[:, channel] -= self.mean[channel]
-            if self.std is not None:
-                out[:, channel] /= self.std[channel]
 
     def _expect_images(self, images: Tensor, sample_ids: Tensor) -> None:
         op = "ContrastiveCrop"
