@@ -27,33 +27,47 @@ int64_t plane_size(const Photometric& args) { return round_up(args.H * args.W, L
 template <typename In> inline float widen(In x) { return to_float(x); }
 template <> inline float widen<float>(float x) { return x; }
 
+// Calls f(offset in the tensor, offset in the plane, pixels) for each row; the rows of a dense plane are one.
+template <typename F> void for_rows(const Photometric& args, const int64_t* stride, int64_t n, int64_t c, F f) {
+  const int64_t offset = n * stride[0] + c * stride[1];
+  if (stride[3] == 1 && stride[2] == args.W) return f(offset, 0, args.H * args.W);
+  for (int64_t y = 0; y < args.H; ++y) f(offset + y * stride[2], y * args.W, args.W);
+}
+
 template <typename In> void read_plane(const Photometric& args, int64_t n, int64_t c, float* plane) {
-  const int64_t* stride = args.in_strides;
-  const In* in = static_cast<const In*>(args.images) + n * stride[0] + c * stride[1];
-  float* end = plane + plane_size(args);
-  for (int64_t y = 0; y < args.H; ++y, in += stride[2], plane += args.W) {
-    if (stride[3] == 1) {
-      for (int64_t x = 0; x < args.W; ++x) plane[x] = widen(in[x]);
+  const int64_t step = args.in_strides[3];
+  for_rows(args, args.in_strides, n, c, [&](int64_t from, int64_t to, int64_t count) {
+    const In* in = static_cast<const In*>(args.images) + from;
+    float* row = plane + to;
+    if (step == 1) {
+      for (int64_t x = 0; x < count; ++x) row[x] = widen(in[x]);
     } else {
-      for (int64_t x = 0; x < args.W; ++x) plane[x] = widen(in[x * stride[3]]);
+      for (int64_t x = 0; x < count; ++x) row[x] = widen(in[x * step]);
     }
+  });
+  std::fill(plane + args.H * args.W, plane + plane_size(args), 0.f);  // adds nothing to the mean
+}
+
+void solarise_and_normalise(const Photometric& args, int64_t n, int64_t c, float* plane) {
+  const Vec threshold = splat(args.threshold ? args.threshold[n] : INFINITY);
+  const float scale = args.scale[c], offset = args.offset[c];
+  for (int64_t p = 0; p < args.H * args.W; p += LANES) {
+    const Vec x = load(plane + p);
+    store(plane + p, (x >= threshold ? 1.f - x : x) * scale + offset);
   }
-  std::fill(plane, end, 0.f);  // adds nothing to the mean
 }
 
 template <typename Out> void write_plane(const Photometric& args, int64_t n, int64_t c, const float* plane) {
-  const int64_t* stride = args.out_strides;
-  const float threshold = args.threshold ? args.threshold[n] : INFINITY;
-  const float scale = args.scale[c], offset = args.offset[c];
-  const auto finished = [&](float x) { return from_float<Out>((x >= threshold ? 1 - x : x) * scale + offset); };
-  Out* out = static_cast<Out*>(args.out) + n * stride[0] + c * stride[1];
-  for (int64_t y = 0; y < args.H; ++y, out += stride[2], plane += args.W) {
-    if (stride[3] == 1) {
-      for (int64_t x = 0; x < args.W; ++x) out[x] = finished(plane[x]);
+  const int64_t step = args.out_strides[3];
+  for_rows(args, args.out_strides, n, c, [&](int64_t to, int64_t from, int64_t count) {
+    const float* row = plane + from;
+    Out* out = static_cast<Out*>(args.out) + to;
+    if (step == 1) {
+      for (int64_t x = 0; x < count; ++x) out[x] = from_float<Out>(row[x]);
     } else {
-      for (int64_t x = 0; x < args.W; ++x) out[x * stride[3]] = finished(plane[x]);
+      for (int64_t x = 0; x < count; ++x) out[x * step] = from_float<Out>(row[x]);
     }
-  }
+  });
 }
 
 // Takes all pixels through some steps of a program; returns the mean luma after them where it is asked for.
@@ -138,13 +152,14 @@ template <int C, typename In, typename Out> void one_image(const Photometric& ar
   if (rest < program.count) run<C, false>(args, program, rest, program.count, mean, planes);
   const bool blurs = args.sigma && gaussian(args.sigma[n], args.radius, weights);
   for (int64_t c = 0; c < C; ++c) {
-    const float* changed = planes + c * plane;
+    float* changed = planes + c * plane;
     if (blurs) {
       float* blurred = blurred_buffer.take(plane);
       float* line = line_buffer.take(2 * args.radius + args.W + 2 * WIDE);
       blur_plane(args, weights.data(), changed, line, blurred);
       changed = blurred;
     }
+    solarise_and_normalise(args, n, c, changed);
     write_plane<Out>(args, n, c, changed);
   }
 }

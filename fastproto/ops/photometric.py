@@ -1,6 +1,7 @@
 """photometric: colour jitter, grayscale, blur and solarisation with one set of parameters per image.
 
-See fastproto/reference/photometric.py for the formulas.
+See fastproto/reference/photometric.py for the formulas. Compiled for the CPU (C++) and the GPU (CUDA), but for float64 and
+for images too large to be counted there, which the reference takes.
 """
 
 from __future__ import annotations
