@@ -1,8 +1,7 @@
-"""Two views of each image with SimCLR's augmentation: ContrastiveCrop on a batch against torchvision's transforms v2, one
-image at a time in two workers of a DataLoader.
+"""Two views of each image with SimCLR's augmentation: ContrastiveCrop on a batch against torchvision's transforms v2,
+which take one image at a time in two workers of a DataLoader.
 
-Bytes that must move: the uint8 images read once, both views written once. Arithmetic: some 100 operations per pixel that is
-jittered, some 70 per value that is blurred at 224 pixels (kernel 23).
+Bytes that must move: the uint8 images read once, both views written once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """photometric: colour jitter, grayscale, blur and solarisation with one set of parameters per image.
 
-See fastproto/reference/photometric.py for the formulas. Compiled for the CPU (C++) and the GPU (CUDA), but for float64 and
-for images too large to be counted there, which the reference takes.
+See fastproto/reference/photometric.py for the formulas. Compiled for the CPU (C++) and the GPU (CUDA); the reference
+takes float64, and on a GPU images that are too large for the kernel.
 """
 
 from __future__ import annotations
@@ -260,9 +260,7 @@ def apply_photometric(
         >>> apply_photometric(images, **parameters).shape
         torch.Size([8, 3, 32, 32])
     """
-    return _photometric(
-        "apply_photometric", images, jitter, order, gray, sigma, kernel_size, threshold, mean, std, out
-    )
+    return _photometric("apply_photometric", images, jitter, order, gray, sigma, kernel_size, threshold, mean, std, out)
 
 
 def _photometric(
