@@ -44,13 +44,14 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=1000, help="clusters")
     options, rest = parser.parse_known_args()
     settings = config_parser()
-    run = ["--method", "pcl", "--data", options.data, "--epochs", str(options.epochs + 1), "--out", "unused"]
+    run = ["--method", "pcl", "--data", options.data, "--epochs", str(options.epochs + 1)]
     config = resolve(settings, parse(settings, [*run, *rest]))
     before, after = features_by_epoch(config, options.epochs)
     print(f"{len(after)} x {after.shape[1]}, one epoch moves a row by {(after - before).norm(dim=1).mean():.3f} "
           f"of {after.norm(dim=1).mean():.3f}")  # fmt: skip
     centers = KMeans(options.k, n_iter=20).fit(before).cluster_centers_
     full = len(after) * options.k
+    print("20 iterations and the last assignment without bounds: 21 x N K")
     fits: dict[str, dict] = {
         "cold, 20 iterations": {"n_iter": 20},
         "warm, 20 iterations": {"n_iter": 20, "init": centers},
