@@ -35,8 +35,12 @@ class Search:
     """
 
     def __init__(self, metric: str, exact: bool = True) -> None:
-        self.metric, self.exact, self.tried = metric, exact, 0
+        self.metric, self.exact, self._tried_in_full = metric, exact, 0
         self.bounds: dict[int, Bounds] = {}
+
+    @property
+    def tried(self) -> int:
+        return self._tried_in_full + sum(bounds.tried for bounds in self.bounds.values())
 
     def nearest(self, start: int, x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
         """Labels and distances as from ``assign``, of the chunk ``x`` that begins at row ``start``.
@@ -44,12 +48,10 @@ class Search:
         They are valid until the next call for this chunk.
         """
         if self._bounded(x, centers):
-            bounds = self.bounds.setdefault(start, Bounds())
-            before = bounds.tried
-            found = bounds.assign(x, centers)
-            self.tried += bounds.tried - before
-            return found
-        self.tried += len(x) * len(centers)
+            if start not in self.bounds:
+                self.bounds[start] = Bounds()
+            return self.bounds[start].assign(x, centers)
+        self._tried_in_full += len(x) * len(centers)
         return assign(x, centers, self.metric, self.exact)
 
     def _bounded(self, x: Tensor, centers: Tensor) -> bool:

@@ -97,6 +97,11 @@ def _device_type(args: tuple[Any, ...]) -> str:
     return first.device.type
 
 
+def contiguous_rows(x: torch.Tensor) -> torch.Tensor:
+    """A matrix with its rows contiguous, at any distance from each other: what the C++ kernels take."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """torch's decorator of that name, whose 10 µs are spent only where a second derivative could be asked for."""
     guarded = torch.autograd.function.once_differentiable(backward)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastproto import _native
 from fastproto._check import expect, expect_tensor
-from fastproto.ops._dispatch import DTYPE_CODES, Op
+from fastproto.ops._dispatch import DTYPE_CODES, Op, contiguous_rows
 from fastproto.reference import assign as reference
 
 METRICS = ("l2", "ip")
@@ -49,7 +49,7 @@ def _cpp(x: Tensor, centers: Tensor, metric: str, exact: bool) -> tuple[Tensor, 
 def launch(x: Tensor, centers: Tensor, metric: str, exact: bool, *rest: Tensor) -> None:
     """Calls the C++ kernel; ``rest`` are the tensors from label on in the order of csrc/assign/assign.h."""
     assert _native.cpp is not None
-    x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    x = contiguous_rows(x)
     tensors = (x, centers.float().contiguous(), *rest)
     sizes = (len(x), *centers.shape, x.stride(0), DTYPE_CODES[x.dtype], metric == "ip", exact)
     addresses = [tensor.data_ptr() for tensor in tensors]

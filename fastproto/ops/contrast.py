@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastproto import _native
 from fastproto._check import FLOATS, INTEGERS, expect, expect_tensor, expect_type, reads_data
-from fastproto.ops._dispatch import DTYPE_CODES, Op, once_differentiable
+from fastproto.ops._dispatch import DTYPE_CODES, Op, contiguous_rows, once_differentiable
 from fastproto.reference import contrast as reference
 
 # Python looks at so many integers in the time that two small ops take to be called.
@@ -68,7 +68,7 @@ def _launch(
     symmetric: bool = False,
 ) -> None:
     """Calls the C++ kernel of that name with addresses in the order of csrc/contrast/bind.h."""
-    features, keys = _rows(features), _rows(keys)
+    features, keys = contiguous_rows(features), contiguous_rows(keys)
     vectors = (targets, scale.float(), None if bias is None else bias.float(), groups, key_groups)
     tensors = (features, keys, *(None if vector is None else vector.contiguous() for vector in vectors), *results)
     sizes = (len(features), *keys.shape, features.stride(0), keys.stride(0))
@@ -125,11 +125,6 @@ def unit_inputs(features: Tensor, keys: Sequence[Tensor], scale: Tensor) -> tupl
     for y, out in zip(keys, length.split([len(y) for y in keys]), strict=True):
         torch.linalg.vector_norm(y, dim=1, dtype=torch.float32, out=out)
     return x, keys, scale.float() / length.clamp(min=1e-12)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with its rows contiguous, at any distance from each other."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 _ARGUMENTS = (

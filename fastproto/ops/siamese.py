@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastproto import _native
 from fastproto._check import FLOATS, INTEGERS, expect_tensor
-from fastproto.ops._dispatch import DTYPE_CODES, Op, once_differentiable
-from fastproto.ops.contrast import _rows, expect_index
+from fastproto.ops._dispatch import DTYPE_CODES, Op, contiguous_rows, once_differentiable
+from fastproto.ops.contrast import expect_index
 from fastproto.reference import siamese as reference
 
 
@@ -57,7 +57,7 @@ def _joined_shape(features: Tensor, second: Tensor | None) -> tuple[int, int]:
 def _launch_pairs(
     name: str, a: Tensor, b: Tensor, same: Tensor, weight: Tensor, bias: Tensor | None, *rest: Tensor | None
 ) -> None:
-    a, b = _rows(a), _rows(b)
+    a, b = contiguous_rows(a), contiguous_rows(b)
     sizes = (*a.shape, a.stride(0), b.stride(0), DTYPE_CODES[a.dtype], DTYPE_CODES[b.dtype])
     _launch(name, sizes, a, b, same, weight.float().contiguous(), None if bias is None else bias.float(), *rest)
 
@@ -72,7 +72,7 @@ def _launch_all_pairs(
     bias: Tensor,
     *rest: Tensor | None,
 ) -> None:
-    x, second = _rows(x), None if second is None else _rows(second)
+    x, second = contiguous_rows(x), None if second is None else contiguous_rows(second)
     stride = 0 if second is None else second.stride(0)
     sizes = (*_joined_shape(x, second), len(x), x.stride(0), stride, DTYPE_CODES[x.dtype])
     _launch(name, sizes, x, second, images, prototypes, weight.float().contiguous(), bias.float(), *rest)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastproto import _native
 from fastproto._check import INTEGERS, expect, expect_tensor, reads_data
-from fastproto.ops._dispatch import DTYPE_CODES, Op
+from fastproto.ops._dispatch import DTYPE_CODES, Op, contiguous_rows
 from fastproto.reference import update as reference
 from fastproto.reference.update import round_to_grid as round_to_grid
 from fastproto.reference.update import rounder as rounder
@@ -74,7 +74,7 @@ def _cpp(
     if x.dtype == torch.float64:
         return reference.update(x, labels, num_clusters, weights, rounders)
     assert _native.cpp is not None
-    x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    x = contiguous_rows(x)
     sums, counts = (total.zero_() for total in _fake(x, labels, num_clusters))
     weights = None if weights is None else weights.double().contiguous()
     tensors = (x, labels.contiguous(), weights, rounders, sums, counts)
