@@ -1,0 +1,90 @@
+"""Image files and PIL images of any kind as uint8 tensors in RGB: the one conversion that everything here reads by."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastproto._check import expect
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def read_image(path: str | os.PathLike[str]) -> Tensor:  # (3, H, W) uint8
+    """Reads an image of any format and mode that Pillow opens, upright and in RGB; of several frames the first.
+
+    Args:
+        path: the file. Its name need not say what it is.
+
+    Returns:
+        (3, H, W) uint8, as :func:`to_rgb` converts it.
+
+    Raises:
+        ValueError: no such file, a file that is no image or is cut short, pixels that :func:`to_rgb` refuses; all with
+            the file's name.
+        ModuleNotFoundError: Pillow is not installed.
+
+    Example:
+        >>> import tempfile, PIL.Image
+        >>> from fastproto.views.files import read_image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     PIL.Image.new("LA", (5, 4)).save(f"{folder}/x.png")
+        ...     read_image(f"{folder}/x.png").shape
+        torch.Size([3, 4, 5])
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(
+            f"{file}: expected an image file, got {'a folder' if file.is_dir() else 'nothing of that name'}"
+        )
+    try:
+        with Image.open(file) as image:
+            return to_rgb(image)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{file}: expected an image, got a file that is none Pillow knows") from error
+    except MemoryError:
+        raise
+    # A broken file makes Pillow raise OSError, SyntaxError, struct.error, EOFError and others.
+    except Exception as error:
+        raise ValueError(f"{file}: cannot be read: {error or type(error).__name__}") from error
+
+
+def to_rgb(image: Image) -> Tensor:  # (3, H, W) uint8
+    """A PIL image of any mode as a tensor.
+
+    It is turned as its EXIF orientation says. Gray is repeated in all three channels, CMYK, YCbCr, HSV, LAB and
+    palettes become RGB. 16 bits a channel keep their upper eight, as Pillow itself reads 16-bit colour; integers of
+    mode "I" have to be 16-bit values, numbers of mode "F" to lie in [0, 1]. What is transparent is laid over white.
+
+    Raises:
+        ValueError: "I" or "F" with values outside that range, which nothing says how to scale.
+    """
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_to_bytes(np.asarray(image), image.mode))
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    # Copied, as Pillow's own pixels are not to be written to.
+    pixels = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _to_bytes(values: np.ndarray, mode: str) -> np.ndarray:
+    """Gray values of more than 8 bits in eight."""
+    highest = 1 if mode == "F" else 0xFFFF
+    low, high = values.min(), values.max()
+    # NaN is in no range.
+    good = bool(low >= 0 and high <= highest)
+    expect(good, "to_rgb", f'values of an image of mode "{mode}"', f"numbers in 0 to {highest}", f"{low} to {high}")
+    return (values * 255 + 0.5).astype(np.uint8) if mode == "F" else (values >> 8).astype(np.uint8)
