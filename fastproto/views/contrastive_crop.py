@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastproto._check import INTEGERS, expect, expect_tensor
-from fastproto._random import Stream, expect_key, random_bits
+from fastproto._check import FLOATS, INTEGERS, expect, expect_tensor, expect_type
+from fastproto._random import MAX_VIEWS, Stream, expect_key, random_bits
 from fastproto.ops.crop_resize import crop_resize
 from fastproto.ops.photometric import apply_photometric
 from fastproto.ops.sample_crops import expect_crop_options, sample_crops
 from fastproto.views.photometric import expect_jitter, sample_photometric
 
 AUGMENTS = ("simclr", "moco", "none")
+FORMATS = (torch.contiguous_format, torch.channels_last)
 
 # Below, a blur of up to 2 pixels would leave little of the image: SimCLR blurs ImageNet, not CIFAR.
 BLUR_ABOVE = 64
@@ -40,18 +42,22 @@ class ContrastiveCrop(nn.Module):
         mean: one number per channel that is subtracted from the values in [0, 1] at the end; None: none is.
         std: one number per channel to divide by after that; None: nothing is divided.
         seed: key of the whole run.
+        first_view: number of the first view, which keys its draws too: modules of one seed whose views have other
+            numbers draw independently. Views are drawn from number 0 on, and those before the first let go.
+        dtype: of the views: float32, float16, bfloat16 or float64, which the last step writes.
+        memory_format: of the views: ``torch.contiguous_format`` or ``torch.channels_last``.
 
     Shape:
-        images: (N, C, H, W) uint8; C 1 or 3, with ``augment="none"`` up to 4
+        images: (N, C, H, W) uint8, or a list of N (C, H, W) of any sizes; C 1 or 3, with ``augment="none"`` up to 4
         sample_ids: (N,) int64 or int32, the samples' places in the data set
         boxes: (N, 4) fractions (h0, w0, h1, w1), e.g. of a ``BoxBank``; one such tuple for all, e.g. ``SIMC_BOX``; None
         epoch: int, the key of the epoch; another one gives other views
-        output: ``views`` tensors (N, C, h, w) float32
+        output: ``views`` tensors (N, C, h, w)
 
     Raises:
         TypeError, ValueError: from the constructor for options out of range; from ``forward`` for images that are not
-            uint8 (N, C, H, W), ids or boxes that do not fit them or lie on another device, boxes outside [0, 1] or
-            inverted.
+            uint8 (N, C, H, W) or a list of (C, H, W), ids or boxes that do not fit them or lie on another device, boxes
+            outside [0, 1] or inverted.
 
     Source:
         Peng et al., Crafting Better Contrastive Views for Siamese Representation Learning, arXiv 2202.03278, section 3;
@@ -80,6 +86,9 @@ class ContrastiveCrop(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         seed: int = 0,
+        first_view: int = 0,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         super().__init__()
         op = "ContrastiveCrop"
@@ -88,6 +97,12 @@ class ContrastiveCrop(nn.Module):
         expect(good, op, "size", "a positive int or two", size)
         expect_crop_options(op, scale, ratio, alpha)
         expect_key(op, views, seed, epoch=0)
+        expect_type(first_view, int, op, "first_view", "an int")
+        most = MAX_VIEWS - views
+        expect(0 <= first_view <= most, op, "first_view", f"0 to {most}, {MAX_VIEWS} less views", first_view)
+        expect(dtype in FLOATS, op, "dtype", "a floating point dtype", str(dtype))
+        formats = " or ".join(map(str, FORMATS))
+        expect(memory_format in FORMATS, op, "memory_format", formats, str(memory_format))
         expect(augment in AUGMENTS, op, "augment", "one of " + ", ".join(AUGMENTS), augment)
         expect_jitter(op, jitter)
         for argument, values in (("mean", mean), ("std", std)):
@@ -97,47 +112,57 @@ class ContrastiveCrop(nn.Module):
         self.scale, self.ratio, self.alpha = scale, ratio, alpha
         self.views, self.augment, self.jitter, self.seed = views, augment, jitter, seed
         self.mean, self.std = mean, std
+        self.first_view, self.dtype, self.memory_format = first_view, dtype, memory_format
 
     def forward(
         self,
-        images: Tensor,  # (N, C, H, W) uint8
+        images: Tensor | Sequence[Tensor],  # (N, C, H, W) uint8, or N × (C, H, W)
         sample_ids: Tensor,  # (N,) integer
         boxes: Tensor | tuple[float, float, float, float] | None = None,  # (N, 4)
         epoch: int = 0,
-    ) -> tuple[Tensor, ...]:  # views × (N, C, h, w) float32
-        self._expect_images(images, sample_ids)
-        views, seed = self.views, self.seed
+    ) -> tuple[Tensor, ...]:  # views × (N, C, h, w)
+        sizes = self._sizes(images, sample_ids)
+        key: dict[str, Any] = {"views": self.first_view + self.views, "seed": self.seed, "epoch": epoch}
+        skipped = self.first_view * len(images)
         crops = sample_crops(
-            sample_ids,
-            (images.shape[2], images.shape[3]),
-            boxes=boxes,
-            scale=self.scale,
-            ratio=self.ratio,
-            alpha=self.alpha,
-            views=views,
-            seed=seed,
-            epoch=epoch,
-        )
-        flip = random_bits(sample_ids, Stream.FLIP, 1, views=views, seed=seed, epoch=epoch).flatten() < 1 << 31
+            sample_ids, sizes, boxes=boxes, scale=self.scale, ratio=self.ratio, alpha=self.alpha, **key
+        )[skipped:]
+        flip = random_bits(sample_ids, Stream.FLIP, 1, **key).flatten()[skipped:] < 1 << 31
+        cut: dict[str, Any] = {"size": self.size, "flip": flip, "memory_format": self.memory_format}
+        scaling: dict[str, Any] = {"mean": self.mean, "std": self.std}
         if self.augment == "none":
-            out = crop_resize(images, crops, self.size, flip=flip, mean=self.mean, std=self.std)
+            out = crop_resize(images, crops, **cut, **scaling, dtype=self.dtype)
         else:
             blur_p = 0.5 if self.augment == "moco" or min(self.size) > BLUR_ABOVE else 0.0
-            parameters = sample_photometric(
-                sample_ids, jitter=self.jitter, blur_p=blur_p, views=views, seed=seed, epoch=epoch
-            )
-            out = crop_resize(images, crops, self.size, flip=flip)
-            out = apply_photometric(out, **parameters, mean=self.mean, std=self.std, out=out)
-        return out.unflatten(0, (views, len(images))).unbind()
+            drawn: Any = sample_photometric(sample_ids, jitter=self.jitter, blur_p=blur_p, **key)
+            drawn = {name: rows[skipped:] for name, rows in drawn.items()}
+            # Between the two steps the values are float32, in memory that takes the result too where it is float32.
+            resized = crop_resize(images, crops, **cut)
+            out = resized if self.dtype == torch.float32 else torch.empty_like(resized, dtype=self.dtype)
+            apply_photometric(resized, **drawn, **scaling, out=out)
+        return out.unflatten(0, (self.views, len(images))).unbind()
 
-    def _expect_images(self, images: Tensor, sample_ids: Tensor) -> None:
+    def _sizes(self, images: Tensor | Sequence[Tensor], sample_ids: Tensor) -> tuple[int, int] | Tensor:
+        """Refuses images without views; the sizes of the others as ``sample_crops`` takes them."""
         op = "ContrastiveCrop"
-        expect_tensor(images, op, "images", ("N", "C", "H", "W"), (torch.uint8,))
-        rows, channels, height, width = images.shape
+        sizes: tuple[int, int] | Tensor
+        if isinstance(images, Tensor):
+            expect_tensor(images, op, "images", ("N", "C", "H", "W"), (torch.uint8,))
+            channels, height, width = images.shape[1:]
+            expect(height > 0 and width > 0, op, "images", "H and W of at least 1", images)
+            first, sizes = images, (height, width)
+        else:
+            expect_type(images, (list, tuple), op, "images", "a uint8 tensor (N, C, H, W) or a list of (C, H, W)")
+            expect(len(images) > 0, op, "images", "at least one image", "an empty list")
+            for n, image in enumerate(images):
+                expect_tensor(image, op, f"images[{n}]", ("C", "H", "W"), (torch.uint8,))
+                expect(min(image.shape[1:]) > 0, op, f"images[{n}]", "H and W of at least 1", image)
+            first, channels = images[0], len(images[0])
+            sizes = torch.tensor([image.shape[1:] for image in images], device=first.device)
+        expect_tensor(sample_ids, op, "sample_ids", (len(images),), INTEGERS, first.device)
         good = 1 <= channels <= 4 if self.augment == "none" else channels in (1, 3)
-        expect(good, op, "images", "1 to 4 channels" if self.augment == "none" else "1 or 3 channels", images)
-        expect(height > 0 and width > 0, op, "images", "H and W of at least 1", images)
-        expect_tensor(sample_ids, op, "sample_ids", (rows,), INTEGERS, images.device)
+        expect(good, op, "images", "1 to 4 channels" if self.augment == "none" else "1 or 3 channels", first)
         for argument, values in (("mean", self.mean), ("std", self.std)):
             good = values is None or len(values) == channels
             expect(good, op, argument, f"{channels} numbers, one per channel of images", values)
+        return sizes

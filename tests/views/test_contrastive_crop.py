@@ -80,6 +80,46 @@ def test_the_same_views_in_every_batch() -> None:
     assert not torch.equal(whole[0], crop(images, ids, epoch=2)[0])
 
 
+SIZES = [(40, 36), (7, 90), (1, 1), (64, 64), (33, 5)]
+
+
+@pytest.mark.parametrize(("augment", "channels"), [("moco", 3), ("simclr", 1), ("none", 3), ("none", 4)])
+def test_images_of_different_sizes_are_each_by_itself(augment: str, channels: int) -> None:
+    images = [torch.randint(256, (channels, *size), dtype=torch.uint8) for size in SIZES]
+    images[3] = images[3].permute(0, 2, 1)
+    ids, boxes = torch.tensor([9, 0, 4, 1, 77]), torch.rand(5, 2, 2).sort(dim=1).values.flatten(1)
+    crop = ContrastiveCrop((20, 24), views=3, augment=augment, seed=2)
+    views = crop(images, ids, boxes, epoch=3)
+    for n, image in enumerate(images):
+        alone = crop(image[None], ids[n : n + 1], boxes[n : n + 1], epoch=3)
+        in_a_list = crop((image,), ids[n : n + 1], boxes[n : n + 1], epoch=3)
+        for view, theirs, listed in zip(views, alone, in_a_list, strict=True):
+            assert torch.equal(view[n], theirs[0])
+            assert torch.equal(view[n], listed[0])
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("augment", ["moco", "none"])
+def test_dtype_and_layout(augment: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    images, ids = images_of(5), torch.arange(5)
+    options: dict[str, Any] = {"augment": augment, "mean": MEAN, "std": STD}
+    views = ContrastiveCrop(20, dtype=dtype, memory_format=memory_format, **options)(images, ids)
+    for view, expected in zip(views, ContrastiveCrop(20, **options)(images, ids), strict=True):
+        assert view.dtype == dtype
+        assert view.is_contiguous(memory_format=memory_format)
+        # Rounded once: by half a step of the dtype at most.
+        rounding = {"rtol": torch.finfo(dtype).eps / 2, "atol": 1e-5}
+        torch.testing.assert_close(view.double(), expected.double(), **rounding)
+
+
+def test_views_are_numbered() -> None:
+    images, ids = images_of(4), torch.arange(4)
+    all_views = ContrastiveCrop(20, augment="moco", views=5)(images, ids, epoch=1)
+    some = ContrastiveCrop(20, augment="moco", views=2, first_view=2)(images, ids, epoch=1)
+    assert all(torch.equal(view, all_views[2 + v]) for v, view in enumerate(some))
+
+
 def test_takes_nothing_from_the_global_generators() -> None:
     crop, images, ids = ContrastiveCrop(16), images_of(3), torch.arange(3)
     state = torch.get_rng_state()
@@ -131,6 +171,15 @@ IMAGES, IDS = images_of(2), torch.arange(2)
         (ValueError, "boxes expected .* on cpu, got .* on meta", (IMAGES, IDS, torch.zeros(2, 4).to("meta"))),
         (ValueError, "boxes expected 0 <= h0 <= h1 <= 1", (IMAGES, IDS, (0.0, 0.0, 1.0, 1.1))),
         (ValueError, "epoch expected 0 to", (IMAGES, IDS, None, -1)),
+        (TypeError, r"ContrastiveCrop: images expected a uint8 tensor \(N, C, H, W\) or a list", (None, IDS)),
+        (ValueError, "ContrastiveCrop: images expected at least one image, got an empty list", ([], IDS[:0])),
+        (TypeError, r"images\[1\] expected a uint8 tensor \(C, H, W\), got float", ([IMAGES[0], IMAGES[1] / 255], IDS)),
+        (ValueError, r"images\[0\] expected \(C, H, W\), got uint8 \(1, 3, 40, 36\)", ([IMAGES[:1]] * 2, IDS)),
+        (ValueError, r"images\[1\] expected \(3, H, W\) on cpu, got uint8 \(1,", ([IMAGES[0], IMAGES[0, :1]], IDS)),
+        (ValueError, r"images\[1\] expected H and W of at least 1", ([IMAGES[0], IMAGES[0, :, :0]], IDS)),
+        (ValueError, r"images\[1\] expected .* on cpu, got .* on meta", ([IMAGES[0], IMAGES[0].to("meta")], IDS)),
+        (ValueError, "ContrastiveCrop: images expected 1 or 3 channels, got uint8", ([IMAGES[0, :2]] * 2, IDS)),
+        (ValueError, r"ContrastiveCrop: sample_ids expected \(1,\) on cpu, got int64 \(2,\)", ([IMAGES[0]], IDS)),
     ],
 )
 def test_bad_batches(error: type[Exception], message: str, arguments: tuple[Any, ...]) -> None:
@@ -153,6 +202,15 @@ def test_bad_batches(error: type[Exception], message: str, arguments: tuple[Any,
         (ValueError, "jitter expected four strengths", {"jitter": (0.4, 0.4)}),
         (ValueError, "std expected positive numbers", {"std": (0.0, 1.0, 1.0)}),
         (ValueError, "mean expected one number per channel", {"mean": ()}),
+        (TypeError, "first_view expected an int, got float 0.5", {"first_view": 0.5}),
+        (ValueError, "first_view expected 0 to 4094, 4096 less views, got int 4095", {"first_view": 4095}),
+        (ValueError, "first_view expected 0 to 4094", {"first_view": -1}),
+        (ValueError, "dtype expected a floating point dtype, got torch.uint8", {"dtype": torch.uint8}),
+        (
+            ValueError,
+            "memory_format expected torch.contiguous_format or torch.channels_last, got torch.preserve_format",
+            {"memory_format": torch.preserve_format},
+        ),
     ],
 )
 def test_bad_options(error: type[Exception], message: str, options: dict[str, Any]) -> None:
