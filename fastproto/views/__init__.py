@@ -6,6 +6,7 @@ from fastproto.ops.photometric import apply_photometric, color_jitter, gaussian_
 from fastproto.ops.sample_crops import sample_crops
 from fastproto.views.boxes import SIMC_BOX, BoxBank
 from fastproto.views.contrastive_crop import ContrastiveCrop
+from fastproto.views.multi_crop import MultiCrop
 from fastproto.views.photometric import PhotometricParameters, sample_photometric
 from fastproto.views.transform import ContrastiveCropTransform
 
@@ -14,6 +15,7 @@ __all__ = [
     "BoxBank",
     "ContrastiveCrop",
     "ContrastiveCropTransform",
+    "MultiCrop",
     "PhotometricParameters",
     "apply_photometric",
     "color_jitter",
