@@ -46,7 +46,8 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:  # (3, H, W) uint8
             f"{file}: expected an image file, got {'a folder' if file.is_dir() else 'nothing of that name'}"
         )
     try:
-        with Image.open(file) as image:
+        # As a stream: Pillow maps an uncompressed TIFF that it opens itself, and garbles it if it is turned (13.0).
+        with open(file, "rb") as stream, Image.open(stream) as image:
             return to_rgb(image)
     except UnidentifiedImageError as error:
         raise ValueError(f"{file}: expected an image, got a file that is none Pillow knows") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +11,7 @@ from fastproto._check import describe, expect, expect_tensor, expect_type
 from fastproto._random import expect_key
 from fastproto.views.boxes import BoxBank
 from fastproto.views.contrastive_crop import ContrastiveCrop
+from fastproto.views.files import to_rgb
 
 
 class ContrastiveCropTransform(nn.Module):
@@ -24,12 +24,13 @@ class ContrastiveCropTransform(nn.Module):
     Args:
         size: height and width of the views, or one number for both.
         boxes: a ``BoxBank`` on the CPU, moved into shared memory here; None crops from the whole image.
-        options: those of ``ContrastiveCrop``: scale, ratio, alpha, views, augment, jitter, mean, std, seed.
+        options: those of ``ContrastiveCrop``.
 
     Shape:
-        image: PIL image (gray or converted to RGB) or uint8 tensor (C, H, W)
+        image: PIL image of any mode, read as ``fastproto.views.files.to_rgb`` does: upright and in RGB, also where it
+            is gray; or uint8 tensor (C, H, W)
         sample_id: the image's place in the data set, which the data set's ``__getitem__`` is called with
-        output: ``views`` tensors (C, h, w) float32
+        output: ``views`` tensors (C, h, w)
 
     Raises:
         TypeError, ValueError: as ``ContrastiveCrop``; for an image of another kind, dtype or rank; a sample_id that is
@@ -80,7 +81,7 @@ class ContrastiveCropTransform(nn.Module):
         self,
         image: Any,  # PIL image or (C, H, W) uint8
         sample_id: int,
-    ) -> tuple[Tensor, ...]:  # views × (C, h, w) float32
+    ) -> tuple[Tensor, ...]:  # views × (C, h, w)
         expect_type(sample_id, int, "ContrastiveCropTransform", "sample_id", "an int")
         ids = torch.tensor([sample_id])
         boxes = None if self.boxes is None else self.boxes.lookup(ids)
@@ -99,5 +100,4 @@ def _to_tensor(image: Any) -> Tensor:
         raise TypeError(
             f"ContrastiveCropTransform: image expected a PIL image or a uint8 tensor (C, H, W), got {describe(image)}"
         )
-    pixels = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-    return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)
+    return to_rgb(image)

@@ -149,9 +149,11 @@ def test_one_bit(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels(tmp_path / "x.png"), gray(np.where(GRAY > 99, 255, 0)))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "I;16", "LA"])
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("RGB", ".png"), ("I;16", ".png"), ("LA", ".webp"), ("L", ".tif"), ("RGB", ".tif")]
+)
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_honoured(tmp_path: Path, orientation: int, mode: str) -> None:
+def test_exif_orientation_is_honoured(tmp_path: Path, orientation: int, mode: str, suffix: str) -> None:
     upright = np.array([[0, 50, 100], [150, 200, 250]], np.uint8)
     # How a camera stores an upright picture whose tag then says so.
     stored = {
@@ -171,8 +173,8 @@ def test_exif_orientation_is_honoured(tmp_path: Path, orientation: int, mode: st
     assert image.mode == mode
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image.save(tmp_path / "x.png", exif=exif)
-    np.testing.assert_array_equal(pixels(tmp_path / "x.png"), gray(upright))
+    image.save(tmp_path / f"x{suffix}", exif=exif, **({"lossless": True} if suffix == ".webp" else {}))
+    np.testing.assert_array_equal(pixels(tmp_path / f"x{suffix}"), gray(upright))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4000), (4000, 1)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastproto.views import SIMC_BOX, BoxBank, ContrastiveCrop, ContrastiveCropTransform
+from fastproto.views.files import read_image
 
 
 class Images(Dataset):
@@ -52,12 +53,13 @@ def test_is_the_batch_module(with_boxes: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_new_boxes_and_epochs_reach_persistent_workers() -> None:
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_new_boxes_and_epochs_reach_persistent_workers(start: str) -> None:
     images, ids = images_of(6), torch.arange(6)
     bank = BoxBank(6)
     transform = ContrastiveCropTransform(20, boxes=bank, **OPTIONS)
     loader = DataLoader(
-        Images(images, transform), batch_size=4, num_workers=1, persistent_workers=True, multiprocessing_context="fork"
+        Images(images, transform), batch_size=4, num_workers=1, persistent_workers=True, multiprocessing_context=start
     )
     crop = ContrastiveCrop(20, **OPTIONS)
     for epoch in (0, 1, 2):
@@ -71,26 +73,24 @@ def test_new_boxes_and_epochs_reach_persistent_workers() -> None:
             torch.testing.assert_close(out, expected[v], rtol=0, atol=1e-5)
 
 
-def test_a_pickled_transform_shares_boxes_and_epoch() -> None:
-    """As a worker that was started with spawn gets it."""
-    bank = BoxBank(3)
-    transform = ContrastiveCropTransform(20, boxes=bank)
-    copy = ForkingPickler.loads(ForkingPickler.dumps(transform))
-    bank.update(torch.tensor([1]), torch.tensor([SIMC_BOX]))
-    transform.set_epoch(8)
-    assert int(copy.epoch) == 8
-    assert torch.equal(copy.boxes.boxes, bank.boxes)
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK"])
-def test_pil_images(mode: str) -> None:
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "CMYK", "1", "I;16", "I"])
+def test_pil_images_are_read_as_files_are(mode: str, tmp_path: Path) -> None:
     image_module = pytest.importorskip("PIL.Image")
-    image = image_module.fromarray(images_of(1)[0].permute(1, 2, 0).contiguous().numpy()).convert(mode)
-    pixels = np.array(image if mode == "L" else image.convert("RGB"))
-    tensor = torch.from_numpy(pixels).reshape(30, 32, -1).permute(2, 0, 1)
+    if mode.startswith("I"):
+        pixels = torch.randint(1 << 16, (30, 32)).numpy().astype(np.uint16 if mode == "I;16" else np.int32)
+        image = image_module.fromarray(pixels)
+    else:
+        image = image_module.fromarray(images_of(1)[0].permute(1, 2, 0).contiguous().numpy()).convert(mode)
+    assert image.mode == mode
+    exif = image_module.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "x.tif", exif=exif, compression="tiff_deflate")
+    upright = read_image(tmp_path / "x.tif")
+    assert upright.shape == (3, 32, 30)
     transform = ContrastiveCropTransform(20)
-    for view, expected in zip(transform(image, 5), transform(tensor, 5), strict=True):
-        assert view.shape == (1 if mode == "L" else 3, 20, 20)
+    with image_module.open(tmp_path / "x.tif") as opened:
+        views = transform(opened, 5)
+    for view, expected in zip(views, transform(upright, 5), strict=True):
         assert torch.equal(view, expected)
 
 
@@ -118,12 +118,39 @@ def test_epoch_and_boxes_are_saved() -> None:
         (ValueError, r"image expected \(C, H, W\), got uint8 \(8, 8\)", (torch.zeros(8, 8, dtype=torch.uint8), 0)),
         (TypeError, r"image expected a PIL image or a uint8 tensor \(C, H, W\), got ndarray", (np.zeros((8, 8, 3)), 0)),
         (TypeError, "sample_id expected an int, got float 0.0", (images_of(1)[0], 0.0)),
+        (TypeError, "sample_id expected an int, got int64", (images_of(1)[0], torch.tensor(0))),
         (ValueError, "sample_ids expected 0 to 2, got 3 to 3", (images_of(1)[0], 3)),
+        (ValueError, "sample_ids expected 0 to 2, got -1 to -1", (images_of(1)[0], -1)),
+        (ValueError, r"image expected \(C, H, W\), got uint8 \(1, 3, 30, 32\)", (images_of(1), 0)),
+        (ValueError, "images expected 1 or 3 channels, got", (images_of(1, channels=2)[0], 0)),
+        (ValueError, "images expected 1 or 3 channels, got", (images_of(1)[0].permute(1, 2, 0), 0)),
+        (ValueError, "images expected H and W of at least 1", (images_of(1)[0][:, :0], 0)),
+        (TypeError, "image expected a PIL image or a uint8 tensor", (None, 0)),
     ],
 )
 def test_bad_images(error: type[Exception], message: str, arguments: tuple[Any, ...]) -> None:
     with pytest.raises(error, match=message):
         ContrastiveCropTransform(8, boxes=BoxBank(3))(*arguments)
+
+
+def test_pil_numbers_without_a_scale_are_refused() -> None:
+    image_module = pytest.importorskip("PIL.Image")
+    transform = ContrastiveCropTransform(8)
+    with pytest.raises(ValueError, match=r'mode "F" expected numbers in 0 to 1, got 0.0 to 7.0'):
+        transform(image_module.fromarray(np.array([[0.0, 7.0]], np.float32)), 0)
+
+
+@pytest.mark.parametrize(
+    "box", [(0.0, 0.0, 1.0, 1.1), (-0.1, 0.0, 1.0, 1.0), (0.5, 0.0, 0.4, 1.0), (0.0, 0.5, 1.0, 0.4)]
+)
+def test_bad_boxes_do_not_reach_the_workers(box: tuple[float, ...]) -> None:
+    transform = ContrastiveCropTransform(8, boxes=BoxBank(3))
+    with pytest.raises(ValueError, match="BoxBank: boxes expected 0 <= h0 <= h1 <= 1 and 0 <= w0 <= w1 <= 1"):
+        transform.boxes.update(torch.tensor([1]), torch.tensor([box]))
+    # Written past the bank, as a loaded state is, they are refused where they are used.
+    transform.boxes.boxes[1] = torch.tensor(box)
+    with pytest.raises(ValueError, match="sample_crops: boxes expected 0 <= h0"):
+        transform(images_of(1)[0], 1)
 
 
 def test_bad_options() -> None:
@@ -133,5 +160,7 @@ def test_bad_options() -> None:
         ContrastiveCropTransform(8, boxes=BoxBank(3).to("meta"))
     with pytest.raises(ValueError, match="ContrastiveCrop: alpha expected"):
         ContrastiveCropTransform(8, alpha=0)
+    with pytest.raises(ValueError, match=r"alpha expected a positive finite number, got float -0.6"):
+        ContrastiveCropTransform(8, alpha=-0.6)
     with pytest.raises(ValueError, match="ContrastiveCropTransform: epoch expected 0 to 4294967295, got int -1"):
         ContrastiveCropTransform(8).set_epoch(-1)
