@@ -76,12 +76,13 @@ typedef int16_t ShortVec __attribute__((vector_size(LANES * 2)));
 
 // A row in integers.
 struct Quantized {
-  float scale;     // s; 0 for a row of zeros
+  float scale;     // s; 0 for a row that stands as zeros
   float length;    // |x| or a little more
   float residual;  // |x − s q|
 };
 
 constexpr float SHORTEST = 1e-15f;  // the squares of shorter rows might vanish: their length counts as this
+constexpr float SMALLEST = 1e-30f;  // 1 / scale of smaller rows might be infinite: they stand as zeros
 
 // Writes the row in 16 bits a number. Its D, and that of `out`, is padded with zeros to whole vectors.
 inline Quantized quantize(const float* x, int64_t D, void* out) {
@@ -94,9 +95,10 @@ inline Quantized quantize(const float* x, int64_t D, void* out) {
     squared += v * v;
   }
   const float largest = fastproto::FASTPROTO_ISA::largest(largest_abs);
-  if (largest == 0) {
+  if (largest < SMALLEST) {
     std::memset(out, 0, padded * sizeof(int16_t));
-    return {0, 0, 0};
+    const float length = largest > 0 ? SHORTEST : 0.f;
+    return {0, length, length};
   }
   // No shorter than the row: a sum of D / LANES squares per lane is that far off at most.
   const float length = std::sqrt(sum(squared)) * (1 + (D / LANES + 8) * 0x1p-24f);

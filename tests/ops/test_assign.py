@@ -64,6 +64,18 @@ def test_hard_data(kind: str, metric: str) -> None:
 
 
 @pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("tiny", [1e-22, 1e-29, 1e-31, 1e-34, 1e-38, 1e-44])
+def test_numbers_whose_squares_or_inverses_leave_float32(tiny: float, metric: str) -> None:
+    x, centers = torch.randn(100, 24), torch.randn(30, 24)
+    check(tiny * x, tiny * centers, metric)
+    x[::3] *= tiny
+    check(x, tiny * centers, metric)
+    # The origin is amid the centres: with most of them tiny it is tiny, and so are some rows less the origin.
+    centers[5:] *= tiny
+    check(x, centers, metric)
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
 def test_ties_go_to_the_lowest_index(metric: str) -> None:
     # Six copies of 33: a matrix product computes its last columns by other code, so that copies differ in rounding.
     centers = torch.randn(33, 130).repeat(6, 1)
