@@ -4,6 +4,7 @@
   fastproto eval RUN [--knn] [--linear]           evaluate the encoder of a run
   fastproto report RUN                            write RUN/report.html
   fastproto cluster EMBEDDINGS --k K --out DIR    k-means of the rows of a .npy, .npz, .parquet or .safetensors file
+  fastproto views IMAGE... --out PICTURE          boxes, crops and augmented views of images in one picture
   fastproto info                                  versions, devices, and which backend runs each operation
 
 RECIPE is a YAML file, or the name of one that comes with the package; without it the packaged recipe for the method
@@ -20,9 +21,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     from fastproto.train.config import Config
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     command, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
-    commands = {"train": train, "eval": evaluate, "report": report, "cluster": cluster, "info": info}
+    commands = {"train": train, "eval": evaluate, "report": report, "cluster": cluster, "views": views, "info": info}
     if command in ("", "-h", "--help"):
         print(__doc__.strip())
         return 0 if command else REFUSED
@@ -52,8 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail(f"fastproto {command}", "interrupted", SIGNALLED + signal.SIGINT)
     except ModuleNotFoundError as error:
-        extra = f"'fastproto[{'cluster' if command == 'cluster' else 'train'}]'"
-        package = "faiss-cpu" if error.name == "faiss" else extra
+        # A run that `views` reads needs what the trainer does.
+        own = command == "cluster" or (command == "views" and error.name in ("PIL", "matplotlib"))
+        package = "faiss-cpu" if error.name == "faiss" else f"'fastproto[{command if own else 'train'}]'"
         return fail(f"fastproto {command}", f"{error}: it comes with pip install {package}", FAILED)
 
 
@@ -110,6 +113,8 @@ def prepare(arguments: Sequence[str]) -> Plan:
         ValueError: anything that training could not start with.
         OSError: a file that cannot be read.
     """
+    from fastproto import _settings
+    from fastproto._check import expect
     from fastproto.train import checkpoint
     from fastproto.train import config as settings
 
@@ -130,6 +135,10 @@ def prepare(arguments: Sequence[str]) -> Plan:
     else:
         defaults = settings.default_recipe(given.method, given.data)
     config = settings.resolve(parser, settings.parse(parser, arguments, defaults))
+    if _settings.torchrun_world:
+        asked = config.devices in (1, _settings.torchrun_world)
+        expect(asked, "config", "devices", f"{_settings.torchrun_world}, started by torchrun", config.devices)
+        config = replace(config, devices=_settings.torchrun_world)
     checkpoint.check_folder(folder, config, resume=given.resume, overwrite=given.overwrite)
     dataset = checkpoint.load_data(config)
     checkpoint.check_buildable(config, dataset)
@@ -230,6 +239,58 @@ def cluster(arguments: Sequence[str]) -> int:
         return fail("fastproto cluster", error, FAILED)
     print(describe(summary, folder))
     return 0
+
+
+def views(arguments: Sequence[str]) -> int:
+    """``fastproto views``: refuses bad input before anything is drawn, draws, prints the boxes."""
+    from fastproto.views import SIMC_BOX, command
+
+    parser = Parser("fastproto views", description="Draw boxes, crops and augmented views of images.")
+    add, whole, count = parser.add_argument, at_least(int, 0), at_least(int, 1)
+    add("images", nargs="+", type=Path, metavar="IMAGE", help="any that Pillow reads; the n-th is sample n, from 0")
+    add("--out", type=Path, required=True, metavar="PICTURE", help="a new .png, .jpg, .pdf or .svg")
+    add("--overwrite", action="store_true", help="replace the picture")
+    box = parser.add_mutually_exclusive_group()
+    sides = ("H0", "W0", "H1", "W1")
+    box.add_argument("--box", nargs=4, type=float, metavar=sides, help="in shares of the sides; default 0 0 1 1")
+    box.add_argument("--simc", action="store_const", const=SIMC_BOX, dest="box", help="SimCCrop's box, the middle half")
+    box.add_argument(
+        "--run", metavar="RUN", help="boxes by the encoder of a run, whose options of views are the defaults"
+    )
+    add("--scale", nargs=2, type=float, metavar=("LOW", "HIGH"), help="share of the area in a crop; default 0.2 1")
+    add("--ratio", nargs=2, type=float, metavar=("LOW", "HIGH"), help="width / height of a crop; default 0.75 1.333")
+    add("--alpha", type=float, help="below 1 crops avoid the middle of the box; default 0.6")
+    add("--augment", choices=("simclr", "moco", "none"), help="change of the colours; default simclr")
+    add("--size", type=count, metavar="PIXELS", help="side of the views; default 224")
+    add("--views", type=count, metavar="N", help="views of an image in each of three epochs; default 2")
+    add("--seed", type=whole, metavar="N", help="key of all draws; default 0")
+    add("--epoch", type=whole, default=0, metavar="N", help="the first that is drawn; default %(default)s")
+    try:
+        given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+        paths, out, run = given.pop("images"), given.pop("out"), given.pop("run", None)
+        command.check_out(out, paths, given.pop("overwrite"))
+        images = command.read_images(paths)
+        defaults = {"size": 224} if run is None else views_of_run(run)
+        boxes = command.preview(paths, images, out, **defaults | given)
+    except ValueError as error:
+        return fail("fastproto views", error)
+    except OSError as error:
+        return fail("fastproto views", error, FAILED)
+    print(command.describe(paths, images, boxes, out))
+    return 0
+
+
+def views_of_run(folder: str) -> dict[str, Any]:
+    """How a run finds boxes and makes views, as options of ``preview``."""
+    from fastproto.train.checkpoint import load_run
+    from fastproto.views.command import Locator
+
+    run = load_run(folder)
+    made = run.views
+    options = {name: getattr(made, name) for name in ("size", "scale", "ratio", "alpha", "augment", "jitter", "seed")}
+    height, width = run.dataset.train_images.shape[2:]
+    encode, threshold = run.method.encoder.feature_map, run.config.views.box_threshold
+    return options | {"locate": Locator(encode, (height, width), run.dataset.mean, run.dataset.std, threshold)}
 
 
 def info(arguments: Sequence[str]) -> int:

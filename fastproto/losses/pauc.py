@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastproto.losses._common import expect_temperature, expect_views
+from fastproto.losses._gather import gather_rows
 from fastproto.losses.contrast import InfoNCELoss
 from fastproto.losses.distribution import (
     AlignmentLoss,
@@ -17,7 +18,7 @@ from fastproto.losses.distribution import (
     expect_kind,
     expect_t,
 )
-from fastproto.losses.proto_nce import Concentrations, Tensors, proto_nce
+from fastproto.losses.proto_nce import Concentrations, ProtoNCELoss, Tensors
 
 
 class PAUCTerms(NamedTuple):
@@ -52,6 +53,7 @@ class PAUCLoss(nn.Module):
         align_weight, uniform_weight, correlation_weight: λ_a, λ_u, λ_c.
         uniform_t: t.
         correlation: "cross" or "covariance".
+        gather_distributed: the prototypes are those of the batch of all ranks, and so is the mean of ProtoNCE.
 
     Shape:
         query, key: (N, D). prototypes: (K, D). assignments: (N,) int64 or int32, -1 for rows without a prototype.
@@ -72,8 +74,8 @@ class PAUCLoss(nn.Module):
         >>> loss_fn.forward_components(query, key, prototypes, assignments, 0.2)._fields
         ('info_nce', 'proto_nce', 'align', 'uniform', 'correlation')
 
-    Distributed: nothing is gathered; the prototypes that the batch spans are those of a rank's own batch. With one
-    queue on all ranks and the same number of rows that count, InfoNCE and ProtoNCE are those of the whole batch.
+    Distributed: with ``gather_distributed`` the loss is that of the batch of all ranks, if they have one queue.
+    Without, the prototypes that the batch spans are those of a rank's own batch.
 
     Memory: grows with (N + M + K) · D, D² for "cross" and "covariance", and N² for the batch's prototypes; the (N, M)
     and (N, K) logits exist in the reference backend only.
@@ -90,6 +92,7 @@ class PAUCLoss(nn.Module):
         correlation_weight: float = 1.0,
         uniform_t: float = 2.0,
         correlation: str = "cross",
+        gather_distributed: bool = False,
     ) -> None:
         super().__init__()
         expect_temperature(temperature, "PAUCLoss")
@@ -98,7 +101,9 @@ class PAUCLoss(nn.Module):
         self.align_weight = align_weight
         self.uniform_weight = uniform_weight
         self.correlation_weight = correlation_weight
+        self.gather_distributed = gather_distributed
         self.info_nce = InfoNCELoss(temperature)
+        self.proto_nce = ProtoNCELoss(gather_distributed=gather_distributed)
         self.align = AlignmentLoss()
         self.uniform = UniformityLoss(uniform_t)
         self.correlation = CorrelationLoss(correlation)
@@ -133,8 +138,10 @@ class PAUCLoss(nn.Module):
         """The unweighted terms, for logging or for weights of one's own."""
         expect_views(query, key, "PAUCLoss", ("query", "key"))
         info_nce = self.info_nce(query, key, queue)
-        nce = proto_nce(query, prototypes, assignments, concentration)
+        nce = self.proto_nce(query, prototypes, assignments, concentration)
         sets = [assignments] if isinstance(assignments, Tensor) else assignments
+        if self.gather_distributed:
+            query, key, sets = gather_rows(query), gather_rows(key), [gather_rows(labels) for labels in sets]
         align, uniform, correlation = torch.stack([self._of_prototypes(query, key, labels) for labels in sets]).mean(0)
         return PAUCTerms(info_nce, nce, align, uniform, correlation)
 

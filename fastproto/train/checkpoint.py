@@ -26,6 +26,7 @@ from fastproto.train import data
 from fastproto.train.config import Config, OptimizerConfig, difference, read_config, to_yaml
 from fastproto.train.encoders import build_encoder
 from fastproto.train.methods import Method, build_method
+from fastproto.train.sync_norm import synchronise
 from fastproto.views import SIMC_BOX, BoxBank, ContrastiveCrop
 
 # The first line of a run's config.yaml: a folder without it is not ours to overwrite.
@@ -142,6 +143,8 @@ def build_state(config: Config, dataset: data.Dataset, device: torch.device) -> 
     # Convolutions on a CPU are up to twice as fast on this layout, and faster on a GPU in half precision.
     encoder = encoder.to(memory_format=torch.channels_last)
     method = build_method(config, encoder).to(device)
+    if config.devices > 1 and config.sync_norm:
+        method = synchronise(method, device)
     count = len(dataset.train_images)
     boxes = BoxBank(count).to(device)
     if config.crop == "simc":
@@ -169,8 +172,16 @@ def check_buildable(config: Config, dataset: data.Dataset) -> None:
     """
     expect(config.device != "cuda" or torch.cuda.is_available(), "config", "device", "cpu: no GPU is here", "cuda")
     with torch.random.fork_rng():
-        build_state(config, dataset, torch.device("cpu"))
+        encoder = build_state(config, dataset, torch.device("cpu")).method.eval().encoder
     build_views(config, dataset)
+    height, width = dataset.train_images.shape[2:]
+    for size in {(height, width), (config.views.size or height,) * 2}:
+        try:
+            shape = encoder.feature_map(torch.zeros(1, 3, *size)).shape
+        except Exception as error:  # networks refuse sizes in their own ways
+            raise ValueError(f"encoder: {config.encoder.name} does not take images of {size}: {error}") from error
+        good = len(shape) == 4 and shape[1] == encoder.num_features
+        expect(good, "encoder", "name", "a network whose last features are a map", config.encoder.name)
 
 
 def build_optimizer(config: OptimizerConfig, method: nn.Module) -> torch.optim.Optimizer:
@@ -182,6 +193,11 @@ def build_optimizer(config: OptimizerConfig, method: nn.Module) -> torch.optim.O
     ]
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr)
+    if config.name == "lars":
+        from timm.optim import Lars
+
+        # It scales no step of the parameters that are not decayed, as in SimCLR (arXiv 2002.05709, appendix B.1).
+        return Lars(groups, lr=config.lr, momentum=config.momentum)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
 
 

@@ -16,7 +16,6 @@ from fastproto._check import expect
 
 MethodName = Literal["simclr", "moco", "byol", "simsiam", "pcl", "spcl", "pauc"]
 CropName = Literal["random", "contrastive", "simc"]
-EncoderName = Literal["resnet-tiny", "resnet18", "resnet50"]
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 # Where a run computes and where its data lies may change between a run and its continuation; nothing else may.
@@ -28,15 +27,17 @@ class EncoderConfig:
     """The backbone.
 
     Args:
-        name: resnet-tiny is made for small images on a CPU; the others are torchvision's.
-        width: channels of resnet-tiny's first block, at least 8; its features are four times as many.
+        name: resnet-tiny, made for small images on a CPU; torchvision's resnet18, 34, 50, 101 or 152; or timm/NAME.
+        width: channels of the first stage, at least 8; null: 32 for resnet-tiny, 64 for torchvision's networks. timm's
+            have their own.
     """
 
-    name: EncoderName = "resnet18"
-    width: int = 32
+    name: str = "resnet18"
+    width: int | None = None
 
     def __post_init__(self) -> None:
-        _expect_at_least(8, "encoder", width=self.width)
+        if self.width is not None:
+            _expect_at_least(8, "encoder", width=self.width)
 
 
 @dataclass(frozen=True)
@@ -171,14 +172,14 @@ class OptimizerConfig:
     """The optimiser, and a learning rate that rises linearly and falls along a cosine to 0.
 
     Args:
-        name: sgd with momentum, or adamw.
+        name: sgd with momentum, adamw, or lars: sgd whose step is scaled layer by layer, for large batches.
         lr: the highest learning rate.
-        momentum: of sgd.
+        momentum: of sgd and lars.
         weight_decay: of weight matrices and kernels; biases and norms are not decayed.
         warmup: epochs until the learning rate is reached.
     """
 
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adamw", "lars"] = "sgd"
     lr: float = 0.06
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -204,7 +205,8 @@ class Config:
         batch_size: images in a step; what is left over at the end of an epoch waits for the next.
         seed: of weights, order, views and clustering.
         device: cpu, cuda, or auto: cuda where there is one.
-        devices: processes that share every batch.
+        devices: processes that share every batch; under torchrun those that it starts.
+        sync_norm: with several processes, batch normalisation over the whole batch.
         precision: of the network; weights stay in float32.
         encoder: the backbone.
         head: the heads on it.
@@ -226,6 +228,7 @@ class Config:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1
+    sync_norm: bool = True
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     head: HeadConfig = field(default_factory=HeadConfig)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from collections import OrderedDict
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import resnet18, resnet50
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fastproto._check import expect
-from fastproto.train.config import EncoderName
 
+RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (Bottleneck, [3, 4, 23, 3]),
+    "resnet152": (Bottleneck, [3, 8, 36, 3]),
+}
+TIMM = "timm/"
+TINY_WIDTH, RESNET_WIDTH = 32, 64
 # Up to this size the stem keeps the resolution: one 3x3 convolution, no pooling (as SimCLR does for CIFAR).
 SMALL_IMAGE = 64
 # In channels_last layout the backward pass of convolutions of 2 to 7 channels corrupts the heap (torch 2.14, AVX-512).
@@ -67,28 +76,82 @@ class Block(nn.Module):
         return F.relu(out + self.shortcut(x))
 
 
-def build_encoder(name: EncoderName, *, image_size: int, width: int = 24) -> Encoder:
+class WideResNet(ResNet):
+    """torchvision's with another number of channels than 64 in its first stage, the other stages in proportion."""
+
+    def __init__(self, block: type[BasicBlock | Bottleneck], layers: list[int], width: int) -> None:
+        self._width = width
+        super().__init__(block, layers)
+        self.conv1 = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.bn1 = nn.BatchNorm2d(width)
+
+    def _make_layer(self, block: Any, planes: int, *args: Any, **options: Any) -> nn.Sequential:
+        if planes == RESNET_WIDTH:
+            self.inplanes = self._width
+        return super()._make_layer(block, planes * self._width // RESNET_WIDTH, *args, **options)
+
+
+class TimmTrunk(nn.Module):
+    """A timm network without its head, its last features as a map: tokens lie where their patches do."""
+
+    def __init__(self, name: str, image_size: int) -> None:
+        import timm
+
+        super().__init__()
+        found = timm.is_model(name)
+        expect(found, "build_encoder", "name", f"{TIMM}NAME with a name of timm.list_models()", f"{TIMM}{name}")
+        settings: Any = timm.get_pretrained_cfg(name)
+        options: dict[str, Any] = {"img_size": image_size} if settings.fixed_input_size else {}
+        network: Any = timm.create_model(name, num_classes=0, global_pool="", **options)
+        self.network, self.num_features = network, int(network.num_features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        network: Any = self.network
+        features = network.forward_features(images)
+        if features.ndim == 3:
+            tokens = features[:, getattr(network, "num_prefix_tokens", 0) :]
+            return tokens.transpose(1, 2).unflatten(2, network.patch_embed.grid_size)
+        return features.permute(0, 3, 1, 2) if getattr(network, "output_fmt", "NCHW") == "NHWC" else features
+
+
+def build_encoder(name: str, *, image_size: int, width: int | None = None) -> Encoder:
     """A fresh encoder by name.
 
     Args:
         name: "resnet-tiny": a 3x3 stem and four residual blocks of 1, 2, 4 and 4 times width channels, the first three
-            of which halve the resolution; made for small images on a CPU. "resnet18", "resnet50": torchvision's.
-        image_size: side of the images. Up to 64 px the torchvision networks get a 3x3 stem without pooling.
-        width: channels of the first block of resnet-tiny, at least 8; the others have their own.
+            of which halve the resolution; made for small images on a CPU. "resnet18", 34, 50, 101, 152: torchvision's,
+            with its names in ``trunk``. "timm/NAME": timm's, any whose last features are a map or tokens of patches.
+        image_size: side of the images. Up to 64 px torchvision's networks get a 3x3 stem without pooling; a timm
+            transformer takes images of this size alone.
+        width: channels of the first stage, at least 8; None: 32 for resnet-tiny, 64 for torchvision's. timm's networks
+            have their own.
 
     Raises:
-        ValueError: no encoder has that name; a width below 8.
+        ValueError: no encoder has that name; a width below 8, or for a timm network.
     """
-    expect(name in get_args(EncoderName), "build_encoder", "name", f"one of {', '.join(get_args(EncoderName))}", name)
+    known = f"one of resnet-tiny, {', '.join(RESNETS)}, {TIMM}NAME"
+    expect(name == "resnet-tiny" or name in RESNETS or name.startswith(TIMM), "build_encoder", "name", known, name)
+    expect(width is None or width >= MIN_WIDTH, "build_encoder", "width", f"at least {MIN_WIDTH}", width)
     if name == "resnet-tiny":
-        expect(width >= MIN_WIDTH, "build_encoder", "width", f"at least {MIN_WIDTH}", width)
+        width = width or TINY_WIDTH
         return Encoder(_tiny_trunk(width), 4 * width)
-    network = {"resnet18": resnet18, "resnet50": resnet50}[name]()
-    if image_size <= SMALL_IMAGE:
-        network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    if name in RESNETS:
+        return _resnet(name, width or RESNET_WIDTH, small=image_size <= SMALL_IMAGE)
+    expect(width is None, "build_encoder", "width", f"none: {name} has its own", width)
+    trunk = TimmTrunk(name.removeprefix(TIMM), image_size)
+    return Encoder(trunk, trunk.num_features)
+
+
+def _resnet(name: str, width: int, *, small: bool) -> Encoder:
+    block, layers = RESNETS[name]
+    network = ResNet(block, layers) if width == RESNET_WIDTH else WideResNet(block, layers, width)
+    if small:
+        network.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         network.maxpool = nn.Identity()
     # All but the average pooling and the classifier.
-    return Encoder(nn.Sequential(*list(network.children())[:-2]), network.fc.in_features)
+    trunk = nn.Sequential(OrderedDict(list(network.named_children())[:-2]))
+    return Encoder(trunk, 8 * width * block.expansion)
 
 
 def _tiny_trunk(width: int) -> nn.Sequential:

@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import fastproto
+from fastproto import _settings
 from fastproto.losses._gather import gather_rows, rank_and_world, sum_over_ranks
 from fastproto.train.checkpoint import (
     State,
@@ -65,7 +66,14 @@ def train(
     # Before the first clustering spcl's metric and classifier get no gradient.
     strategy = DDPStrategy(find_unused_parameters=config.method == "spcl") if config.devices > 1 else "auto"
     device_type = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    fabric = Fabric(accelerator=device_type, strategy=strategy, devices=config.devices, precision=config.precision)
+    local = _settings.torchrun_local_world or config.devices
+    fabric = Fabric(
+        accelerator=device_type,
+        strategy=strategy,
+        devices=local,
+        num_nodes=config.devices // local,
+        precision=config.precision,
+    )
     fabric.launch()
     device, (rank, world) = fabric.device, rank_and_world()
     state = build_state(config, dataset, device)
@@ -127,12 +135,12 @@ def train(
                 state.sums = {name: state.sums.get(name, 0) + term.detach().double() for name, term in terms.items()}
                 bar.update(config.batch_size)
                 if asked_anywhere(stop, device):
-                    state.seconds = clock.take()
+                    state.seconds, state.sums = clock.take(), mean_over_ranks(state.sums)
                     if rank == 0:
                         state.save(folder)
                     raise Interrupted
 
-            state.seconds = clock.take()
+            state.seconds, state.sums = clock.take(), mean_over_ranks(state.sums)
             row = log_row(config, state, steps)
             if not math.isfinite(row["loss"]):
                 terms = ", ".join(f"{name} {value:.3g}" for name, value in row.items() if name.startswith("loss"))
@@ -172,6 +180,11 @@ def asked_anywhere(stop: Callable[[], bool], device: torch.device) -> bool:
     if rank_and_world()[1] == 1:
         return asked
     return bool(sum_over_ranks(torch.tensor(float(asked), device=device)) > 0)
+
+
+def mean_over_ranks(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The terms of a process are those of its share of the batch."""
+    return {name: sum_over_ranks(total) / rank_and_world()[1] for name, total in sums.items()}
 
 
 def locates(config: Config, epoch: int) -> bool:

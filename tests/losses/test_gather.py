@@ -13,6 +13,7 @@ from fastproto.losses import (
     InfoNCELoss,
     NegativeCosineSimilarity,
     NTXentLoss,
+    PAUCLoss,
     ProtoNCELoss,
     SPCLLoss,
 )
@@ -42,6 +43,10 @@ class Everything(nn.Module):
         torch.manual_seed(rank)  # what is drawn at random has to come from the first rank
         in_batch = NTXentLoss(0.2, gather_distributed=True)
         loss = in_batch(out0, out1) + 2 * in_batch(out0, out1, labels)
+
+        # Every second prototype is in the batch of all ranks, few are in that of one.
+        pauc = PAUCLoss(correlation_weight=0.1, gather_distributed=True)
+        loss = loss + pauc(out0, out1, sets[0], labels, sets[1], queue=sets[0])
 
         # The second step sees what the first has gathered, and goes past the end of the bank.
         sizes: list = [(N + 4, D), N + 1]

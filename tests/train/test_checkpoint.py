@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from fastproto.train import checkpoint, data
-from fastproto.train.config import Config, OptimizerConfig, PrototypeConfig, ViewConfig, plain, read_config
+from fastproto.train.config import (
+    Config,
+    EncoderConfig,
+    OptimizerConfig,
+    PrototypeConfig,
+    ViewConfig,
+    plain,
+    read_config,
+)
 from fastproto.train.data import Dataset
 from fastproto.views import SIMC_BOX
 
@@ -52,7 +60,7 @@ def everything(state: checkpoint.State) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("method", ["simclr", "byol", "spcl", "pauc"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars"])
 def test_a_checkpoint_brings_everything_back(
     tmp_path: Path, tiny_config: Config, tiny_data: Dataset, method: str, optimizer: str
 ) -> None:
@@ -138,6 +146,19 @@ def test_only_matrices_and_kernels_are_decayed() -> None:
     assert adamw.param_groups[0]["lr"] == 0.3
 
 
+def test_lars_scales_the_steps_of_matrices_and_kernels_by_their_norms() -> None:
+    module = nn.Linear(4, 2)
+    weight, bias = module.weight.detach().clone(), module.bias.detach().clone()
+    upstream = torch.randn_like(weight)
+    lars = checkpoint.build_optimizer(OptimizerConfig("lars", lr=0.3, momentum=0.0, weight_decay=0.1), module)
+    ((module.weight * upstream).sum() + module.bias.sum()).backward()
+    lars.step()
+    # You et al., Large Batch Training of Convolutional Networks, arXiv 1708.03888, algorithm 1.
+    trust = 0.001 * weight.norm() / (upstream.norm() + 0.1 * weight.norm())
+    torch.testing.assert_close(module.weight.detach(), weight - 0.3 * trust * (upstream + 0.1 * weight))
+    torch.testing.assert_close(module.bias.detach(), bias - 0.3)
+
+
 def test_a_limit_takes_images_evenly_over_the_classes(tiny_config: Config, made: Dataset) -> None:
     limited = checkpoint.load_data(replace(tiny_config, limit=16))
     kept = [40 * i // 16 for i in range(16)]
@@ -178,6 +199,10 @@ def test_more_than_there_are_images_is_refused(tiny_config: Config, made: Datase
             "spcl: prototypes.num expected one prototype set",
         ),
         ({"views": ViewConfig(scale=(0.9, 0.1))}, "ContrastiveCrop: scale expected"),
+        (
+            {"encoder": EncoderConfig("timm/vit_tiny_patch16_224")},
+            r"encoder: timm/vit_tiny_patch16_224 does not take images of \(20, 20\)",
+        ),
         ({"prototypes": PrototypeConfig(num=(5,), temperature=-1.0)}, "PrototypeBank: temperature expected above 0"),
         (
             {"prototypes": PrototypeConfig(num=(5, 41))},

@@ -12,24 +12,52 @@ from fastproto.train.encoders import Block, build_encoder
 
 
 @pytest.mark.parametrize(
-    ("name", "image_size", "images", "shape"),
+    ("name", "width", "image_size", "images", "shape"),
     [
-        ("resnet-tiny", 32, (2, 3, 32, 32), (2, 40, 4, 4)),
-        ("resnet-tiny", 40, (1, 3, 33, 57), (1, 40, 5, 8)),
-        ("resnet18", 32, (2, 3, 32, 32), (2, 512, 4, 4)),
-        ("resnet18", 64, (1, 3, 40, 40), (1, 512, 5, 5)),
-        ("resnet18", 65, (1, 3, 96, 96), (1, 512, 3, 3)),
-        ("resnet50", 32, (1, 3, 32, 32), (1, 2048, 4, 4)),
+        ("resnet-tiny", 10, 32, (2, 3, 32, 32), (2, 40, 4, 4)),
+        ("resnet-tiny", None, 40, (1, 3, 33, 57), (1, 128, 5, 8)),
+        ("resnet18", None, 32, (2, 3, 32, 32), (2, 512, 4, 4)),
+        ("resnet18", 16, 64, (1, 3, 40, 40), (1, 128, 5, 5)),
+        ("resnet18", 8, 65, (1, 3, 96, 96), (1, 64, 3, 3)),
+        ("resnet34", 12, 32, (1, 3, 32, 32), (1, 96, 4, 4)),
+        ("resnet50", 8, 32, (1, 3, 32, 32), (1, 256, 4, 4)),
+        ("timm/resnet18", None, 64, (1, 3, 64, 64), (1, 512, 2, 2)),
+        ("timm/vit_tiny_patch16_224", None, 48, (1, 3, 48, 48), (1, 192, 3, 3)),
+        ("timm/swin_tiny_patch4_window7_224", None, 64, (1, 3, 64, 64), (1, 768, 2, 2)),
+        ("timm/convnext_atto", None, 64, (1, 3, 32, 96), (1, 320, 1, 3)),
     ],
 )
-def test_features_are_the_mean_of_the_feature_map(name: str, image_size: int, images: tuple, shape: tuple) -> None:
-    encoder = build_encoder(name, image_size=image_size, width=10).eval()
+def test_features_are_the_mean_of_the_feature_map(
+    name: str, width: int | None, image_size: int, images: tuple, shape: tuple
+) -> None:
+    encoder = build_encoder(name, image_size=image_size, width=width).eval()
     x = torch.rand(images)
     with torch.no_grad():
         feature_map, features = encoder.feature_map(x), encoder(x)
     assert feature_map.shape == shape
     assert encoder.num_features == shape[1]
     torch.testing.assert_close(features, feature_map.flatten(2).mean(2))
+
+
+def test_a_transformers_map_has_its_tokens_where_their_patches_are() -> None:
+    encoder = build_encoder("timm/vit_tiny_patch16_224", image_size=64).eval()
+    # Without attention and position, a token depends on its patch alone.
+    for block in encoder.trunk.network.blocks:
+        nn.init.zeros_(block.attn.proj.weight)
+    nn.init.zeros_(encoder.trunk.network.pos_embed)
+    x = torch.zeros(1, 3, 64, 64)
+    x[:, :, 16:32, 48:] = 1
+    with torch.no_grad():
+        change = (encoder.feature_map(x) - encoder.feature_map(torch.zeros_like(x))).abs().sum(1)[0]
+    assert (change > 1e-3).nonzero().tolist() == [[1, 3]]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_the_names_of_the_weights_are_torchvisions(name: str) -> None:
+    encoder, network = build_encoder(name, image_size=224), getattr(models, name)()
+    missing, unexpected = network.load_state_dict(encoder.trunk.state_dict(), strict=False)
+    assert missing == ["fc.weight", "fc.bias"]
+    assert not unexpected
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -81,8 +109,12 @@ def test_every_weight_of_the_tiny_encoder_learns_in_either_layout() -> None:
 
 def test_unknown_names_and_narrow_ones_are_refused() -> None:
     with pytest.raises(
-        ValueError, match="build_encoder: name expected one of resnet-tiny, resnet18, resnet50, got vit"
+        ValueError, match=r"build_encoder: name expected one of resnet-tiny, resnet18, .*, timm/NAME, got vit"
     ):
-        build_encoder("vit", image_size=32)  # type: ignore[arg-type]
+        build_encoder("vit", image_size=32)
+    with pytest.raises(ValueError, match=r"name expected timm/NAME with a name of timm.list_models\(\), got timm/vit"):
+        build_encoder("timm/vit", image_size=32)
     with pytest.raises(ValueError, match="build_encoder: width expected at least 8, got int 7"):
         build_encoder("resnet-tiny", image_size=32, width=7)
+    with pytest.raises(ValueError, match="width expected none: timm/resnet18 has its own, got int 64"):
+        build_encoder("timm/resnet18", image_size=32, width=64)
