@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastproto._check import INTEGERS, expect, expect_tensor
+from fastproto._check import INTEGERS, expect, expect_tensor, reads_data
+from fastproto.cluster._rows import Rows
 from fastproto.ops.update import expect_labels, update
 
 TEMPERATURE = 0.2
@@ -37,7 +38,8 @@ def concentration(
 
     Raises:
         TypeError: an argument is no tensor of the right dtype.
-        ValueError: shapes, devices or options do not fit, or a label is outside -1 ... K - 1.
+        ValueError: shapes, devices or options do not fit, or (where data is read) a label is outside -1 ... K - 1 or a
+            labelled row or a centre holds NaN or infinity.
 
     Example:
         >>> import torch
@@ -57,7 +59,11 @@ def concentration(
     expect(temperature > 0, op, "temperature", "above 0", temperature)
     expect(alpha >= 0, op, "alpha", "at least 0", alpha)
     expect_labels(labels, centers.shape[0], op)
-    sums, counts = update(radii(x, labels, centers)[:, None], labels, centers.shape[0])
+    radius = radii(x, labels, centers)
+    if reads_data(x) and not radius[labels >= 0].isfinite().all():
+        expect(bool(centers.isfinite().all()), op, "centers", "finite centres", "NaN or infinity")
+        Rows(x).refuse(op)
+    sums, counts = update(radius[:, None], labels, centers.shape[0])
     phi = from_radii(sums[:, 0], counts, temperature, alpha)
     return phi if x.dtype == torch.float64 else phi.float()
 

@@ -1,9 +1,10 @@
 """k-means with faiss's names: ``import fastproto.cluster.faiss_compat as faiss``, and keep the code.
 
-``Kmeans`` is faiss's Python class; ``Clustering`` on an index is what the scripts of PCL and DeepCluster call. faiss
-itself is not needed. The iterations and the splitting of empty clusters are faiss's: from the same start come the same
-centroids up to rounding. Rows that are drawn (the start, subsets) are others than faiss draws from the same seed, redos
-are compared by their final centroids, and weights count in the objective.
+``Kmeans`` is faiss's Python class; ``Clustering`` on an index is what the scripts of PCL and DeepCluster call, and
+``PCAMatrix`` what DeepCluster's whiten features by. faiss itself is not needed. The iterations and the splitting of
+empty clusters are faiss's: from the same start come the same centroids up to rounding. Rows that are drawn (the start,
+subsets) are others than faiss draws from the same seed, redos are compared by their final centroids, and weights count
+in the objective.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from fastproto._check import expect
 from fastproto.cluster import _faiss_clustering as clustering
 from fastproto.cluster import _faiss_flat as flat
+from fastproto.cluster import _faiss_pca as pca
 
 Clustering = clustering.Clustering
 ClusteringIterationStats = clustering.ClusteringIterationStats
@@ -27,6 +29,7 @@ GpuIndexFlatIP = flat.GpuIndexFlatIP
 GpuIndexFlatL2 = flat.GpuIndexFlatL2
 IndexFlatIP = flat.IndexFlatIP
 IndexFlatL2 = flat.IndexFlatL2
+PCAMatrix = pca.PCAMatrix
 StandardGpuResources = flat.StandardGpuResources
 copy_array_to_vector = flat.copy_array_to_vector
 vector_to_array = flat.vector_to_array

@@ -276,9 +276,7 @@ class KMeans:
     def _search(self) -> Search:
         return Search("ip" if self.spherical else "l2", self.precision == "exact")
 
-    def _train(
-        self, rows: Rows, op: str, searches: list[Search]
-    ) -> tuple[Tensor, list[Report], Assignment | None]:
+    def _train(self, rows: Rows, op: str, searches: list[Search]) -> tuple[Tensor, list[Report], Assignment | None]:
         """The best centres of ``n_init`` fits to the rows, the way there, and of several fits where the rows belong.
 
         Each fit adds what it searched the rows by to ``searches``.

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastproto._check import expect, expect_tensor
+from fastproto._check import expect, expect_tensor, reads_data
+from fastproto.cluster._rows import Rows
 
 CHUNK_ELEMENTS = 1 << 22
 
@@ -26,7 +27,7 @@ def whiten(
 
     Raises:
         TypeError: ``x`` is no float tensor.
-        ValueError: ``x`` is not (N, C), or ``dim`` is not in 1 ... C.
+        ValueError: ``x`` is not (N, C), ``dim`` is not in 1 ... C, or (where data is read) a row holds NaN or infinity.
 
     Example:
         >>> import torch
@@ -38,17 +39,35 @@ def whiten(
     backbone features whitened to 256 dimensions.
     """
     expect_tensor(x, "whiten", "x", ("N", "C"))
-    features = x.shape[1]
-    expect(1 <= dim <= features, "whiten", "dim", f"1 ... {features}", dim)
-    chunks = x.detach().split(max(1, CHUNK_ELEMENTS // features))
-    count = max(1, x.shape[0])
-    mean = sum(part.double().sum(0) for part in chunks) / count
-    covariance = sum((part.double() - mean).T @ (part.double() - mean) for part in chunks) / count
+    expect(1 <= dim <= x.shape[1], "whiten", "dim", f"1 ... {x.shape[1]}", dim)
+    mean, variances, directions = principal_directions(x, dim, "whiten")
+    projection = directions * power(variances, -0.5)
+    rows = [F.normalize((part.double() - mean) @ projection, dim=1) for part in _chunks(x)]
+    return torch.cat(rows).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def principal_directions(x: Tensor, dim: int, op: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (C,) of the rows, their ``dim`` largest variances and the directions (C, dim) of those, all float64.
+
+    A variance that is only rounding is 0. Of each direction the number farthest from 0 is positive.
+    """
+    nothing = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    mean = sum((part.double().sum(0) for part in _chunks(x)), start=nothing[0]) / max(1, len(x))
+    squares = ((part.double() - mean).T @ (part.double() - mean) for part in _chunks(x))
+    covariance = sum(squares, start=nothing) / max(1, len(x))
+    if reads_data(x) and not covariance.isfinite().all():
+        Rows(x).refuse(op)
     variances, directions = torch.linalg.eigh(covariance)
+    floor = variances[-1] * x.shape[1] * torch.finfo(torch.float64).eps
     variances, directions = variances.flip(0)[:dim], directions.flip(1)[:, :dim]
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
-    # What is left of a direction without variance is rounding: dividing by infinity removes it.
-    floor = variances[0] * features * torch.finfo(torch.float64).eps
-    scale = torch.where(variances > floor, variances, torch.inf).rsqrt() * largest.sign()
-    rows = [F.normalize((part.double() - mean) @ (directions * scale), dim=1) for part in chunks]
-    return torch.cat(rows).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return mean, torch.where(variances > floor, variances, 0), directions * largest.sign()
+
+
+def power(variances: Tensor, exponent: float) -> Tensor:
+    """The variances to that power, 0 where there is none."""
+    return torch.where(variances > 0, variances**exponent, 0)
+
+
+def _chunks(x: Tensor) -> tuple[Tensor, ...]:
+    return x.detach().split(max(1, CHUNK_ELEMENTS // x.shape[1]))

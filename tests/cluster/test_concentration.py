@@ -93,3 +93,13 @@ def test_bad_input() -> None:
         concentration(x, labels, centers, 0.0)
     with pytest.raises(ValueError, match=r"concentration: alpha expected at least 0, got int -1"):
         concentration(x, labels, centers, alpha=-1)
+    with pytest.raises(ValueError, match=r"concentration: x expected finite rows, got 1 .* the first at index 2"):
+        concentration(x.index_fill(0, torch.tensor([2]), torch.inf), labels, centers)
+    with pytest.raises(ValueError, match=r"concentration: centers expected finite centres"):
+        concentration(x, labels, centers.index_fill(0, torch.tensor([1]), torch.nan))
+
+
+def test_rows_that_belong_nowhere_may_hold_nan() -> None:
+    x, labels, centers = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, -1]), torch.randn(2, 3)
+    expected = concentration(x, labels, centers)
+    assert torch.equal(concentration(x.index_fill(0, torch.tensor([4]), torch.nan), labels, centers), expected)

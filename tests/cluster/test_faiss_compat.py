@@ -132,6 +132,37 @@ def test_pcl_scripts_find_the_same_from_the_same_start(spherical: bool) -> None:
     np.testing.assert_allclose(ours["distance"], theirs["distance"], rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("eigen_power", [-0.5, 0.0])
+def test_pca_matrix_is_that_of_faiss(eigen_power: float) -> None:
+    x = clustered() * np.geomspace(1, 30, 24, dtype=np.float32)
+    theirs, ours = faiss.PCAMatrix(24, 7, eigen_power), compat.PCAMatrix(24, 7, eigen_power=eigen_power)
+    for matrix in (theirs, ours):
+        assert not matrix.is_trained
+        matrix.train(x)
+        assert matrix.is_trained
+    expected, found = theirs.apply_py(x[:500]), ours.apply_py(x[:500])
+    assert found.dtype == expected.dtype
+    signs = np.sign((found * expected).sum(0))
+    np.testing.assert_allclose(found * signs, expected, rtol=1e-3, atol=2e-4 * expected.std())
+    np.testing.assert_allclose(ours.eigenvalues, faiss.vector_to_array(theirs.eigenvalues)[:7], rtol=1e-4)
+    np.testing.assert_allclose(ours.mean, faiss.vector_to_array(theirs.mean), rtol=1e-4, atol=1e-4)
+    assert np.array_equal(found, ours.apply(x[:500]))
+
+
+def test_pca_matrix_refuses_what_it_cannot() -> None:
+    x, matrix = clustered(), compat.PCAMatrix(24, 7)
+    with pytest.raises(RuntimeError, match=r"faiss_compat.PCAMatrix.apply: call train first"):
+        matrix.apply_py(x)
+    with pytest.raises(ValueError, match=r"PCAMatrix.train: x expected \(N, 24\), got float32 array \(2000, 23\)"):
+        matrix.train(x[:, :23])
+    with pytest.raises(ValueError, match=r"PCAMatrix.train: x expected finite rows, got 1 .* the first at index 3"):
+        matrix.train(np.where(x == x[3, 3], np.nan, x))
+    with pytest.raises(ValueError, match=r"PCAMatrix: d_out expected 1 \.\.\. 24, got int 25"):
+        compat.PCAMatrix(24, 25)
+    with pytest.raises(ValueError, match=r"PCAMatrix: random_rotation expected False"):
+        compat.PCAMatrix(24, 7, -0.5, True)
+
+
 def test_names_parameters_and_defaults_are_those_of_faiss() -> None:
     theirs, ours = faiss.ClusteringParameters(), compat.ClusteringParameters()
     names = {

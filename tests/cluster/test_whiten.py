@@ -54,3 +54,5 @@ def test_bad_input() -> None:
         whiten(torch.randn(4), 1)
     with pytest.raises(TypeError, match=r"whiten: x expected a float32 .* got int64 \(10, 4\)"):
         whiten(torch.ones(10, 4).long(), 1)
+    with pytest.raises(ValueError, match=r"whiten: x expected finite rows, got 2 .* the first at index 3"):
+        whiten(torch.randn(10, 4).index_fill_(0, torch.tensor([3, 7]), torch.nan), 1)
