@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,13 +13,17 @@ from fastproto import _settings
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32)
+LONGEST = 200  # characters of a value that an error shows
 
 
 def describe(value: Any) -> str:
-    """What an error message says of a value: dtype, shape and device of a tensor, type and value of the rest."""
+    """What an error message says of a value: dtype and shape of a tensor or array, type and value of the rest."""
     if isinstance(value, Tensor):
         return f"{_dtype_name(value.dtype)} {tuple(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} array {value.shape}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= LONGEST else text[:LONGEST] + ' ...'}"
 
 
 def expect(holds: bool, op: str, argument: str, expected: str, got: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastproto._check import expect, expect_tensor, expect_type, reads_data
+from fastproto._check import describe, expect, expect_tensor, expect_type, reads_data
 from fastproto.cluster._stream import Array, Stream, as_tensor
 from fastproto.ops.assign import assign
 from fastproto.ops.update import round_to_grid, rounder
@@ -185,9 +185,9 @@ def check_rows(x: Array, op: str, dim: int | None = None) -> None:
     expect_type(x, (Tensor, np.ndarray), op, "x", "a float tensor or array (N, D)")
     if isinstance(x, np.ndarray):
         if x.dtype.kind != "f" or x.dtype.itemsize not in (2, 4, 8):
-            raise TypeError(f"{op}: x expected a float16, float32 or float64 array (N, D), got {x.dtype} {x.shape}")
+            raise TypeError(f"{op}: x expected a float16, float32 or float64 array (N, D), got {describe(x)}")
         wanted = f"(N, {dim or 'D'})"
-        expect(x.ndim == 2 and dim in (None, x.shape[1]), op, "x", wanted, f"{x.dtype} array {x.shape}")
+        expect(x.ndim == 2 and dim in (None, x.shape[1]), op, "x", wanted, x)
     else:
         expect_tensor(x, op, "x", ("N", dim or "D"))
     expect(x.shape[1] >= 1, op, "x", "at least one dimension", f"shape {tuple(x.shape)}")

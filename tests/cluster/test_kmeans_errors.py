@@ -42,10 +42,12 @@ def test_bad_rows() -> None:
         KMeans(11).fit(x)
     with pytest.raises(TypeError, match=r"KMeans.fit: x expected a float32 or .* got int64 \(10, 3\) on cpu"):
         KMeans(2).fit(x.long())
-    with pytest.raises(
-        TypeError, match=r"KMeans.fit: x expected a float16, float32 or float64 array .* got int64 \(10, "
-    ):
+    with pytest.raises(TypeError, match=r"KMeans.fit: x expected a float16, float32 or .* got int64 array \(10, 3\)"):
         KMeans(2).fit(x.long().numpy())
+    with pytest.raises(TypeError, match=r"kmeans_assign: x expected a float32 .* got float32 array \(10, 3\)$"):
+        kmeans_assign(x.numpy(), x[:2])
+    with pytest.raises(TypeError, match=r"KMeans.fit: x expected .* got list \[.{199} \.\.\.$"):
+        KMeans(2).fit([[0.0, 1.0]] * 1000)
     with pytest.raises(TypeError, match=r"KMeans.fit: x expected a float tensor or array \(N, D\), got list"):
         KMeans(2).fit(x.tolist())
     with pytest.raises(ValueError, match=r"KMeans.fit: x expected \(N, D\), got float32 \(10,\) on cpu"):

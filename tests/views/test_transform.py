@@ -116,7 +116,11 @@ def test_epoch_and_boxes_are_saved() -> None:
     [
         (TypeError, r"image expected a uint8 tensor \(C, H, W\), got float32", (torch.rand(3, 8, 8), 0)),
         (ValueError, r"image expected \(C, H, W\), got uint8 \(8, 8\)", (torch.zeros(8, 8, dtype=torch.uint8), 0)),
-        (TypeError, r"image expected a PIL image or a uint8 tensor \(C, H, W\), got ndarray", (np.zeros((8, 8, 3)), 0)),
+        (
+            TypeError,
+            r"image expected a PIL image or a uint8 tensor \(C, H, W\), got float64 array",
+            (np.zeros((8, 8, 3)), 0),
+        ),
         (TypeError, "sample_id expected an int, got float 0.0", (images_of(1)[0], 0.0)),
         (TypeError, "sample_id expected an int, got int64", (images_of(1)[0], torch.tensor(0))),
         (ValueError, "sample_ids expected 0 to 2, got 3 to 3", (images_of(1)[0], 3)),
