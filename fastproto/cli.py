@@ -3,6 +3,7 @@
   fastproto train [RECIPE] --out RUN [options]    train an encoder without labels, evaluate it before and after
   fastproto eval RUN [--knn] [--linear]           evaluate the encoder of a run
   fastproto report RUN                            write RUN/report.html
+  fastproto export RUN --to FORMAT                write the encoder for torchvision, timm or onnx into RUN/export
   fastproto cluster EMBEDDINGS --k K --out DIR    k-means of the rows of a .npy, .npz, .parquet or .safetensors file
   fastproto views IMAGE... --out PICTURE          boxes, crops and augmented views of images in one picture
   fastproto info                                  versions, devices, and which backend runs each operation
@@ -43,7 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     command, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
-    commands = {"train": train, "eval": evaluate, "report": report, "cluster": cluster, "views": views, "info": info}
+    commands = {
+        "train": train,
+        "eval": evaluate,
+        "report": report,
+        "export": export,
+        "cluster": cluster,
+        "views": views,
+        "info": info,
+    }
     if command in ("", "-h", "--help"):
         print(__doc__.strip())
         return 0 if command else REFUSED
@@ -55,8 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(f"fastproto {command}", "interrupted", SIGNALLED + signal.SIGINT)
     except ModuleNotFoundError as error:
         # A run that `views` reads needs what the trainer does.
-        own = command == "cluster" or (command == "views" and error.name in ("PIL", "matplotlib"))
-        package = "faiss-cpu" if error.name == "faiss" else f"'fastproto[{command if own else 'train'}]'"
+        missing = str(error.name).split(".")[0]
+        own = command == "cluster" or (command == "views" and missing in ("PIL", "matplotlib"))
+        package = "faiss-cpu" if missing == "faiss" else f"'fastproto[{command if own else 'train'}]'"
         return fail(f"fastproto {command}", f"{error}: it comes with pip install {package}", FAILED)
 
 
@@ -208,6 +218,22 @@ def report(arguments: Sequence[str]) -> int:
     return 0
 
 
+def export(arguments: Sequence[str]) -> int:
+    """``fastproto export``: writes the encoder and its model card into RUN/export."""
+    from fastproto.train.export import WRITERS
+    from fastproto.train.export import export as write
+
+    parser = Parser("fastproto export", description="Write the encoder of a run, and a model card, into RUN/export.")
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--to", required=True, choices=tuple(WRITERS), help="for which library, or format")
+    try:
+        given = parser.parse_args(arguments)
+        print(write(given.run, given.to))
+    except (ValueError, OSError) as error:
+        return fail("fastproto export", error)
+    return 0
+
+
 def cluster(arguments: Sequence[str]) -> int:
     """``fastproto cluster``: refuses bad input before anything is computed, clusters, prints what came of it."""
     from fastproto.cluster.command import cluster_file, describe
@@ -243,7 +269,8 @@ def cluster(arguments: Sequence[str]) -> int:
 
 def views(arguments: Sequence[str]) -> int:
     """``fastproto views``: refuses bad input before anything is drawn, draws, prints the boxes."""
-    from fastproto.views import SIMC_BOX, command
+    from fastproto.views.boxes import SIMC_BOX
+    from fastproto.views.command import check_out, describe, preview, read_images
 
     parser = Parser("fastproto views", description="Draw boxes, crops and augmented views of images.")
     add, whole, count = parser.add_argument, at_least(int, 0), at_least(int, 1)
@@ -268,15 +295,15 @@ def views(arguments: Sequence[str]) -> int:
     try:
         given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
         paths, out, run = given.pop("images"), given.pop("out"), given.pop("run", None)
-        command.check_out(out, paths, given.pop("overwrite"))
-        images = command.read_images(paths)
+        check_out(out, paths, given.pop("overwrite"))
+        images = read_images(paths)
         defaults = {"size": 224} if run is None else views_of_run(run)
-        boxes = command.preview(paths, images, out, **defaults | given)
+        boxes = preview(paths, images, out, **defaults | given)
     except ValueError as error:
         return fail("fastproto views", error)
     except OSError as error:
         return fail("fastproto views", error, FAILED)
-    print(command.describe(paths, images, boxes, out))
+    print(describe(paths, images, boxes, out))
     return 0
 
 

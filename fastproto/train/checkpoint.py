@@ -32,7 +32,7 @@ from fastproto.views import SIMC_BOX, BoxBank, ContrastiveCrop
 # The first line of a run's config.yaml: a folder without it is not ours to overwrite.
 MARK = "# A fastproto run: the configuration it was started with."
 # The mark goes last: a removal that was cut short leaves a folder that is still known as a run.
-FILES = ("log.csv", "result.json", "report.html", "events.out.tfevents.*", "checkpoints", "config.yaml")
+FILES = ("log.csv", "result.json", "report.html", "events.out.tfevents.*", "export", "checkpoints", "config.yaml")
 KEEP = 2
 # What a checkpoint holds of a State: state_dicts, and plain values.
 PARTS = ("method", "optimizer", "boxes", "prototypes")

@@ -102,8 +102,8 @@ class TimmTrunk(nn.Module):
         found = timm.is_model(name)
         expect(found, "build_encoder", "name", f"{TIMM}NAME with a name of timm.list_models()", f"{TIMM}{name}")
         settings: Any = timm.get_pretrained_cfg(name)
-        options: dict[str, Any] = {"img_size": image_size} if settings.fixed_input_size else {}
-        network: Any = timm.create_model(name, num_classes=0, global_pool="", **options)
+        self.options: dict[str, Any] = {"img_size": image_size} if settings.fixed_input_size else {}
+        network: Any = timm.create_model(name, num_classes=0, global_pool="", **self.options)
         self.network, self.num_features = network, int(network.num_features)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,0 +1,124 @@
+"""Exports: what the card says loads them does, and gives the encoder's features."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastproto import cli
+from fastproto.train import checkpoint, data
+from fastproto.train.config import Config, EncoderConfig, ViewConfig
+from fastproto.train.data import Dataset
+from fastproto.train.export import CARD, WRITERS, export
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, tiny_config: Config, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch):
+    def make(encoder: str, width: int | None = None, side: int = 20) -> checkpoint.Run:
+        def grown(images: Tensor) -> Tensor:
+            return nn.functional.interpolate(images.float(), side).byte()
+
+        images = {name: grown(getattr(tiny_data, name)) for name in ("train_images", "test_images")}
+        monkeypatch.setattr(data, "load", lambda *args, **options: replace(tiny_data, **images))
+        config = replace(
+            tiny_config, encoder=EncoderConfig(encoder, width), views=ViewConfig(size=side), method="simclr", seed=3
+        )
+        checkpoint.start_folder(tmp_path, config)
+        state = checkpoint.build_state(config, data.load("made"), CPU)
+        for norm in (module for module in state.method.modules() if isinstance(module, nn.BatchNorm2d)):
+            norm.running_mean.uniform_(-0.1, 0.1)
+        state.save(tmp_path)
+        return checkpoint.load_run(tmp_path)
+
+    return make
+
+
+def load_as_the_card_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / CARD).read_text(), re.DOTALL)
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    exec(code, names)
+    return names["network"].eval()
+
+
+@pytest.mark.parametrize(
+    ("to", "encoder", "width", "side"),
+    [
+        ("torchvision", "resnet18", None, 20),
+        ("torchvision", "resnet18", 64, 80),
+        ("timm", "resnet18", None, 20),
+        ("timm", "timm/vit_tiny_patch16_224", None, 32),
+        ("timm", "timm/convnext_atto", None, 32),
+        ("safetensors", "resnet-tiny", 8, 20),
+        ("safetensors", "resnet18", 12, 20),
+    ],
+)
+def test_what_the_card_says_loads_the_same_features(
+    make_run, monkeypatch: pytest.MonkeyPatch, to: str, encoder: str, width: int | None, side: int
+) -> None:
+    run = make_run(encoder, width, side)
+    path = export(run.path, to)
+    assert path == run.path / "export" / WRITERS[to][0]
+    network = load_as_the_card_says(path.parent, monkeypatch)
+    images = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        expected = run.method.encoder.feature_map(images)
+        if to == "safetensors":
+            found = network.feature_map(images)
+        elif to == "timm":
+            found = network.forward_features(images)
+            if found.ndim == 3:
+                found = found[:, 1:].transpose(1, 2).unflatten(2, expected.shape[2:])
+        else:
+            found, expected = network(images), expected.mean((2, 3))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_onnx_gives_the_features_of_any_number_of_images(make_run) -> None:
+    onnx = pytest.importorskip("onnx")
+    from onnx.reference import ReferenceEvaluator
+
+    run = make_run("resnet-tiny", 8)
+    model = onnx.load(export(run.path, "onnx"))
+    onnx.checker.check_model(model)
+    images = torch.randn(3, 3, 20, 20)
+    (found,) = ReferenceEvaluator(model).run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), run.method.encoder(images))
+
+
+def test_the_card_knows_all_files_the_scores_and_the_pixels(make_run) -> None:
+    run = make_run("resnet18")
+    assert "The run has not ended" in export(run.path, "torchvision").with_name(CARD).read_text()
+    (run.path / "result.json").write_text('{"before": {"knn20": 0.25}, "after": {"knn20": 0.5}}')
+    text = export(run.path, "safetensors").with_name(CARD).read_text()
+    assert "| knn20 | 25.0 % | 50.0 % |" in text
+    assert "resnet18, trained without labels by simclr on made" in text
+    assert "minus the mean (0.300000, 0.300000, 0.300000), divided by (0.250000, 0.250000, 0.250000)" in text
+    assert "(N, 512)" in text
+    files = ("torchvision.pt", "encoder.safetensors", "timm.safetensors")
+    assert [name in text for name in files] == [True, True, False]
+
+
+def test_bad_input_is_refused_and_leaves_nothing(make_run, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run("resnet-tiny", 8)
+    for to, message in (
+        ("torchvision", "export: to expected timm, safetensors or onnx: torchvision has no resnet-tiny"),
+        ("timm", "export: to expected safetensors or onnx: timm has no resnet-tiny"),
+        ("keras", "argument --to: invalid choice: 'keras'"),
+    ):
+        assert cli.main(["export", str(run.path), "--to", to]) == 2
+        assert capsys.readouterr().err.startswith(f"fastproto export: {message}")
+    assert not (run.path / "export").exists()
+    narrow = make_run("resnet18", 16)
+    with pytest.raises(ValueError, match="torchvision has no resnet18 of width 16"):
+        export(narrow.path, "torchvision")
+    with pytest.raises(ValueError, match="export: to expected one of torchvision, timm, safetensors, onnx, got keras"):
+        export(narrow.path, "keras")
