@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +34,6 @@ from fastproto.views import SIMC_BOX, BoxBank, ContrastiveCrop
 MARK = "# A fastproto run: the configuration it was started with."
 # The mark goes last: a removal that was cut short leaves a folder that is still known as a run.
 FILES = ("log.csv", "result.json", "report.html", "events.out.tfevents.*", "export", "checkpoints", "config.yaml")
-KEEP = 2
 # What a checkpoint holds of a State: state_dicts, and plain values.
 PARTS = ("method", "optimizer", "boxes", "prototypes")
 VALUES = ("epoch", "step", "sums", "seconds", "before", "log")
@@ -54,8 +54,8 @@ class State:
     before: dict[str, float] = field(default_factory=dict)  # accuracies of the random encoder, once they are known
     log: list[dict[str, float]] = field(default_factory=list)  # one row per complete epoch
 
-    def save(self, folder: Path) -> Path:
-        """Writes a checkpoint, whole or not at all, and removes all but the last ``KEEP``."""
+    def save(self, folder: Path, keep: int = 2) -> Path:
+        """Writes a checkpoint, whole or not at all, and removes all but the last ``keep``."""
         parts = {name: getattr(self, name) for name in PARTS if getattr(self, name) is not None}
         values = {name: getattr(self, name) for name in VALUES}
         random = {"cpu": torch.get_rng_state()}
@@ -65,7 +65,7 @@ class State:
         path = folder / "checkpoints" / f"epoch-{self.epoch:04d}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file: torch.save(saved | values | {"random": random}, file))
-        for old in _checkpoints(folder)[:-KEEP]:
+        for old in _checkpoints(folder)[:-keep]:
             old.unlink()
         return path
 
@@ -208,15 +208,23 @@ def is_run(folder: Path) -> bool:
 
 
 def latest_checkpoint(folder: Path) -> Path:
-    """The checkpoint of the most epochs.
+    """The checkpoint of the most epochs that can be read; a damaged one after it is left where it is, with a warning.
 
     Raises:
-        ValueError: the folder holds no run, or none with a checkpoint.
+        ValueError: the folder holds no run, or none with a checkpoint, or all are damaged.
     """
     expect(is_run(folder), "run", "folder", "one that holds a run", str(folder))
     checkpoints = _checkpoints(folder)
     expect(bool(checkpoints), "run", "folder", "a run with a checkpoint", f"{folder}, which has none")
-    return checkpoints[-1]
+    *older, newest = checkpoints
+    while older:
+        try:
+            read_checkpoint(newest)
+            break
+        except ValueError as error:
+            newest = older.pop()
+            warnings.warn(f"{error}; taking {newest}", stacklevel=2)
+    return newest
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -228,9 +236,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        older = [str(other) for other in _checkpoints(path.parent.parent) if other != path]
-        hint = f"; remove it to go on from {older[-1]}" if older else ""
-        raise ValueError(f"checkpoint: {path} is damaged{hint}") from error
+        raise ValueError(f"checkpoint: {path} is damaged") from error
 
 
 def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> None:

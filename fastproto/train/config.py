@@ -18,8 +18,9 @@ MethodName = Literal["simclr", "moco", "byol", "simsiam", "pcl", "spcl", "pauc"]
 CropName = Literal["random", "contrastive", "simc"]
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-# Where a run computes and where its data lies may change between a run and its continuation; nothing else may.
-MACHINE = ("device", "data_root")
+# Where a run computes, where its data lies and what it keeps may change between a run and its continuation, and
+# nothing else.
+MACHINE = ("device", "data_root", "keep")
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,7 @@ class Config:
         devices: processes that share every batch; under torchrun those that it starts.
         sync_norm: with several processes, batch normalisation over the whole batch.
         precision: of the network; weights stay in float32.
+        keep: checkpoints that stay, the last ones; at least 2, in case that writing one goes wrong.
         encoder: the backbone.
         head: the heads on it.
         views: crops and colours.
@@ -230,6 +232,7 @@ class Config:
     devices: int = 1
     sync_norm: bool = True
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    keep: int = 2
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
@@ -240,6 +243,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _expect_at_least(1, "config", epochs=self.epochs, image_size=self.image_size, devices=self.devices)
+        _expect_at_least(2, "config", keep=self.keep)
         # One image has no other to be contrasted with, and batch normalisation no variance.
         _expect_at_least(2 * self.devices, "config", batch_size=self.batch_size)
         multiple = f"a multiple of devices = {self.devices}"

@@ -81,7 +81,7 @@ def train(
         state.load(latest_checkpoint(folder))
     elif rank == 0:
         start_folder(folder, config)
-        state.save(folder)
+        state.save(folder, config.keep)
     method, boxes, prototypes = state.method, state.boxes, state.prototypes
     module, optimizer = fabric.setup(method, state.optimizer)
     views = build_views(config, dataset)
@@ -137,7 +137,7 @@ def train(
                 if asked_anywhere(stop, device):
                     state.seconds, state.sums = clock.take(), mean_over_ranks(state.sums)
                     if rank == 0:
-                        state.save(folder)
+                        state.save(folder, config.keep)
                     raise Interrupted
 
             state.seconds, state.sums = clock.take(), mean_over_ranks(state.sums)
@@ -149,7 +149,7 @@ def train(
             state.epoch, state.step, state.sums, state.seconds = epoch + 1, 0, {}, {}
             bar.set_postfix_str(f"epoch {epoch + 1}, loss {row['loss']:.3f}, data {row['data_wait']:.0%}")
             if board is not None:
-                state.save(folder)
+                state.save(folder, config.keep)
                 write_log(folder, state.log)
                 for name, value in row.items():
                     board.add_scalar(name, value, epoch + 1)

@@ -92,7 +92,7 @@ def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path: Path) -> None:
     assert torch.load(path, weights_only=True) == {"value": 1}
 
 
-def test_the_last_two_checkpoints_are_kept(tmp_path: Path, tiny_config: Config, tiny_data: Dataset) -> None:
+def test_the_last_checkpoints_are_kept(tmp_path: Path, tiny_config: Config, tiny_data: Dataset) -> None:
     state = checkpoint.build_state(tiny_config, tiny_data, CPU)
     (tmp_path / "config.yaml").write_text(checkpoint.MARK)
     for epoch in (0, 9998, 9999, 10000):
@@ -101,6 +101,11 @@ def test_the_last_two_checkpoints_are_kept(tmp_path: Path, tiny_config: Config, 
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["epoch-10000.pt", "epoch-9999.pt"]
     assert checkpoint.latest_checkpoint(tmp_path).name == "epoch-10000.pt"
+    for epoch in (10001, 10002):
+        state.epoch = epoch
+        state.save(tmp_path, keep=3)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["epoch-10000.pt", "epoch-10001.pt", "epoch-10002.pt"]
 
 
 def test_the_state_begins_the_same_for_the_same_seed(tiny_config: Config, tiny_data: Dataset) -> None:
@@ -332,15 +337,26 @@ def test_no_run_is_refused(tmp_path: Path, tiny_config: Config) -> None:
         checkpoint.load_run(tmp_path)
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, tiny_config: Config, tiny_data: Dataset) -> None:
-    path = stepped(tiny_config, tiny_data).save(tmp_path)
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=rf"checkpoint: {path} is damaged$"):
-        checkpoint.read_checkpoint(path)
-    older = path.with_name("epoch-0001.pt")
-    older.touch()
-    with pytest.raises(ValueError, match=rf"{path} is damaged; remove it to go on from {older}"):
-        checkpoint.read_checkpoint(path)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    tmp_path: Path, tiny_config: Config, tiny_data: Dataset
+) -> None:
+    checkpoint.start_folder(tmp_path, tiny_config)
+    state = stepped(tiny_config, tiny_data)
+    older = state.save(tmp_path)
+    state.epoch += 1
+    newer = state.save(tmp_path)
+    whole = newer.read_bytes()
+    for length in (0, 1000, len(whole) // 2, len(whole) - 1):
+        newer.write_bytes(whole[:length])
+        with pytest.warns(UserWarning, match=rf"checkpoint: {newer} is damaged; taking {older}"):
+            assert checkpoint.latest_checkpoint(tmp_path) == older
+        assert newer.read_bytes() == whole[:length]
+    newer.write_bytes(whole)
+    assert checkpoint.latest_checkpoint(tmp_path) == newer
+    for path in (older, newer):
+        path.write_bytes(whole[:1000])
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(ValueError, match=rf"checkpoint: {older} is damaged$"):
+        checkpoint.check_folder(tmp_path, tiny_config, resume=True, overwrite=False)
 
 
 def test_the_mark_of_a_run_is_removed_last() -> None:
