@@ -1,4 +1,4 @@
-"""fastproto cluster: every format, the folder it writes, what it refuses, and Ctrl-C."""
+"""fastproto cluster: its options, the folder it writes, what it refuses, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,74 +10,15 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import save_file
+from clustered_files import ROWS, cluster, one_line, save
 
 import fastproto
 from fastproto import cli
 from fastproto.cluster import KMeans, command, concentration
-from fastproto.cluster.files import read_matrix
-from fastproto.cluster.picture import MAPPED_CLUSTERS, draw, plane
 
 FILES = {"centers.npy", "labels.npy", "concentration.npy", "summary.json", "clusters.png"}
-ROWS = np.random.default_rng(0).normal(size=(300, 7)).astype(np.float32)
-
-
-def lists(rows: np.ndarray, kind: pa.DataType) -> pa.Array:
-    return pa.array(list(rows), type=kind)
-
-
-def save(path: Path, rows: np.ndarray) -> Path:
-    """The rows as the extension of the path says; some hold more beside them."""
-    if path.suffix == ".npy":
-        np.save(path, rows)
-    elif path.suffix == ".npz":
-        np.savez(path, rows)
-    elif path.suffix == ".safetensors":
-        save_file({"rows": torch.from_numpy(rows), "ids": torch.arange(len(rows))}, path)
-    else:
-        kind = pa.from_numpy_dtype(rows.dtype)
-        beside = {"id": np.arange(len(rows)), "tokens": [[1, 2]] * len(rows)}
-        table = pa.table(beside | {"rows": lists(rows, pa.list_(kind, rows.shape[1]))})
-        pq.write_table(table, path, row_group_size=70)
-    return path
-
-
-def cluster(path: Path, out: Path, *options: str, k: int = 9) -> int:
-    return cli.main(["cluster", str(path), "--k", str(k), "--out", str(out), "--device", "cpu", *options])
-
-
-@pytest.fixture
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spares the test the time to draw."""
-    monkeypatch.setattr(command.picture, "draw", lambda file, *arguments: None)
-
-
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    return captured.err.rstrip("\n").removeprefix("fastproto cluster: ")
-
-
-@pytest.mark.usefixtures("no_picture")
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-@pytest.mark.parametrize("extension", [".npy", ".npz", ".parquet", ".safetensors", ".NPY"])
-def test_every_format_is_clustered_as_the_array_is(tmp_path: Path, extension: str, dtype: type) -> None:
-    rows = ROWS.astype(dtype)
-    path = save(tmp_path / f"x{extension.lower()}", rows).rename(tmp_path / f"x{extension}")
-    assert cluster(path, tmp_path / "out", "--iterations", "5", "--seed", "3") == 0
-    expected = KMeans(9, n_iter=5, seed=3).fit(rows)
-    centers, labels, phi = (
-        np.load(tmp_path / "out" / f"{name}.npy") for name in ("centers", "labels", "concentration")
-    )
-    np.testing.assert_array_equal(labels, expected.labels_)
-    np.testing.assert_array_equal(centers, expected.cluster_centers_)
-    np.testing.assert_array_equal(phi, expected.concentration_)
-    assert centers.dtype == (np.float64 if dtype is np.float64 else np.float32)
 
 
 @pytest.mark.usefixtures("no_picture")
@@ -149,142 +90,6 @@ def test_empty_clusters_are_counted(tmp_path: Path) -> None:
     sizes = np.bincount(np.load(tmp_path / "out" / "labels.npy"), minlength=4)
     assert summary["empty"] == (sizes == 0).sum() > 0
     assert summary["smallest"][0]["size"] == 0
-
-
-def test_several_arrays_need_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = ROWS[:, :3]
-    np.savez(tmp_path / "x.npz", other=other, rows=ROWS, ids=np.arange(300))
-    save_file({"other": torch.from_numpy(other.copy()), "rows": torch.from_numpy(ROWS)}, tmp_path / "x.safetensors")
-    columns = {"other": lists(other, pa.list_(pa.float32())), "rows": lists(ROWS, pa.large_list(pa.float32()))}
-    pq.write_table(pa.table(columns | {"ids": np.arange(300)}), tmp_path / "x.parquet")
-    for extension, names in (
-        (".npz", "other, rows, ids"),
-        (".parquet", "other, rows"),
-        (".safetensors", "other, rows"),
-    ):
-        path = tmp_path / f"x{extension}"
-        assert cluster(path, tmp_path / "out") == 2
-        assert one_line(capsys) == f"{path}: --key expected one of {names}, got none"
-        assert cluster(path, tmp_path / "out", "--column", "row") == 2
-        assert one_line(capsys).endswith(", got 'row'")
-        np.testing.assert_array_equal(read_matrix(path, "rows"), ROWS)
-    assert cluster(tmp_path / "x.npz", tmp_path / "out", "--key", "rows") == 0
-    capsys.readouterr()
-    np.testing.assert_array_equal(np.load(tmp_path / "out" / "labels.npy"), KMeans(9).fit(ROWS).labels_)
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["key"] == "rows"
-    for path, key, message in (
-        (tmp_path / "x.npz", "ids", "x.npz: ids expected float16, float32 or float64 (N, D), got int64 (300,)"),
-        (tmp_path / "x.parquet", "ids", "x.parquet: ids expected lists of float16, float32 or float64, got int64"),
-    ):
-        assert cluster(path, tmp_path / "new", "--key", key) == 2
-        assert one_line(capsys).endswith(message)
-
-
-def test_files_are_mapped_and_bfloat16_is_read(tmp_path: Path) -> None:
-    assert isinstance(read_matrix(save(tmp_path / "x.npy", ROWS)), np.memmap)
-    half = torch.from_numpy(ROWS).bfloat16()
-    save_file({"rows": half}, tmp_path / "x.safetensors")
-    assert torch.equal(read_matrix(tmp_path / "x.safetensors"), half)
-    assert cluster(tmp_path / "x.safetensors", tmp_path / "out") == 0
-    np.testing.assert_array_equal(np.load(tmp_path / "out" / "labels.npy"), KMeans(9).fit(half).labels_)
-
-
-@pytest.mark.usefixtures("no_picture")
-def test_arrays_of_any_order_and_endianness(tmp_path: Path) -> None:
-    for number, rows in enumerate((np.asfortranarray(ROWS), ROWS.astype(">f4"))):
-        assert cluster(save(tmp_path / f"{number}.npy", rows), tmp_path / f"out{number}") == 0
-        np.testing.assert_array_equal(np.load(tmp_path / f"out{number}" / "labels.npy"), KMeans(9).fit(ROWS).labels_)
-
-
-def with_nan() -> np.ndarray:
-    rows = ROWS.copy()
-    rows[[7, 50, 51], [0, 3, 6]] = (np.nan, np.inf, -np.inf)
-    return rows
-
-
-NOT_FLOATS = "array expected float16, float32 or float64 (N, D), got"
-
-
-@pytest.mark.parametrize(
-    ("name", "write", "message"),
-    [
-        ("x.npy", None, "x.npy: expected a file, got nothing of that name"),
-        ("x.npy", lambda path: path.mkdir(), "x.npy: expected a file, got a folder"),
-        ("x.csv", lambda path: path.write_text("1,2\n"), "x.csv: extension expected one of .npy, .npz, .safetensors, "),
-        ("x", None, "x: extension expected one of .npy, .npz, .safetensors, .parquet, got none"),
-        ("x.npy", lambda path: np.save(path, ROWS[0]), f"x.npy: {NOT_FLOATS} float32 (7,)"),
-        ("x.npy", lambda path: np.save(path, np.float32(1)), f"x.npy: {NOT_FLOATS} float32 ()"),
-        ("x.npy", lambda path: np.save(path, ROWS[None]), f"x.npy: {NOT_FLOATS} float32 (1, 300, 7)"),
-        ("x.npy", lambda path: np.save(path, ROWS.astype(np.int8)), f"x.npy: {NOT_FLOATS} int8 (300, 7)"),
-        ("x.npy", lambda path: np.save(path, ROWS.astype(complex)), f"x.npy: {NOT_FLOATS} complex128 (300, 7)"),
-        (
-            "x.npy",
-            lambda path: np.save(path, ROWS.astype(object)),
-            "x.npy: cannot be read: Array can't be memory-mapped",
-        ),
-        ("x.npy", lambda path: np.save(path, ROWS[:8]), "n_clusters = 9 rows, got 8"),
-        ("x.npy", lambda path: np.save(path, ROWS[:0]), "n_clusters = 9 rows, got 0"),
-        ("x.npy", lambda path: np.save(path, ROWS[:, :0]), "at least one dimension, got shape (300, 0)"),
-        ("x.npy", lambda path: np.save(path, with_nan()), "got 3 with NaN or infinity, the first at index 7"),
-        ("x.npy", lambda path: path.write_bytes(b"no array"), "x.npy: cannot be read: "),
-        ("x.npy", lambda path: path.write_bytes(b""), "x.npy: cannot be read: "),
-        (
-            "x.npz",
-            lambda path: path.write_bytes(b"no archive"),
-            "x.npz: content expected a zip archive of arrays, got ",
-        ),
-        ("x.npz", lambda path: np.savez(path), "x.npz: expected an array, got an empty file"),
-        ("x.npz", lambda path: np.savez(path, x=ROWS.astype(object)), "x.npz: cannot be read: Object arrays cannot be"),
-        ("x.npz", lambda path: np.savez(path, x=ROWS[0]), f"x.npz: {NOT_FLOATS} float32 (7,)"),
-        ("x.safetensors", lambda path: path.write_bytes(b"none"), "x.safetensors: cannot be read: "),
-        ("x.safetensors", lambda path: save_file({"i": torch.arange(3)}, path), "expected a float tensor, got i"),
-        ("x.safetensors", lambda path: save_file({"i": torch.ones(3)}, path), f"{NOT_FLOATS} float32 (3,) on cpu"),
-        ("x.parquet", lambda path: path.write_bytes(b"none"), "x.parquet: cannot be read: "),
-        ("x.parquet", lambda path: pq.write_table(pa.table({"i": [1, 2]}), path), "expected a column of lists, got i"),
-        (
-            "x.parquet",
-            lambda path: pq.write_table(pa.table({"i": [[1, 2], [3, 4]]}), path),
-            "x.parquet: i expected lists of float16, float32 or float64, got list<element: int64>",
-        ),
-        (
-            "x.parquet",
-            lambda path: pq.write_table(pa.table({"i": [[1.0, 2.0]] * 5000 + [[1.0], [2.0]]}), path),
-            "x.parquet: i expected a list of 2 numbers in every row, got a list of 1 in row 5000",
-        ),
-        (
-            "x.parquet",
-            lambda path: pq.write_table(pa.table({"i": [[1.0, 2.0], None, [1.0, 2.0]]}), path),
-            "x.parquet: i expected a list of 2 numbers in every row, got no list in row 1",
-        ),
-        (
-            "x.parquet",
-            lambda path: pq.write_table(pa.table({"i": [[], [1.0]]}), path),
-            "x.parquet: i expected a list of 1 numbers in every row, got a list of 0 in row 0",
-        ),
-        (
-            "x.parquet",
-            lambda path: pq.write_table(pa.table({"i": [[1.0, 2.0]] * 9 + [[1.0, None]]}), path),
-            "got 1 with NaN or infinity, the first at index 9",
-        ),
-        (
-            "x.parquet",
-            lambda path: pq.write_table(pa.table({"i": pa.array([], type=pa.list_(pa.float32()))}), path),
-            "n_clusters = 9 rows, got 0",
-        ),
-    ],
-)
-def test_bad_files_are_refused_with_nothing_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, write: object, message: str
-) -> None:
-    path = tmp_path / name
-    if callable(write):
-        write(path)
-    before = sorted(tmp_path.iterdir())
-    assert cluster(path, tmp_path / "out") == 2
-    line = one_line(capsys)
-    assert line.startswith(str(path))
-    assert message in line
-    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -434,29 +239,3 @@ def test_a_missing_package_is_named(
     assert package in line
     assert line.endswith(f"it comes with pip install {source}")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("k", "dim"), [(1, 5), (2, 1), (3, 40), (50, 6)])
-def test_the_plane_keeps_the_distances_that_two_components_can(k: int, dim: int) -> None:
-    centers = np.random.default_rng(k).normal(size=(k, dim))
-    centred = centers - centers.mean(0)
-    u, s, _ = np.linalg.svd(centred, full_matrices=False)
-    expected = np.zeros((k, 2))
-    expected[:, : min(2, len(s))] = (u * s)[:, :2]
-    np.testing.assert_allclose(np.abs(plane(centers)), np.abs(expected), atol=1e-6)
-    assert (plane(centers).max(0) >= -plane(centers).min(0)).all()
-
-
-@pytest.mark.parametrize("k", [1, 2, MAPPED_CLUSTERS + 200])
-def test_the_picture_is_drawn_whatever_the_sizes(tmp_path: Path, k: int) -> None:
-    from PIL import Image
-
-    draws = np.random.default_rng(0)
-    counts = np.minimum(draws.pareto(0.7, k) * 10, 1e6).astype(np.int64)
-    counts[0] = 7
-    with open(tmp_path / "x.png", "wb") as file:
-        draw(file, draws.normal(size=(k, 3)), counts, draws.random(k), [1.0] if k == 1 else [3.0, 2.0, 1.5])
-    pixels = np.asarray(Image.open(tmp_path / "x.png").convert("RGB"))
-    assert pixels.shape == (420, 1320, 3)
-    # Bars, line and discs: ink in each third.
-    assert all((part != 255).any(-1).mean() > 0.01 for part in np.array_split(pixels, 3, axis=1))
