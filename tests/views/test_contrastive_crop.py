@@ -232,5 +232,8 @@ def test_cuda_gives_the_same_views(augment: str) -> None:
     crop = ContrastiveCrop(24, augment=augment, mean=MEAN, std=STD)
     for cpu, cuda in zip(crop(images, ids), crop(images.cuda(), ids.cuda()), strict=True):
         torch.testing.assert_close(cuda.cpu(), cpu, rtol=0, atol=0.02)
+    sizes = [image[:, : 20 + n] for n, image in enumerate(images[:20])]
+    for cpu, cuda in zip(crop(sizes, ids[:20]), crop([x.cuda() for x in sizes], ids[:20].cuda()), strict=True):
+        torch.testing.assert_close(cuda.cpu(), cpu, rtol=0, atol=0.02)
     with pytest.raises(ValueError, match=r"sample_ids expected .* on cuda:0, got .* on cpu"):
         crop(images.cuda(), ids)
