@@ -355,7 +355,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert checkpoint.latest_checkpoint(tmp_path) == newer
     for path in (older, newer):
         path.write_bytes(whole[:1000])
-    with pytest.warns(UserWarning, match="damaged"), pytest.raises(ValueError, match=rf"checkpoint: {older} is damaged$"):
+    refused = pytest.raises(ValueError, match=rf"checkpoint: {older} is damaged$")
+    with pytest.warns(UserWarning, match="damaged"), refused:
         checkpoint.check_folder(tmp_path, tiny_config, resume=True, overwrite=False)
 
 
