@@ -64,7 +64,8 @@ def draw(file: BinaryIO, kind: str, rows: Sequence[Row], alpha: float) -> None:
         return axes
 
     def text_at(x: float, y: float, text: str, **options: Any) -> None:
-        figure.text(x / width, 1 - y / height, text, fontsize=9, va="bottom", **options)
+        # A name may hold dollar signs, which would start a formula.
+        figure.text(x / width, 1 - y / height, text, fontsize=9, va="bottom", parse_math=False, **options)
 
     text_at(MARGIN, HEADING - CAPTION, f"box (white) and crops, α = {alpha:g}", fontweight="bold")
     text_at(tiles_at, HEADING - CAPTION, "views of these crops", fontweight="bold")

@@ -172,7 +172,7 @@ def test_what_is_drawn(tmp_path: Path) -> None:
     crops = {epoch: torch.tensor([[5, 5, 20, 20]] * 2, dtype=torch.int32) for epoch in range(3)}
     blue = torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(2, 3, 8, 8)
     centres = {alpha: torch.full((10, 2), 25.0, dtype=torch.float64) for alpha in ALPHAS}
-    row = Row("x.png", image, (0.2, 0.2, 0.8, 0.8), crops, dict.fromkeys(range(3), blue), centres)
+    row = Row("a$^$.png", image, (0.2, 0.2, 0.8, 0.8), crops, dict.fromkeys(range(3), blue), centres)
     out = tmp_path / "x.png"
     with open(out, "wb") as file:
         draw(file, "png", [row], alpha=0.6)
