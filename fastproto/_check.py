@@ -19,7 +19,8 @@ LONGEST = 200  # characters of a value that an error shows
 def describe(value: Any) -> str:
     """What an error message says of a value: dtype and shape of a tensor or array, type and value of the rest."""
     if isinstance(value, Tensor):
-        return f"{_dtype_name(value.dtype)} {tuple(value.shape)} on {value.device}"
+        layout = "" if value.layout == torch.strided else f"{_name(value.layout)} "
+        return f"{layout}{_name(value.dtype)} {tuple(value.shape)} on {value.device}"
     if isinstance(value, np.ndarray):
         return f"{value.dtype} array {value.shape}"
     text = repr(value)
@@ -46,13 +47,13 @@ def expect_tensor(
     dtypes: Iterable[torch.dtype] = FLOATS,
     device: torch.device | None = None,
 ) -> None:
-    """Raises TypeError for what is no tensor or has another dtype, ValueError for another shape or device.
+    """Raises TypeError for what is no dense tensor or has another dtype, ValueError for another shape or device.
 
     A string in ``shape`` names a size that may be anything: ``("N", 128)`` is any number of rows of 128.
     """
     dtypes = tuple(dtypes)
-    if not isinstance(value, Tensor) or value.dtype not in dtypes:
-        names = " or ".join(_dtype_name(dtype) for dtype in dtypes)
+    if not isinstance(value, Tensor) or value.dtype not in dtypes or value.layout != torch.strided:
+        names = " or ".join(_name(dtype) for dtype in dtypes)
         raise TypeError(f"{op}: {argument} expected a {names} tensor {_shape_name(shape)}, got {describe(value)}")
     fits = value.dim() == len(shape) and all(
         isinstance(size, str) or size == actual for size, actual in zip(shape, value.shape, strict=True)
@@ -69,8 +70,8 @@ def reads_data(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or _settings.debug
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _name(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")
 
 
 def _shape_name(shape: tuple[int | str, ...]) -> str:

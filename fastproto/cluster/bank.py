@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ class PrototypeBank(nn.Module):
     ) -> None:
         super().__init__()
         op = "PrototypeBank"
-        sizes = (num_prototypes,) if isinstance(num_prototypes, int) else tuple(num_prototypes)
+        sizes = (num_prototypes,) if isinstance(num_prototypes, (int, np.integer)) else tuple(num_prototypes)
         expect(num_samples >= 1, op, "num_samples", "at least 1", num_samples)
         expect(dim >= 1, op, "dim", "at least 1", dim)
         expect(bool(sizes), op, "num_prototypes", "at least one size", sizes)

@@ -71,7 +71,7 @@ def kmeans_assign(
     expect(centers.numel() > 0, op, "centers", "at least one centre of at least one dimension", centers)
     if reads_data(x):
         expect(bool(centers.isfinite().all()), op, "centers", "finite centres", "NaN or infinity")
-    labels, distance = assign(x, centers, metric)
+    labels, distance = assign(x, centers, metric, precision == "exact")
     if reads_data(x) and not distance.isfinite().all():
         Rows(x).refuse(op)
     return labels, distance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,7 @@ def test_features_that_require_a_gradient() -> None:
 
 def test_repr_names_the_sizes() -> None:
     assert "20, 4, num_prototypes=(3, 5), temperature=0.2" in repr(PrototypeBank(20, 4, [3, 5]))
+    assert PrototypeBank(20, 4, np.int64(3)).lookup(torch.tensor([0]))[0][0].shape == (3, 4)
 
 
 def test_bad_input() -> None:

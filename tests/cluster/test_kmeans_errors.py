@@ -46,6 +46,8 @@ def test_bad_rows() -> None:
         KMeans(2).fit(x.long().numpy())
     with pytest.raises(TypeError, match=r"kmeans_assign: x expected a float32 .* got float32 array \(10, 3\)$"):
         kmeans_assign(x.numpy(), x[:2])
+    with pytest.raises(TypeError, match=r"KMeans.fit: x expected .* got sparse_coo float32 \(10, 3\) on cpu"):
+        KMeans(2).fit(x.to_sparse())
     with pytest.raises(TypeError, match=r"KMeans.fit: x expected .* got list \[.{199} \.\.\.$"):
         KMeans(2).fit([[0.0, 1.0]] * 1000)
     with pytest.raises(TypeError, match=r"KMeans.fit: x expected a float tensor or array \(N, D\), got list"):
