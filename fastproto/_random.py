@@ -37,6 +37,7 @@ class Stream(IntEnum):
     CROP = 0
     FLIP = 1
     PHOTOMETRIC = 2
+    LABELS = 3
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ its end result.json and report.html.
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 import os
@@ -33,10 +34,20 @@ from fastproto.views import SIMC_BOX, BoxBank, ContrastiveCrop
 # The first line of a run's config.yaml: a folder without it is not ours to overwrite.
 MARK = "# A fastproto run: the configuration it was started with."
 # The mark goes last: a removal that was cut short leaves a folder that is still known as a run.
-FILES = ("log.csv", "result.json", "report.html", "events.out.tfevents.*", "export", "checkpoints", "config.yaml")
+FILES = (
+    "log.csv",
+    "result.json",
+    "evaluation.json",
+    "report.html",
+    "events.out.tfevents.*",
+    "export",
+    "wandb",
+    "checkpoints",
+    "config.yaml",
+)
 # What a checkpoint holds of a State: state_dicts, and plain values.
 PARTS = ("method", "optimizer", "boxes", "prototypes")
-VALUES = ("epoch", "step", "sums", "seconds", "before", "log")
+VALUES = ("epoch", "step", "sums", "seconds", "before", "clustering", "log")
 
 
 @dataclass
@@ -52,6 +63,7 @@ class State:
     sums: dict[str, Tensor] = field(default_factory=dict)  # of each loss term over these steps
     seconds: dict[str, float] = field(default_factory=dict)  # of each phase since the last row of the log
     before: dict[str, float] = field(default_factory=dict)  # accuracies of the random encoder, once they are known
+    clustering: dict[str, float] = field(default_factory=dict)  # monitors of the last clustering
     log: list[dict[str, float]] = field(default_factory=list)  # one row per complete epoch
 
     def save(self, folder: Path, keep: int = 2) -> Path:
@@ -76,7 +88,8 @@ class State:
             if getattr(self, name) is not None:
                 getattr(self, name).load_state_dict(saved[name])
         for name in VALUES:
-            setattr(self, name, saved[name])
+            # A run that was begun before a value existed goes on without it.
+            setattr(self, name, saved.get(name, getattr(self, name)))
         torch.set_rng_state(saved["random"]["cpu"])
         if "cuda" in saved["random"] and torch.cuda.is_available():
             torch.cuda.set_rng_state(saved["random"]["cuda"])
@@ -168,9 +181,12 @@ def check_buildable(config: Config, dataset: data.Dataset) -> None:
     """Refuses what cannot be built, by building it.
 
     Raises:
+        ModuleNotFoundError: wandb is asked for and not installed.
         ValueError: settings that a part refuses; a device that is not there.
     """
     expect(config.device != "cuda" or torch.cuda.is_available(), "config", "device", "cpu: no GPU is here", "cuda")
+    if config.wandb:
+        importlib.import_module("wandb")
     with torch.random.fork_rng():
         encoder = build_state(config, dataset, torch.device("cpu")).method.eval().encoder
     build_views(config, dataset)
@@ -289,14 +305,16 @@ def read_log(folder: Path) -> list[dict[str, float]]:
         return [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
 
 
-def load_run(folder: Path | str) -> Run:
-    """Reads a run back from its folder, on the CPU, at its last checkpoint.
+def load_run(folder: Path | str, checkpoint: Path | None = None) -> Run:
+    """Reads a run back from its folder, on the CPU, at its last checkpoint or another.
 
     Raises:
-        ValueError: the folder holds no run, or none with a checkpoint; the data it was trained on is gone.
+        ValueError: the folder holds no run, or none with a checkpoint; the data it was trained on is gone; the
+            checkpoint is damaged.
+        OSError: the checkpoint cannot be read.
     """
     folder = Path(folder)
-    checkpoint = latest_checkpoint(folder)
+    checkpoint = latest_checkpoint(folder) if checkpoint is None else checkpoint
     config = read_config(folder / "config.yaml")
     dataset = load_data(config)
     # Reading draws weights and loads a random state, neither of which is to be felt outside.

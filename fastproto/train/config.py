@@ -20,7 +20,7 @@ CropName = Literal["random", "contrastive", "simc"]
 RECIPES = Path(__file__).parent.parent / "recipes"
 # Where a run computes, where its data lies and what it keeps may change between a run and its continuation, and
 # nothing else.
-MACHINE = ("device", "data_root", "keep")
+MACHINE = ("device", "data_root", "keep", "wandb")
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,20 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured on the way; before and after training everything is.
+
+    Args:
+        knn_interval: epochs between two classifications of the test images by nearest neighbours; 0: none.
+    """
+
+    knn_interval: int = 0
+
+    def __post_init__(self) -> None:
+        _expect_at_least(0, "evaluation", knn_interval=self.knn_interval)
+
+
+@dataclass(frozen=True)
 class Config:
     """A training run.
 
@@ -210,6 +224,7 @@ class Config:
         sync_norm: with several processes, batch normalisation over the whole batch.
         precision: of the network; weights stay in float32.
         keep: checkpoints that stay, the last ones; at least 2, in case that writing one goes wrong.
+        wandb: log to Weights & Biases too.
         encoder: the backbone.
         head: the heads on it.
         views: crops and colours.
@@ -217,6 +232,7 @@ class Config:
         target: the momentum branch.
         loss: temperature and weights.
         optimizer: optimiser and learning rate.
+        evaluation: on the way.
     """
 
     method: MethodName = "pauc"
@@ -233,6 +249,7 @@ class Config:
     sync_norm: bool = True
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     keep: int = 2
+    wandb: bool = False
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
@@ -240,6 +257,7 @@ class Config:
     target: TargetConfig = field(default_factory=TargetConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
         _expect_at_least(1, "config", epochs=self.epochs, image_size=self.image_size, devices=self.devices)

@@ -1,18 +1,24 @@
-"""What frozen features are worth: weighted nearest neighbours and a linear probe.
+"""What frozen features are worth: weighted nearest neighbours and linear probes, of all labels or of a few.
 
-Both are deterministic, run where the features lie, and see labels that training never saw.
+All are deterministic, run where the features lie, and see labels that training never saw.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastproto._check import FLOATS, expect, expect_tensor
+from fastproto._check import expect, expect_tensor
+from fastproto._random import Stream, random_bits
 from fastproto.train.data import Dataset
+from fastproto.train.probes import check_features, linear_probe, linear_sgd
+
+Metric = Literal["knn20", "knn200", "linear", "linear_sgd"]
+KNN: tuple[Metric, ...] = ("knn20", "knn200")
 
 # Similarities held at once by knn: 64 MiB of float32.
 SIMILARITIES = 2**24
@@ -86,7 +92,7 @@ def knn(
 
     Source: Wu et al., Unsupervised Feature Learning via Non-Parametric Instance Discrimination, arXiv 1805.01978, 3.4.
     """
-    _check_features("knn", train_features, train_labels, test_features, test_labels, num_classes)
+    check_features("knn", train_features, train_labels, test_features, test_labels, num_classes)
     expect(k >= 1, "knn", "k", "at least 1", k)
     expect(temperature > 0, "knn", "temperature", "a positive number", temperature)
     keys = F.normalize(train_features.float(), dim=1)
@@ -102,83 +108,62 @@ def knn(
     return correct / len(queries)
 
 
-def linear_probe(
-    train_features: Tensor,  # (N, C) float
-    train_labels: Tensor,  # (N,) int64
-    test_features: Tensor,  # (M, C) float
-    test_labels: Tensor,  # (M,) int64
-    *,
+def balanced(
+    labels: Tensor,  # (N,) int64
+    share: float,
     num_classes: int,
-    max_iter: int = 200,
-) -> float:
-    """Accuracy of multinomial logistic regression on the standardised features.
+    *,
+    seed: int = 0,
+) -> Tensor:
+    """Numbers of the rows that keep their label where only a share of all labels is known, in ascending order.
 
-    Minimises mean cross-entropy + ||W||^2 / (2N), scikit-learn's objective at its default C = 1, by full-batch L-BFGS
-    with a strong Wolfe line search. No learning rate to tune, no random number, a bounded number of passes over the
-    data; and unlike scikit-learn it runs on the GPU where the features are.
-
-    Args:
-        train_features: (N, C); each column is shifted and scaled to mean 0 and deviation 1 over these rows.
-        train_labels: (N,) int64.
-        test_features: (M, C).
-        test_labels: (M,) int64.
-        num_classes: one more than the highest label.
-        max_iter: iterations of L-BFGS, each of about one pass over the data.
+    Every class keeps round(share * N / num_classes) of its rows, at least one and at most all it has: those that come
+    first in a permutation keyed by (seed, row), so that a smaller share is part of a larger one.
 
     Raises:
-        TypeError: features that are no float tensors, labels that are no int64 tensors.
-        ValueError: shapes that do not fit, no rows, features that are not finite, labels outside 0…num_classes - 1.
+        TypeError: labels that are no int64 tensor.
+        ValueError: labels of another shape, a share outside (0, 1].
 
     Example:
-        >>> features, labels = torch.eye(3), torch.tensor([0, 1, 2])
-        >>> linear_probe(features, labels, features + 0.1, labels, num_classes=3)
-        1.0
+        >>> labels = torch.arange(100) % 2
+        >>> labels[balanced(labels, 0.1, 2)].bincount()
+        tensor([5, 5])
+
+    Source: Chen et al., A Simple Framework for Contrastive Learning, arXiv 2002.05709, 6 (1 % and 10 % of the labels).
     """
-    _check_features("linear_probe", train_features, train_labels, test_features, test_labels, num_classes)
-    expect(max_iter >= 1, "linear_probe", "max_iter", "at least 1", max_iter)
-    train = train_features.detach().float()
-    mean, deviation = train.mean(0), train.std(0, correction=0)
-    # A dead channel stays 0 instead of becoming noise or NaN.
-    scale = torch.where(deviation > 1e-6 * (1 + mean.abs()), 1 / deviation, 0.0)
-    train = (train - mean) * scale
-    weight = train.new_zeros(num_classes, train.shape[1], requires_grad=True)
-    bias = train.new_zeros(num_classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=max_iter,
-        max_eval=2 * max_iter,
-        tolerance_grad=1e-5,
-        history_size=10,
-        line_search_fn="strong_wolfe",
-    )
-
-    def objective() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(train, weight, bias), train_labels) + weight.square().sum() / (2 * len(train))
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        optimizer.step(objective)
-    with torch.no_grad():
-        predicted = F.linear((test_features.float() - mean) * scale, weight, bias).argmax(1)
-    return float((predicted == test_labels).double().mean())
+    expect_tensor(labels, "balanced", "labels", ("N",), (torch.int64,))
+    expect(0 < share <= 1, "balanced", "share", "a number above 0, at most 1", share)
+    if share == 1:
+        return torch.arange(len(labels), device=labels.device)
+    rows = torch.arange(len(labels), device=labels.device)
+    order = random_bits(rows, Stream.LABELS, 1, views=1, seed=seed, epoch=0).flatten().argsort(stable=True)
+    each = max(1, round(share * len(labels) / num_classes))
+    return torch.cat([order[labels[order] == label][:each] for label in range(num_classes)]).sort().values
 
 
 def evaluate(
-    encode: Callable[[Tensor], Tensor], dataset: Dataset, *, batch_size: int = 512, device: torch.device | None = None
+    encode: Callable[[Tensor], Tensor],
+    dataset: Dataset,
+    *,
+    metrics: Sequence[Metric] = ("knn20", "knn200", "linear"),
+    labels: float = 1.0,
+    batch_size: int = 512,
+    device: torch.device | None = None,
 ) -> dict[str, float]:
     """Accuracies on the test images, as fractions: ``knn20`` (k 20, temperature 0.07: DINO), ``knn200`` (k 200, 0.1: Wu
-    et al., lightly) and ``linear``.
+    et al., lightly), ``linear``, and ``linear_sgd`` with ``linear_sgd/LR`` for each learning rate, of which it is the
+    best.
 
     Args:
         encode: maps normalised float32 images (B, 3, H, W) to features (B, C). A module has to be in eval mode.
         dataset: as ``load`` returns it.
+        metrics: what is computed.
+        labels: share of the training images that have a label, the same number in each class; the others are not seen.
         batch_size: images encoded at once.
         device: where ``encode`` runs; where the images are by default.
 
     Raises:
-        ValueError: features that are not finite, a module in training mode.
+        ValueError: features that are not finite, a module in training mode, an unknown metric, labels outside (0, 1].
 
     Example:
         >>> from fastproto.train.data import load
@@ -195,22 +180,18 @@ def evaluate(
     )
     parts = (train, train_labels.to(train.device), test, test_labels.to(test.device))
     classes = len(dataset.classes)
-    return {
-        "knn20": knn(*parts, k=20, temperature=0.07, num_classes=classes),
-        "knn200": knn(*parts, k=200, temperature=0.1, num_classes=classes),
-        "linear": linear_probe(*parts, num_classes=classes),
-    }
-
-
-def _check_features(
-    op: str, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, num_classes: int
-) -> None:
-    expect_tensor(train, op, "train_features", ("N", "C"), FLOATS)
-    expect_tensor(test, op, "test_features", ("M", train.shape[1]), FLOATS, train.device)
-    for name, rows, labels in (("train", train, train_labels), ("test", test, test_labels)):
-        expect(len(rows) > 0, op, f"{name}_features", "at least one row", rows)
-        expect(bool(rows.isfinite().all()), op, f"{name}_features", "finite values", "NaN or infinity among them")
-        expect_tensor(labels, op, f"{name}_labels", (len(rows),), (torch.int64,), train.device)
-        low, high = (int(value) for value in labels.aminmax())
-        inside = low >= 0 and high < num_classes
-        expect(inside, op, f"{name}_labels", f"0…{num_classes - 1}", f"labels from {low} to {high}")
+    kept = balanced(parts[1], labels, classes)
+    parts = (parts[0][kept], parts[1][kept], *parts[2:])
+    found: dict[str, float] = {}
+    for metric in metrics:
+        if metric == "knn20":
+            found[metric] = knn(*parts, k=20, temperature=0.07, num_classes=classes)
+        elif metric == "knn200":
+            found[metric] = knn(*parts, k=200, temperature=0.1, num_classes=classes)
+        elif metric == "linear":
+            found[metric] = linear_probe(*parts, num_classes=classes)
+        else:
+            expect(metric in get_args(Metric), "evaluate", "metrics", "|".join(get_args(Metric)), metric)
+            by_rate = linear_sgd(*parts, num_classes=classes)
+            found |= {metric: max(by_rate.values())} | {f"{metric}/{rate:g}": by_rate[rate] for rate in by_rate}
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,13 @@ from fastproto.train.checkpoint import (
 from fastproto.train.clock import PHASES, Clock
 from fastproto.train.config import Config, OptimizerConfig, plain
 from fastproto.train.data import Dataset
-from fastproto.train.evaluate import embed, evaluate
+from fastproto.train.evaluate import KNN, embed, evaluate
 from fastproto.train.methods import Method, Prototypes
+from fastproto.train.monitors import embedding_monitors, prototype_monitors
 from fastproto.views import localize
+
+# Images at most whose embeddings are watched for signs of collapse.
+WATCHED = 512
 
 
 class Interrupted(Exception):
@@ -57,7 +61,8 @@ def train(
         stop: asked after every step; once it says True, the state is saved and training ends.
 
     Returns:
-        What result.json holds: accuracies "before" and "after", seconds "time_s" by phase, "config", "versions".
+        What result.json holds: accuracies "before", "after" and "best", seconds "time_s" by phase, "config",
+        "versions".
 
     Raises:
         Interrupted: ``stop`` said so.
@@ -101,7 +106,8 @@ def train(
         unit_scale=True,
         disable=None if rank == 0 else True,
     )
-    with board or nullcontext(), bar:
+    online = start_wandb(config, folder) if config.wandb and rank == 0 else None
+    with board or nullcontext(), online or nullcontext(), bar:
         for epoch in range(state.epoch, config.epochs):
             if state.step == 0:
                 clock.start("clustering")
@@ -109,7 +115,10 @@ def train(
                 if locates(config, epoch):
                     boxes.update(torch.arange(len(images), device=device), find_boxes(config, method, dataset, device))
                 if prototypes is not None and clusters(config, epoch):
-                    prototypes.update(method.cluster_space(embed_all(method.embed, dataset, device)))
+                    features = method.cluster_space(embed_all(method.embed, dataset, device))
+                    prototypes.update(features)
+                    found = prototypes.lookup(torch.arange(len(images), device=device))
+                    state.clustering = prototype_monitors(features, *(first for first, *_ in found))
                     for parameter in method.after_clustering():
                         state.optimizer.state.pop(parameter, None)
             method.train()
@@ -145,6 +154,9 @@ def train(
             if not math.isfinite(row["loss"]):
                 terms = ", ".join(f"{name} {value:.3g}" for name, value in row.items() if name.startswith("loss"))
                 raise FloatingPointError(f"diverged in epoch {epoch + 1}: {terms}")
+            clock.start("evaluation")
+            row |= watch(config, state, dataset, device)
+            row["time/evaluation"] += clock.take()["evaluation"]
             state.log.append(row)
             state.epoch, state.step, state.sums, state.seconds = epoch + 1, 0, {}, {}
             bar.set_postfix_str(f"epoch {epoch + 1}, loss {row['loss']:.3f}, data {row['data_wait']:.0%}")
@@ -153,6 +165,8 @@ def train(
                 write_log(folder, state.log)
                 for name, value in row.items():
                     board.add_scalar(name, value, epoch + 1)
+            if online is not None:
+                online.log(row, step=epoch + 1)
 
     clock.start("evaluation")
     after = evaluate(method.eval().encoder, dataset, device=device)
@@ -160,6 +174,7 @@ def train(
     result = {
         "before": state.before,
         "after": after,
+        "best": best_scores([*state.log, {"epoch": config.epochs, **after}]),
         "time_s": {phase: last[phase] + sum(row[f"time/{phase}"] for row in state.log) for phase in PHASES},
         "config": plain(config),
         "versions": {
@@ -224,6 +239,41 @@ def embed_all(encode: Callable[[Tensor], Tensor], dataset: Dataset, device: torc
     ids = torch.arange(-(-count // world) * world).view(-1, world)[:, rank] % count
     rows = gather_rows(embed(encode, dataset.train_images[ids], dataset.mean, dataset.std, device=device))
     return rows.unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[:count]
+
+
+def watch(config: Config, state: State, dataset: Dataset, device: torch.device) -> dict[str, float]:
+    """Signs of collapse and, every so many epochs, accuracies by nearest neighbours, at the end of an epoch.
+
+    Draws no random number and leaves the state as it is, but for the mode of the method.
+    """
+    method, count, epoch = state.method.eval(), len(dataset.train_images), state.epoch + 1
+    # Of few images fewer: watching is to take no hundredth of the time.
+    watched = min(count, WATCHED, max(64, count // 16))
+    ids = torch.arange(watched) * count // watched
+    embeddings = embed(method.project, dataset.train_images[ids], dataset.mean, dataset.std, device=device)
+    if not embeddings.isfinite().all():
+        raise FloatingPointError(f"diverged in epoch {epoch}: embeddings are not finite")
+    found = embedding_monitors(embeddings) | state.clustering
+    interval = config.evaluation.knn_interval
+    if interval and epoch % interval == 0:
+        found |= evaluate(method.encoder, dataset, metrics=KNN, device=device)
+    return found
+
+
+def best_scores(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Of each accuracy by nearest neighbours the highest, and the first epoch that had it."""
+    best: dict[str, dict[str, float]] = {}
+    for metric in KNN:
+        row = max((row for row in rows if metric in row), key=lambda row: row[metric])
+        best[metric] = {"accuracy": row[metric], "epoch": row["epoch"]}
+    return best
+
+
+def start_wandb(config: Config, folder: Path) -> Any:
+    """A run of Weights & Biases; a continuation is another of the same group."""
+    import wandb
+
+    return wandb.init(project="fastproto", group=folder.name, dir=str(folder), config=plain(config))
 
 
 def log_row(config: Config, state: State, steps: int) -> dict[str, float]:

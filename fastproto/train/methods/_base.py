@@ -38,6 +38,7 @@ class Method(nn.Module, ABC):
     """
 
     clusters = False
+    projector: nn.Module
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__()
@@ -71,6 +72,10 @@ class Method(nn.Module, ABC):
 
     def after_step(self, progress: float) -> None:
         """What follows the optimiser's step; ``progress`` is the share of all steps that are done, 0 to 1."""
+
+    def project(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) to the embeddings (N, D) that are contrasted."""
+        return self.projector(self.encoder(images))
 
     def embed(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) un-augmented to the features that are clustered."""
