@@ -13,7 +13,7 @@ from torch import Tensor
 from fastproto._check import describe, expect, expect_tensor, expect_type, reads_data
 from fastproto.cluster._stream import Array, Stream, as_tensor
 from fastproto.ops.assign import assign
-from fastproto.ops.update import round_to_grid, rounder
+from fastproto.ops.update import largest, round_to_grid, rounder
 
 # Rows that have to be copied (from a file, from another device, to another type) come in pieces of about this size.
 CHUNK_BYTES = 1 << 26
@@ -96,19 +96,19 @@ class Rows:
 
     def survey(self, op: str) -> None:
         """Reads all rows once: refuses NaN and infinity, and learns how coarse a grid makes their sums exact."""
-        largest = torch.zeros(2, dtype=torch.float64, device=self.device)
+        most = torch.zeros(2, dtype=torch.float64, device=self.device)
         for _, x, weights in self.chunks():
-            largest = torch.maximum(largest, _largest(x, weights))
-        largest = self.max(largest)
-        if not bool(largest.isfinite().all()):
+            most = torch.maximum(most, torch.stack(largest(x, weights)))
+        most = self.max(most)
+        if not bool(most.isfinite().all()):
             self.refuse(op)
-        expect(bool(largest[1] > 0), op, "sample_weight", "a sum above 0", 0.0)
-        self.rounders = torch.stack([rounder(value, self.total) for value in largest])
+        expect(bool(most[1] > 0), op, "sample_weight", "a sum above 0", 0.0)
+        self.rounders = torch.stack([rounder(value, self.total) for value in most])
 
     def rounder(self, values: Tensor) -> Tensor:
         """What makes sums of these values (N,) exact, of this and of all other ranks' rows: () float64."""
-        largest = values.abs().max() if values.numel() else values.new_zeros(())
-        return rounder(self.max(largest.double()), self.total)
+        most = values.abs().max() if values.numel() else values.new_zeros(())
+        return rounder(self.max(most.double()), self.total)
 
     def weighted_sum(self, values: Tensor) -> Tensor:
         """Σ w_n v_n over the rows of all ranks, () float64: the same bits however the rows are spread."""
@@ -169,15 +169,6 @@ class Rows:
 
     def _is_mine(self, indices: np.ndarray) -> np.ndarray:
         return (indices >= self.offset) & (indices < self.offset + self.local)
-
-
-def _largest(x: Tensor, weights: Tensor | None) -> Tensor:
-    """max w |x| and max w, (2,) float64; NaN or infinity where a row holds either."""
-    if weights is None:
-        low, high = x.aminmax()
-        return torch.stack([torch.maximum(high, -low).double(), high.new_ones((), dtype=torch.float64)])
-    row_n = torch.maximum(x.amax(1), -x.amin(1)).double()
-    return torch.stack([(row_n * weights).max(), weights.max()])
 
 
 def check_rows(x: Array, op: str, dim: int | None = None) -> None:

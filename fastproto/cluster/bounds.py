@@ -54,6 +54,10 @@ class Search:
         self._tried_in_full += len(x) * len(centers)
         return assign(x, centers, self.metric, self.exact)
 
+    def forget(self) -> None:
+        """Frees the bounds, which only a search of the same rows could use."""
+        self._tried_in_full, self.bounds = self.tried, {}
+
     def _bounded(self, x: Tensor, centers: Tensor) -> bool:
         if self.metric != "l2" or not self.exact or x.device.type != "cpu" or OPS["assign"].choose("cpu") != "cpp":
             return False

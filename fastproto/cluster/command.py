@@ -21,14 +21,13 @@ from torch import Tensor
 import fastproto
 from fastproto._check import expect
 from fastproto.cluster import picture
+from fastproto.cluster._rows import CHUNK_BYTES
 from fastproto.cluster.files import read_matrix
 from fastproto.cluster.kmeans import KMeans
 
 STARTS = ("random", "k-means++")
 SUMMARY = "summary.json"
 LISTED = 10
-# Rows are computed in pieces of this size, so that of a file no more than one piece is in memory.
-CHUNK_BYTES = 1 << 26
 
 
 def cluster_file(
@@ -55,6 +54,7 @@ def cluster_file(
     check_folder(folder, overwrite)
     x = read_matrix(path, key)
     settings = options | {"device": _device(options.get("device"), options.get("engine"))}
+    # A mapped array is read in pieces too, so that of a file no more than one piece is in memory.
     chunk_rows = max(1, CHUNK_BYTES // max(1, x.shape[1] * x.dtype.itemsize))
     if settings.get("init", STARTS[0]) not in STARTS:
         settings["init"] = _centers(settings["init"])

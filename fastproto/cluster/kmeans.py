@@ -202,6 +202,7 @@ class KMeans:
         self.history_ = [report.objective for report in reports]
         self.n_iter_ = len(reports)
         if training is not rows:
+            searches[-1].forget()
             searches.append(self._search())
             found = None
         self.labels_, self.inertia_, self.counts_, self.concentration_ = found or assign_all(
@@ -304,7 +305,10 @@ class KMeans:
                     ahead=rows.device.type == "cuda" and self.engine == "fastproto",
                     watch=watch,
                 )
-                found = assign_all(rows, centers, searches[-1]) if runs > 1 else None
+                found = None
+                if runs > 1:
+                    found = assign_all(rows, centers, searches[-1])
+                    searches[-1].forget()
                 height = 0.0 if found is None else -found.objective if self.spherical else found.objective
                 if best is None or height < lowest:
                     best, lowest = (centers, reports, found), height

@@ -52,13 +52,14 @@ def update(
 
 def largest(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """max w |x| and max w, each () float64: what :func:`rounder` is made of."""
+    one = x.new_ones((), dtype=torch.float64)
     if not len(x):
-        return x.new_zeros((), dtype=torch.float64), x.new_ones((), dtype=torch.float64)
+        return torch.zeros_like(one), one
+    if weights is None:
+        low, high = x.aminmax()
+        return torch.maximum(high, -low).double(), one
     row_n = torch.maximum(x.amax(1), -x.amin(1)).double()
-    return (
-        (row_n if weights is None else row_n * weights).max(),
-        x.new_ones((), dtype=torch.float64) if weights is None else weights.double().max(),
-    )
+    return (row_n * weights).max(), weights.double().max()
 
 
 def expect_labels(labels: Tensor, num_clusters: int, op: str) -> None:

@@ -290,6 +290,23 @@ def test_an_all_zero_weight_cluster_is_empty() -> None:
     assert kmeans.cluster_centers_.abs().max() < 10
 
 
+def test_bounds_of_one_fit_are_gone_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    searches: list[bounds.Search] = []
+
+    def search(self: KMeans) -> bounds.Search:
+        held.append(sum(len(search.bounds) for search in searches))
+        searches.append(bounds.Search("l2"))
+        return searches[-1]
+
+    monkeypatch.setattr(KMeans, "_search", search)
+    kmeans = KMeans(20, n_init=3, max_points_per_cluster=40).fit(blobs(2000, 20))
+    assert held == [0, 0, 0, 0]
+    assert kmeans.n_distances_ == sum(search.tried for search in searches)
+    if OPS["assign"].choose("cpu") == "cpp":
+        assert searches[-1].bounds
+
+
 def test_fast_errs_by_no_more_than_it_says() -> None:
     x, centers = torch.randn(2000, 64), torch.randn(500, 64)
     centers[250:] = centers[:250] + 1e-3 * torch.randn(250, 64)
