@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from fastproto.train import evaluate as evaluation
 from fastproto.train.data import Dataset
-from fastproto.train.evaluate import embed, evaluate, knn, linear_probe
+from fastproto.train.evaluate import balanced, embed, evaluate, knn, linear_probe, linear_sgd
 
 
 def clusters(rows: int, width: int, classes: int, spread: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -194,7 +195,7 @@ def test_knn_and_linear_probe_refuse_options() -> None:
         linear_probe(*good, num_classes=2, max_iter=0)
 
 
-def test_evaluate_is_its_three_parts() -> None:
+def test_evaluate_is_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randint(0, 256, (90, 3, 6, 6), dtype=torch.uint8)
     labels = torch.arange(90) % 3
     images[:, 0] = (images[:, 0] // 4) + 60 * labels[:, None, None].to(torch.uint8)
@@ -215,6 +216,57 @@ def test_evaluate_is_its_three_parts() -> None:
     }
     assert scores["knn20"] > 0.6
     assert scores["linear"] > 0.6
+
+    monkeypatch.setattr(evaluation, "linear_sgd", partial(linear_sgd, steps=30))
+    some = evaluate(encode, data, metrics=("linear_sgd", "knn20"), labels=0.25)
+    kept = balanced(data.train_labels, 0.25, 3)
+    assert len(kept) == 15
+    parts = (train[kept], data.train_labels[kept], test, data.test_labels)
+    by_rate = linear_sgd(*parts, num_classes=3, steps=30)
+    assert some == {
+        "linear_sgd": max(by_rate.values()),
+        **{f"linear_sgd/{rate:g}": accuracy for rate, accuracy in by_rate.items()},
+        "knn20": knn(*parts, k=20, temperature=0.07, num_classes=3),
+    }
+    assert {"linear_sgd/1e-05", "linear_sgd/0.0005", "linear_sgd/0.1"} < some.keys()
+    with pytest.raises(ValueError, match=r"metrics expected knn20\|knn200\|linear\|linear_sgd, got svm"):
+        evaluate(encode, data, metrics=("svm",))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("rows", "classes", "share"), [(1000, 10, 0.1), (1000, 10, 0.01), (60, 7, 0.5), (9, 3, 0.01)])
+def test_balanced_keeps_equally_many_of_every_class(rows: int, classes: int, share: float) -> None:
+    labels = torch.arange(rows) % classes
+    kept = balanced(labels, share, classes)
+    each = max(1, round(share * rows / classes))
+    assert labels[kept].bincount(minlength=classes).tolist() == [each] * classes
+    assert kept.tolist() == sorted(set(kept.tolist()))
+
+
+def test_balanced_is_keyed_nested_and_fair_to_small_classes() -> None:
+    labels = torch.cat([torch.zeros(900), torch.ones(98), torch.full((2,), 2)]).long()
+    few, more = (set(balanced(labels, share, 3).tolist()) for share in (0.03, 0.3))
+    assert few < more
+    assert labels[sorted(few)].bincount().tolist() == [10, 10, 2]
+    assert labels[sorted(more)].bincount().tolist() == [100, 98, 2]
+    # Rows that come later change nothing for those before them, another seed does, the generator is not asked.
+    state = torch.get_rng_state()
+    longer = torch.cat([labels, torch.full((500,), 3)])
+    assert [row for row in balanced(longer, 0.0267, 4).tolist() if row < 1000] == sorted(few)
+    assert set(balanced(labels, 0.03, 3, seed=1).tolist()) != few
+    assert torch.equal(torch.get_rng_state(), state)
+    # Drawn from all over the class.
+    zeros = torch.tensor(sorted(row for row in more if row < 900)).double()
+    assert abs(zeros.mean() - 450) < 4 * 260 / len(zeros) ** 0.5
+    assert balanced(labels, 1.0, 3).tolist() == list(range(1000))
+
+
+def test_balanced_refuses() -> None:
+    with pytest.raises(ValueError, match=r"balanced: share expected a number above 0, at most 1, got float 1\.5"):
+        balanced(torch.zeros(3, dtype=torch.int64), 1.5, 1)
+    with pytest.raises(ValueError, match=r"balanced: share expected a number above 0, at most 1, got int 0"):
+        balanced(torch.zeros(3, dtype=torch.int64), 0, 1)
+    with pytest.raises(TypeError, match="balanced: labels expected a int64 tensor"):
+        balanced(torch.zeros(3), 0.5, 1)
 
 
 @pytest.mark.gpu
