@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -11,7 +12,12 @@ from pathlib import Path
 from types import ModuleType
 
 import lightly.loss
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+
+from fastproto.train.encoders import build_encoder
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -60,3 +66,42 @@ def test_lightning_proto_nce_learns_on_two_processes_as_on_one() -> None:
     assert done.returncode == 0, done.stderr
     two = [float(loss) for loss in re.findall(r"^epoch \d: loss (\S+)$", done.stdout, re.MULTILINE)]
     assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_detection_learns_from_an_exported_backbone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Bright squares on dark noise, found by a detector whose backbone is random."""
+    draw, images, objects = np.random.default_rng(0), [], []
+    for index in range(8):
+        pixels = draw.integers(0, 60, (64, 64, 3)).astype(np.uint8)
+        top, left = draw.integers(2, 30, 2)
+        pixels[top : top + 30, left : left + 30] += 180
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+        images.append({"id": index, "file_name": f"{index}.png"})
+        objects.append({"image_id": index, "category_id": 7, "bbox": [int(left), int(top), 30, 30]})
+        objects.append({"image_id": index, "category_id": 7, "bbox": [0, 0, 64, 64], "iscrowd": 1})
+    annotations = tmp_path / "instances.json"
+    annotations.write_text(json.dumps({"images": images, "annotations": objects, "categories": [{"id": 7}]}))
+    torch.save(build_encoder("resnet18", image_size=96).trunk.state_dict(), tmp_path / "weights.pt")
+
+    example = load("detection")
+    shrink(monkeypatch, example, BATCH=4, LR=0.02)
+    paths = [str(path) for path in (tmp_path / "weights.pt", tmp_path, annotations, tmp_path, annotations)]
+    small = {"min_size": 64, "max_size": 64, "box_detections_per_img": 20}
+    losses, precision = example.main([*paths, "--backbone", "resnet18", "--epochs", "4"], **small)
+    assert losses[-1] < 0.8 * losses[0]
+    assert 0 <= precision <= 1
+
+
+def test_average_precision_counts_each_object_once() -> None:
+    example = load("detection")
+    square, other = [0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 30.0, 30.0]
+    truth = {"boxes": torch.tensor([square, other]), "labels": torch.tensor([1, 1])}
+
+    class Detector(torch.nn.Linear):
+        def forward(self, images: object) -> list:
+            boxes = torch.tensor([square, square, [50.0, 50.0, 60.0, 60.0], other])
+            return [{"boxes": boxes, "labels": torch.ones(4).long(), "scores": torch.tensor([0.9, 0.8, 0.7, 0.6])}]
+
+    # Precision 1 at half the recall, then 2 of 4 at all of it.
+    found = example.average_precision(Detector(1, 1), [([torch.zeros(3, 64, 64)], [truth])], 1)
+    assert found == pytest.approx(0.5 * 1 + 0.5 * 0.5)
