@@ -7,7 +7,10 @@
 #include "common/parallel.h"
 #include "contrast/bind.h"
 #include "crop_resize/bind.h"
+#include "localize/bind.h"
 #include "photometric/bind.h"
+#include "sample_crops/bind.h"
+#include "sample_photometric/bind.h"
 #include "siamese/bind.h"
 #include "update/bind.h"
 
@@ -36,6 +39,19 @@ PYBIND11_MODULE(_fastproto_C, m) {
   bind_crop_resize<int>(m, [](const CropResize& args, int threads) { FASTPROTO_DISPATCH(crop_resize, args, threads); });
   m.def("photometric", photometric_binding<int>([](const Photometric& args, int threads) {
           FASTPROTO_DISPATCH(photometric, args, threads);
+        }));
+  m.def("philox", [](std::array<uint32_t, 4> counter, uint64_t key) {
+    const Words words = philox({{counter[0], counter[1], counter[2], counter[3]}}, key);
+    return std::vector<uint32_t>(words.word, words.word + 4);
+  });
+  m.def("sample_crops", sample_crops_binding<int>([](const SampleCrops& args, int threads) {
+          FASTPROTO_DISPATCH(sample_crops, args, threads);
+        }));
+  m.def("sample_photometric", sample_photometric_binding<int>([](const SamplePhotometric& args, int threads) {
+          FASTPROTO_DISPATCH(sample_photometric, args, threads);
+        }));
+  m.def("localize", localize_binding<int>([](const Localize& args, int threads) {
+          FASTPROTO_DISPATCH(localize, args, threads);
         }));
   m.def("assign", assign_binding([](const Assign& args, int threads) { FASTPROTO_DISPATCH(assign, args, threads); }));
   m.def("assign_panel_rows", [] {

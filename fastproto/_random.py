@@ -1,8 +1,9 @@
 """Random numbers by key instead of by order: a sample's draws are the same in any batch, worker, rank and device.
 
-A draw is a function of (seed, epoch, sample id, view, stream, draw index) alone: Philox4x32-10 in plain int64
-arithmetic. Draws that are not uniform go through a quantile table that the host builds once, and are then exact sums
-and products of integers, so that no device's exp, log or pow, and no fused multiply-add, can change a bit of them.
+A draw is a function of (seed, epoch, sample id, view, stream, draw index) alone: Philox4x32-10, here in plain int64
+arithmetic and for the compiled kernels in csrc/common/philox.h. Draws that are not uniform go through a quantile table
+that the host builds once, and are then exact sums and products of integers, so that no device's exp, log or pow, and no
+fused multiply-add, can change a bit of them.
 
 Letters: N samples, V views, R draws.
 Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011; test vectors of the Random123 library.

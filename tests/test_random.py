@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 import torch
 
-from fastproto import _random
+from fastproto import _native, _random
 from fastproto._random import CELLS, Stream, expect_key, philox, quantile, quantile_table, random_bits, uniform
 
 CPU = torch.device("cpu")
@@ -42,6 +42,14 @@ def test_known_answers(counter: list[int], key: list[int], expected: str) -> Non
     words = philox(tuple(torch.tensor([word]) for word in counter), (key[0], key[1]))
     assert " ".join(f"{int(word):08x}" for word in words) == expected
     assert philox_in_python(counter, key) == [int(word) for word in words]
+    if _native.cpp is not None:
+        assert _native.cpp.philox(counter, key[0] | key[1] << 32) == [int(word) for word in words]
+
+
+@pytest.mark.skipif(_native.cpp is None, reason=_native.cpp_error)
+def test_philox_in_cpp() -> None:
+    for *counter, k0, k1 in torch.randint(2**32, (200, 6)).tolist():
+        assert _native.cpp.philox(counter, k0 | k1 << 32) == philox_in_python(counter, [k0, k1])
 
 
 @pytest.mark.parametrize("draws", [1, 4, 9])

@@ -8,11 +8,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define FASTPROTO_HD __host__ __device__
-#else
-#define FASTPROTO_HD
-#endif
+#include "../common/host_device.h"
 
 namespace fastproto {
 

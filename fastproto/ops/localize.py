@@ -1,17 +1,66 @@
 """localize: the box of an image where an encoder's feature map is warm.
 
-See fastproto/reference/localize.py for the formula.
+See fastproto/reference/localize.py for the formula. Compiled for the CPU (C++) and the GPU (CUDA); on a GPU the
+reference takes maps that are too large for the kernel.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from fastproto import _native
 from fastproto._check import expect, expect_tensor, expect_type
-from fastproto.ops._dispatch import Op
+from fastproto.ops._dispatch import DTYPE_CODES, Op
 from fastproto.reference import localize as reference
 
-_op = Op("localize", reference=reference.localize)
+# Places of a map whose channel sums fill the 48 KiB of a block of the CUDA kernel, but for a few numbers.
+MAX_CUDA_PLACES = 6000
+
+
+def _cpp(*args: Any) -> Tensor:
+    return _launch(_native.cpp, torch.get_num_threads(), *args)
+
+
+def _cuda(feature_map: Tensor, *rest: Any) -> Tensor:
+    if feature_map.shape[2] * feature_map.shape[3] > MAX_CUDA_PLACES:
+        return reference.localize(feature_map, *rest)
+    with torch.cuda.device(feature_map.device):
+        return _launch(_native.cuda, torch.cuda.current_stream().cuda_stream, feature_map, *rest)
+
+
+def _launch(
+    module: Any, threads_or_stream: int, feature_map: Tensor, threshold: float, height: int, width: int
+) -> Tensor:
+    """Calls a compiled kernel with the op's arguments as csrc/localize/bind.h takes them."""
+    boxes = _fake(feature_map, threshold, height, width)
+    module.localize(
+        feature_map.data_ptr(),
+        DTYPE_CODES[feature_map.dtype],
+        feature_map.shape,
+        feature_map.stride(),
+        threshold,
+        (height, width),
+        boxes.data_ptr(),
+        threads_or_stream,
+    )
+    return boxes
+
+
+_op = Op(
+    "localize",
+    "(Tensor feature_map, float threshold, int height, int width) -> Tensor",
+    reference=reference.localize,
+    cpp=_cpp,
+    cuda=_cuda,
+)
+
+
+@_op.fake
+def _fake(feature_map: Tensor, threshold: float, height: int, width: int) -> Tensor:
+    return torch.empty((feature_map.shape[0], 4), dtype=torch.float32, device=feature_map.device)
 
 
 def localize(
@@ -24,7 +73,8 @@ def localize(
     The sum is scaled to [0, 1] per image and resized bilinearly to the image; the box is the first and last row and
     column with a value above ``threshold``, divided by the image's size. The last row counts as itself: a box that
     reaches the image's lower edge ends at (H - 1) / H. A constant map, or one with NaN, gives the whole image,
-    (0, 0, 1, 1). No gradient flows into the map.
+    (0, 0, 1, 1). No gradient flows into the map. The kernels compute in float64, the reference in float32 for float32
+    maps: a value within a few float32 roundings of the threshold can lie on either side of it.
 
     Args:
         feature_map: (N, C, h, w), float32, float64, float16 or bfloat16 (summed in float32 at least): the last
@@ -63,4 +113,5 @@ def localize(
     expect_type(image_size, (tuple, list), "localize", "image_size", "(H, W) or None")
     good = len(image_size) == 2 and all(isinstance(size, int) and size > 0 for size in image_size)
     expect(good, "localize", "image_size", "two positive ints (H, W)", image_size)
-    return _op(feature_map, float(threshold), *image_size)
+    # A map that wants a gradient would make the compiler look for one.
+    return _op(feature_map.detach(), float(threshold), *image_size)

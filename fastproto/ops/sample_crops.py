@@ -1,6 +1,6 @@
 """sample_crops: where to crop, keyed by sample: RandomResizedCrop with its centre in a box, pushed to the box's edge.
 
-See fastproto/reference/sample_crops.py for the formula.
+See fastproto/reference/sample_crops.py for the formula. Compiled for the CPU (C++) and the GPU (CUDA): the same bits.
 """
 
 from __future__ import annotations
@@ -11,26 +11,81 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastproto import _native
 from fastproto._check import INTEGERS, expect, expect_tensor, expect_type, reads_data
-from fastproto._random import expect_key
+from fastproto._random import expect_key, quantile_table
 from fastproto.ops._dispatch import Op
 from fastproto.reference import sample_crops as reference
 
 FULL_BOX = (0.0, 0.0, 1.0, 1.0)
+ORDERED = "0 <= h0 <= h1 <= 1 and 0 <= w0 <= w1 <= 1"
+
+
+def _cpp(*args: Any) -> tuple[Tensor, Tensor]:
+    return _launch(_native.cpp, torch.get_num_threads(), *args)
+
+
+def _cuda(sample_ids: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    with torch.cuda.device(sample_ids.device):
+        return _launch(_native.cuda, torch.cuda.current_stream().cuda_stream, sample_ids, *rest)
+
+
+def _launch(
+    module: Any,
+    threads_or_stream: int,
+    sample_ids: Tensor,
+    sizes: Tensor | None,
+    size: list[int],
+    boxes: Tensor | None,
+    box: list[float],
+    scale: list[float],
+    ratio: list[float],
+    alpha: float,
+    *key: int,
+) -> tuple[Tensor, Tensor]:
+    """Calls a compiled kernel with the op's arguments as csrc/sample_crops/bind.h takes them."""
+    crops, flip = _outputs(sample_ids, key[0])
+    ids, device = sample_ids.long(), sample_ids.device
+    if boxes is not None:
+        boxes = (boxes if boxes.dtype == torch.float64 else boxes.float()).contiguous()
+    tables = (
+        quantile_table("uniform", tuple(scale), device),
+        quantile_table("log_uniform", tuple(ratio), device),
+        quantile_table("beta", (alpha,), device),
+    )
+    tensors = (None if sizes is None else sizes.contiguous(), boxes, *tables, crops, flip)
+    module.sample_crops(
+        (ids.data_ptr(), ids.stride(0), len(ids), *key),
+        size,
+        box,
+        boxes is not None and boxes.dtype == torch.float64,
+        ratio,
+        [0 if tensor is None else tensor.data_ptr() for tensor in tensors],
+        threads_or_stream,
+    )
+    return crops, flip
+
 
 # With a schema, so that a compiler takes it as it is: fused otherwise, its bits could change.
 _op = Op(
     "sample_crops",
-    "(Tensor sample_ids, Tensor sizes, Tensor boxes, float[] scale, float[] ratio, float alpha, int views, int seed, "
-    "int epoch) -> Tensor",
+    "(Tensor sample_ids, Tensor? sizes, int[] size, Tensor? boxes, float[] box, float[] scale, float[] ratio, "
+    "float alpha, int views, int seed, int epoch) -> (Tensor, Tensor)",
     reference=reference.sample_crops,
+    cpp=_cpp,
+    cuda=_cuda,
 )
 
 
+def _outputs(sample_ids: Tensor, views: int) -> tuple[Tensor, Tensor]:
+    rows, device = views * sample_ids.shape[0], sample_ids.device
+    crops = torch.empty((rows, 4), dtype=torch.int32, device=device)
+    return crops, torch.empty(rows, dtype=torch.bool, device=device)
+
+
 @_op.fake
-def _fake(sample_ids: Tensor, sizes: Tensor, boxes: Tensor, *options: Any) -> Tensor:
-    views = options[3]
-    return torch.empty((views * sample_ids.shape[0], 4), dtype=torch.int32, device=sample_ids.device)
+def _fake(sample_ids: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _outputs(sample_ids, rest[-3])
 
 
 def sample_crops(
@@ -86,20 +141,45 @@ def sample_crops(
         >>> bool((sample_crops(torch.tensor([2]), (32, 32), seed=1) == crops[2::4]).all())
         True
     """
+    crops, _ = sample_crops_and_flips(
+        sample_ids,
+        image_size,
+        boxes=boxes,
+        scale=scale,
+        ratio=ratio,
+        alpha=alpha,
+        views=views,
+        seed=seed,
+        epoch=epoch,
+    )
+    return crops
+
+
+def sample_crops_and_flips(
+    sample_ids: Tensor,  # (N,) integer
+    image_size: tuple[int, int] | Tensor,  # (H, W) or (N, 2)
+    *,
+    boxes: Tensor | tuple[float, float, float, float] | None,  # (N, 4)
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    alpha: float,
+    views: int,
+    seed: int,
+    epoch: int,
+) -> tuple[Tensor, Tensor]:  # (V·N, 4), (V·N,) bool
+    """The crops of ``sample_crops``, and which of them are mirrored, each with probability 1/2: one launch for both."""
     expect_tensor(sample_ids, "sample_crops", "sample_ids", ("N",), INTEGERS)
     expect_key("sample_crops", views, seed, epoch)
     expect_crop_options("sample_crops", scale, ratio, alpha)
-    return _op(
-        sample_ids,
-        _sizes(image_size, sample_ids),
-        box_rows("sample_crops", boxes, sample_ids),
-        scale,
-        ratio,
-        alpha,
-        views,
-        seed,
-        epoch,
-    )
+    sizes, size = _sizes(image_size, sample_ids)
+    box: tuple[float, ...] = FULL_BOX
+    if isinstance(boxes, Tensor):
+        expect_boxes("sample_crops", boxes, sample_ids.shape[0], sample_ids.device)
+        # A tensor that wants a gradient would make the compiler look for one.
+        boxes = boxes.detach()
+    elif boxes is not None:
+        box, boxes = _one_box(boxes), None
+    return _op(sample_ids, sizes, size, boxes, box, scale, ratio, alpha, views, seed, epoch)
 
 
 def expect_crop_options(op: str, scale: tuple[float, float], ratio: tuple[float, float], alpha: float) -> None:
@@ -116,36 +196,33 @@ def expect_boxes(op: str, boxes: Tensor, rows: int, device: torch.device) -> Non
     """Refuses what is not ``rows`` boxes with 0 <= h0 <= h1 <= 1 and 0 <= w0 <= w1 <= 1 on a device."""
     expect_tensor(boxes, op, "boxes", (rows, 4), device=device)
     if rows and reads_data(boxes):
-        low, high = boxes[:, :2], boxes[:, 2:]
-        good = ((low >= 0) & (low <= high) & (high <= 1)).all(dim=1)
-        first_bad = boxes[good.int().argmin()].tolist()
-        expect(bool(good.all()), op, "boxes", "0 <= h0 <= h1 <= 1 and 0 <= w0 <= w1 <= 1", f"{first_bad}")
+        least, most = boxes.aminmax()
+        inverted = boxes[:, :2] > boxes[:, 2:]
+        if not (least >= 0 and most <= 1) or inverted.any():
+            good = (boxes >= 0).all(dim=1) & (boxes <= 1).all(dim=1) & ~inverted.any(dim=1)
+            expect(False, op, "boxes", ORDERED, f"{boxes[good.int().argmin()].tolist()}")
 
 
-def box_rows(op: str, boxes: Tensor | tuple[float, float, float, float] | None, sample_ids: Tensor) -> Tensor:
-    """One box (h0, w0, h1, w1) per sample, whatever way they were given."""
-    if not isinstance(boxes, Tensor):
-        box = FULL_BOX if boxes is None else boxes
-        expect_type(box, (tuple, list), op, "boxes", "a tensor (N, 4), four numbers or None")
-        expect(len(box) == 4, op, "boxes", "four numbers (h0, w0, h1, w1)", box)
-        # Column by column, so that nothing is copied from the host.
-        rows = sample_ids.shape[0]
-        columns = [torch.full((rows,), float(side), dtype=torch.float32, device=sample_ids.device) for side in box]
-        boxes = torch.stack(columns, dim=1)
-    expect_boxes(op, boxes, sample_ids.shape[0], sample_ids.device)
-    return boxes
+def _one_box(box: tuple[float, float, float, float]) -> tuple[float, ...]:
+    """A box that all samples share."""
+    expect_type(box, (tuple, list), "sample_crops", "boxes", "a tensor (N, 4), four numbers or None")
+    expect(len(box) == 4, "sample_crops", "boxes", "four numbers (h0, w0, h1, w1)", box)
+    sides = tuple(float(side) for side in box)
+    h0, w0, h1, w1 = sides
+    expect(0 <= h0 <= h1 <= 1 and 0 <= w0 <= w1 <= 1, "sample_crops", "boxes", ORDERED, f"{list(sides)}")
+    return sides
 
 
-def _sizes(image_size: tuple[int, int] | Tensor, sample_ids: Tensor) -> Tensor:
-    """Height and width of every sample's image as an int64 tensor (N, 2)."""
+def _sizes(image_size: tuple[int, int] | Tensor, sample_ids: Tensor) -> tuple[Tensor | None, tuple[int, int]]:
+    """Height and width of every sample's image as an int64 tensor (N, 2), or None and one pair for all."""
     rows, device = sample_ids.shape[0], sample_ids.device
     if isinstance(image_size, Tensor):
         expect_tensor(image_size, "sample_crops", "image_size", (rows, 2), INTEGERS, device)
         if rows and reads_data(image_size):
             least = int(image_size.min())
             expect(least > 0, "sample_crops", "image_size", "sizes of at least 1", least)
-        return image_size.long()
+        return image_size.long(), (0, 0)
     expect_type(image_size, (tuple, list), "sample_crops", "image_size", "(H, W) or an integer tensor (N, 2)")
     good = len(image_size) == 2 and all(isinstance(size, int) and size > 0 for size in image_size)
     expect(good, "sample_crops", "image_size", "two positive ints (H, W)", image_size)
-    return torch.stack([torch.full((rows,), size, dtype=torch.int64, device=device) for size in image_size], dim=1)
+    return None, (image_size[0], image_size[1])

@@ -1,4 +1,4 @@
-"""Crops of RandomResizedCrop whose centre lies in a box, in plain PyTorch.
+"""Crops of RandomResizedCrop whose centre lies in a box, and which of them are mirrored, in plain PyTorch.
 
     A = H W U(scale),  r = exp U(log ratio),  w = round sqrt(A r),  h = round sqrt(A / r)
     the first of 10 tries with 0 < w <= W and 0 < h <= H
@@ -26,22 +26,24 @@ TRIES = 10
 
 def sample_crops(
     sample_ids: Tensor,  # (N,) integer
-    sizes: Tensor,  # (N, 2) int64: height, width
-    boxes: Tensor,  # (N, 4) float: h0, w0, h1, w1
+    sizes: Tensor | None,  # (N, 2) int64: height, width; None: size for all
+    size: Sequence[int],
+    boxes: Tensor | None,  # (N, 4) float: h0, w0, h1, w1; None: box for all
+    box: Sequence[float],
     scale: Sequence[float],
     ratio: Sequence[float],
     alpha: float,
     views: int,
     seed: int,
     epoch: int,
-) -> Tensor:  # (V·N, 4) int32: top, left, height, width
+) -> tuple[Tensor, Tensor]:  # (V·N, 4) int32: top, left, height, width; (V·N,) bool
     bits_vnd = random_bits(sample_ids, Stream.CROP, 2 * TRIES + 2, views=views, seed=seed, epoch=epoch)
     device = sample_ids.device
     share_vnt = quantile(bits_vnd[..., :TRIES], quantile_table("uniform", tuple(scale), device))
     aspect_vnt = quantile(bits_vnd[..., TRIES : 2 * TRIES], quantile_table("log_uniform", tuple(ratio), device))
     centre_vn2 = quantile(bits_vnd[..., 2 * TRIES :], quantile_table("beta", (alpha,), device))
 
-    height_n, width_n = sizes.unbind(1)
+    height_n, width_n = _columns(sizes, size, sample_ids, torch.int64)
     area_vnt = (height_n * width_n)[:, None] * share_vnt
     tried_w_vnt = torch.round(torch.sqrt(area_vnt * aspect_vnt)).long()
     tried_h_vnt = torch.round(torch.sqrt(area_vnt / aspect_vnt)).long()
@@ -51,7 +53,7 @@ def sample_crops(
     first_vn1 = fits_vnt.to(torch.uint8).argmax(dim=-1, keepdim=True)
     h_vn = tried_h_vnt.gather(-1, first_vn1).squeeze(-1)
     w_vn = tried_w_vnt.gather(-1, first_vn1).squeeze(-1)
-    h0_n, w0_n, h1_n, w1_n = boxes.double().unbind(1)
+    h0_n, w0_n, h1_n, w1_n = (side_n.double() for side_n in _columns(boxes, box, sample_ids, torch.float32))
     top_vn = _start(height_n, h_vn, h0_n, h1_n, centre_vn2[..., 0])
     left_vn = _start(width_n, w_vn, w0_n, w1_n, centre_vn2[..., 1])
 
@@ -66,7 +68,15 @@ def sample_crops(
         ],
         dim=-1,
     )
-    return crops_vn4.flatten(0, 1).int()
+    flip_vn1 = random_bits(sample_ids, Stream.FLIP, 1, views=views, seed=seed, epoch=epoch) < 1 << 31
+    return crops_vn4.flatten(0, 1).int(), flip_vn1.flatten()
+
+
+def _columns(table: Tensor | None, row: Sequence[float], sample_ids: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
+    """The columns of a table, or of one whose rows are all alike, which copies nothing from the host."""
+    if table is not None:
+        return table.unbind(1)
+    return [torch.full(sample_ids.shape, value, dtype=dtype, device=sample_ids.device) for value in row]
 
 
 def _start(length: Tensor, crop: Tensor, box0: Tensor, box1: Tensor, draw: Tensor) -> Tensor:

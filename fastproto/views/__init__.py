@@ -4,10 +4,10 @@ from fastproto.ops.crop_resize import crop_resize
 from fastproto.ops.localize import localize
 from fastproto.ops.photometric import apply_photometric, color_jitter, gaussian_blur, grayscale, solarize
 from fastproto.ops.sample_crops import sample_crops
+from fastproto.ops.sample_photometric import PhotometricParameters, sample_photometric
 from fastproto.views.boxes import SIMC_BOX, BoxBank
 from fastproto.views.contrastive_crop import ContrastiveCrop
 from fastproto.views.multi_crop import MultiCrop
-from fastproto.views.photometric import PhotometricParameters, sample_photometric
 from fastproto.views.transform import ContrastiveCropTransform
 
 __all__ = [

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastproto._check import FLOATS, INTEGERS, expect, expect_tensor, expect_type
-from fastproto._random import MAX_VIEWS, Stream, expect_key, random_bits
+from fastproto._random import MAX_VIEWS, expect_key
 from fastproto.ops.crop_resize import crop_resize
 from fastproto.ops.photometric import apply_photometric
-from fastproto.ops.sample_crops import expect_crop_options, sample_crops
-from fastproto.views.photometric import expect_jitter, sample_photometric
+from fastproto.ops.sample_crops import expect_crop_options, sample_crops_and_flips
+from fastproto.ops.sample_photometric import expect_jitter, sample_photometric
 
 AUGMENTS = ("simclr", "moco", "none")
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -124,10 +124,10 @@ class ContrastiveCrop(nn.Module):
         sizes = self._sizes(images, sample_ids)
         key: dict[str, Any] = {"views": self.first_view + self.views, "seed": self.seed, "epoch": epoch}
         skipped = self.first_view * len(images)
-        crops = sample_crops(
+        crops, flip = sample_crops_and_flips(
             sample_ids, sizes, boxes=boxes, scale=self.scale, ratio=self.ratio, alpha=self.alpha, **key
-        )[skipped:]
-        flip = random_bits(sample_ids, Stream.FLIP, 1, **key).flatten()[skipped:] < 1 << 31
+        )
+        crops, flip = crops[skipped:], flip[skipped:]
         cut: dict[str, Any] = {"size": self.size, "flip": flip, "memory_format": self.memory_format}
         scaling: dict[str, Any] = {"mean": self.mean, "std": self.std}
         if self.augment == "none":

@@ -1,15 +1,88 @@
-"""What happens to the colours of each view: parameters drawn by key, for the functions of fastproto.ops.photometric."""
+"""sample_photometric: what happens to the colours of each view, keyed by sample: parameters for ``apply_photometric``.
+
+See fastproto/reference/sample_photometric.py for the formula. Compiled for the CPU (C++) and the GPU (CUDA): the same
+bits.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from fastproto import _native
 from fastproto._check import INTEGERS, expect, expect_tensor, expect_type
-from fastproto._random import Stream, expect_key, random_bits, uniform
+from fastproto._random import expect_key
+from fastproto.ops._dispatch import Op
+from fastproto.reference import sample_photometric as reference
+
+
+def _cpp(*args: Any) -> tuple[Tensor, ...]:
+    return _launch(_native.cpp, torch.get_num_threads(), *args)
+
+
+def _cuda(sample_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    with torch.cuda.device(sample_ids.device):
+        return _launch(_native.cuda, torch.cuda.current_stream().cuda_stream, sample_ids, *rest)
+
+
+def _launch(
+    module: Any,
+    threads_or_stream: int,
+    sample_ids: Tensor,
+    jitter_p: float,
+    low: list[float],
+    high: list[float],
+    gray_p: float,
+    blur_p: float,
+    sigma: list[float],
+    solarize_p: float,
+    threshold: float,
+    *key: int,
+) -> tuple[Tensor, ...]:
+    """Calls a compiled kernel with the op's arguments as csrc/sample_photometric/bind.h takes them."""
+    out = _outputs(sample_ids, key[0])
+    ids = sample_ids.long()
+    module.sample_photometric(
+        (ids.data_ptr(), ids.stride(0), len(ids), *key),
+        (jitter_p, gray_p, blur_p, solarize_p),
+        low,
+        high,
+        sigma,
+        threshold,
+        [tensor.data_ptr() for tensor in out],
+        threads_or_stream,
+    )
+    return out
+
+
+_op = Op(
+    "sample_photometric",
+    "(Tensor sample_ids, float jitter_p, float[] low, float[] high, float gray_p, float blur_p, float[] sigma, "
+    "float solarize_p, float threshold, int views, int seed, int epoch) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.sample_photometric,
+    cpp=_cpp,
+    cuda=_cuda,
+)
+
+
+def _outputs(sample_ids: Tensor, views: int) -> tuple[Tensor, ...]:
+    """Jitter, order, gray, sigma, threshold: all of them, so that the draws stand in one place."""
+    rows, device = views * sample_ids.shape[0], sample_ids.device
+    return (
+        torch.empty((rows, 4), dtype=torch.float32, device=device),
+        torch.empty((rows, 4), dtype=torch.int64, device=device),
+        torch.empty(rows, dtype=torch.bool, device=device),
+        torch.empty(rows, dtype=torch.float32, device=device),
+        torch.empty(rows, dtype=torch.float32, device=device),
+    )
+
+
+@_op.fake
+def _fake(sample_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _outputs(sample_ids, rest[-3])
 
 
 class PhotometricParameters(TypedDict, total=False):
@@ -90,28 +163,19 @@ def sample_photometric(
     good = len(sigma) == 2 and 0 <= sigma[0] <= sigma[1] < math.inf
     expect(good, op, "sigma", "(low, high) with 0 <= low <= high", sigma)
 
-    # Every draw has its place, so that switching one change on leaves the others as they were.
-    bits = random_bits(sample_ids, Stream.PHOTOMETRIC, 13, views=views, seed=seed, epoch=epoch).flatten(0, 1)
-    draws = uniform(bits)
+    low = [max(0.0, 1 - strength) for strength in jitter[:3]] + [-jitter[3]]
+    high = [1 + strength for strength in jitter[:3]] + [jitter[3]]
+    key = (views, seed, epoch)
+    drawn = _op(sample_ids, jitter_p, low, high, gray_p, blur_p, sigma, solarize_p, threshold, *key)
     parameters: PhotometricParameters = {}
     if jitter_p > 0 and any(jitter):
-        jittered = draws[:, 0] < jitter_p
-        parameters["jitter"] = torch.stack(
-            [
-                _between(max(0.0, 1 - strength), 1 + strength, draws[:, 1 + place], jittered, 1.0)
-                if place < 3
-                else _between(-strength, strength, draws[:, 1 + place], jittered, 0.0)
-                for place, strength in enumerate(jitter)
-            ],
-            dim=1,
-        )
-        parameters["order"] = bits[:, 5:9].argsort(dim=1, stable=True)
+        parameters["jitter"], parameters["order"] = drawn[:2]
     if gray_p > 0:
-        parameters["gray"] = draws[:, 9] < gray_p
+        parameters["gray"] = drawn[2]
     if blur_p > 0:
-        parameters["sigma"] = _between(*sigma, draws[:, 11], draws[:, 10] < blur_p, 0.0)
+        parameters["sigma"] = drawn[3]
     if solarize_p > 0:
-        parameters["threshold"] = _between(threshold, threshold, draws[:, 12], draws[:, 12] < solarize_p, math.inf)
+        parameters["threshold"] = drawn[4]
     return parameters
 
 
@@ -120,8 +184,3 @@ def expect_jitter(op: str, jitter: tuple[float, float, float, float]) -> None:
     expect_type(jitter, (tuple, list), op, "jitter", "four strengths")
     good = len(jitter) == 4 and all(0 <= strength < math.inf for strength in jitter) and jitter[3] <= 0.5
     expect(good, op, "jitter", "four strengths of at least 0, that of the hue at most 0.5", jitter)
-
-
-def _between(low: float, high: float, draw: Tensor, chosen: Tensor, otherwise: float) -> Tensor:
-    """Uniform draws for the chosen rows, a fixed value for the others, as float32."""
-    return torch.where(chosen, low + (high - low) * draw, otherwise).float()
