@@ -74,6 +74,7 @@ def train(arguments: Sequence[str]) -> int:
     """``fastproto train``: refuses bad input before anything is written, trains, prints the accuracies."""
     from lightning_fabric.utilities.rank_zero import rank_zero_only
 
+    from fastproto.train.data import BrokenImage
     from fastproto.train.loop import Interrupted
     from fastproto.train.loop import train as run_loop
     from fastproto.train.report import write_report
@@ -93,6 +94,8 @@ def train(arguments: Sequence[str]) -> int:
         except (Interrupted, KeyboardInterrupt):
             code = SIGNALLED + stop.signal
             return fail("fastproto train", f"interrupted; {hint}", code) if first else code
+        except BrokenImage as error:
+            return fail("fastproto train", error)
         except FloatingPointError as error:
             return fail("fastproto train", f"{error}; try a smaller --optimizer.lr", FAILED)
         except OSError as error:

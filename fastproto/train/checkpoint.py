@@ -15,13 +15,14 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
+from fastproto import _settings
 from fastproto._check import expect
 from fastproto.cluster import PrototypeBank
 from fastproto.train import data
@@ -45,6 +46,8 @@ FILES = (
     "checkpoints",
     "config.yaml",
 )
+# More decode faster than any one GPU trains.
+MOST_WORKERS = 16
 # What a checkpoint holds of a State: state_dicts, and plain values.
 PARTS = ("method", "optimizer", "boxes", "prototypes")
 VALUES = ("epoch", "step", "sums", "seconds", "before", "clustering", "log")
@@ -117,19 +120,34 @@ def load_data(config: Config) -> data.Dataset:
     Raises:
         ValueError: what ``data.load`` raises; fewer training images than ``limit`` or the batch size.
     """
-    root = None if config.data_root is None else Path(config.data_root)
-    dataset = data.load(config.data, root, image_size=config.image_size)
+    root, class_list = (None if path is None else Path(path) for path in (config.data_root, config.class_list))
+    local = _settings.torchrun_local_world or config.devices
+    dataset = data.load(
+        config.data,
+        root,
+        image_size=config.image_size,
+        class_list=class_list,
+        test_shards=config.test_shards,
+        resident=config.resident,
+        workers=default_workers(local) if config.workers is None else config.workers,
+        strict=config.strict,
+    )
     count = len(dataset.train_images)
     if config.limit is not None:
         expect(config.limit <= count, "config", "limit", f"at most the {count} training images", config.limit)
-        # Spread evenly: image folders are sorted by class.
-        kept = torch.arange(config.limit) * count // config.limit
-        count = config.limit
-        dataset = replace(dataset, train_images=dataset.train_images[kept], train_labels=dataset.train_labels[kept])
+        dataset, count = dataset.limited(config.limit), config.limit
+        labelled = bool((dataset.train_labels >= 0).any())
+        expect(labelled, "config", "limit", "so many that some have a label, for evaluation", config.limit)
     expect(
         config.batch_size <= count, "config", "batch_size", f"at most the {count} training images", config.batch_size
     )
     return dataset
+
+
+def default_workers(devices: int) -> int:
+    """Processes that decode for each of so many that train on this machine: all cores but one each, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, max(1, cores // devices - 1))
 
 
 def build_views(config: Config, dataset: data.Dataset) -> ContrastiveCrop:

@@ -20,7 +20,7 @@ CropName = Literal["random", "contrastive", "simc"]
 RECIPES = Path(__file__).parent.parent / "recipes"
 # Where a run computes, where its data lies and what it keeps may change between a run and its continuation, and
 # nothing else.
-MACHINE = ("device", "data_root", "keep", "wandb")
+MACHINE = ("device", "data_root", "workers", "strict", "keep", "wandb")
 
 
 @dataclass(frozen=True)
@@ -212,9 +212,16 @@ class Config:
     Args:
         method: what is learnt from two views.
         crop: random crops, crops guided by boxes found on the way, or by one central box.
-        data: digits, cifar10, cifar100 or imagefolder:PATH.
+        data: digits, cifar10, cifar100, stl10, tiny-imagenet, imagenet, imagefolder:PATH or shards:PATTERN.
         data_root: folder that holds the data set's files; null: ./data.
-        image_size: side to which an imagefolder's images are brought; the other data sets have a size of their own.
+        image_size: side of the squares that images in files are brought to, to be kept in memory, evaluated and
+            clustered; null: 64 for tiny-imagenet, 224 for imagenet, else 96.
+        class_list: file of the class folders to take, one a line, such as ImageNet-100's; null: all.
+        test_shards: pattern of the shards for testing; null: every fifth image that has a label.
+        resident: keep the squares of images in files in memory (true), or decode the files in every epoch, each at its
+            own size (false); null: in memory where they take no more than 4 GiB.
+        workers: processes that decode; null: the cores that are left, at most 16.
+        strict: refuse a file that does not decode; otherwise it is skipped, named, and counted in the log.
         limit: train on so many images, spread evenly over the training set; null: on all.
         epochs: passes over the training images.
         batch_size: images in a step; what is left over at the end of an epoch waits for the next.
@@ -239,7 +246,12 @@ class Config:
     crop: CropName = "contrastive"
     data: str = "digits"
     data_root: str | None = None
-    image_size: int = 96
+    image_size: int | None = None
+    class_list: str | None = None
+    test_shards: str | None = None
+    resident: bool | None = None
+    workers: int | None = None
+    strict: bool = False
     limit: int | None = None
     epochs: int = 200
     batch_size: int = 256
@@ -260,8 +272,12 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        _expect_at_least(1, "config", epochs=self.epochs, image_size=self.image_size, devices=self.devices)
+        _expect_at_least(1, "config", epochs=self.epochs, devices=self.devices)
         _expect_at_least(2, "config", keep=self.keep)
+        if self.image_size is not None:
+            _expect_at_least(1, "config", image_size=self.image_size)
+        if self.workers is not None:
+            _expect_at_least(0, "config", workers=self.workers)
         # One image has no other to be contrasted with, and batch normalisation no variance.
         _expect_at_least(2 * self.devices, "config", batch_size=self.batch_size)
         multiple = f"a multiple of devices = {self.devices}"
@@ -273,7 +289,8 @@ class Config:
 def config_parser(prog: str = "fastproto train") -> ArgumentParser:
     """The command-line options of a ``Config``; ``resolve`` reads what they parse."""
     parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
-    parser.add_class_arguments(Config, None)
+    parser.add_class_arguments(Config, None, skip={"strict"})
+    parser.add_argument("--strict", action="store_true", help="refuse a file that does not decode (default: skip it)")
     return parser
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastproto._check import expect, expect_tensor
 from fastproto._random import Stream, random_bits
-from fastproto.train.data import Dataset
+from fastproto.train.data import Dataset, Images, Streamed, squares
 from fastproto.train.probes import check_features, linear_probe, linear_sgd
 
 Metric = Literal["knn20", "knn200", "linear", "linear_sgd"]
@@ -27,21 +27,25 @@ SIMILARITIES = 2**24
 @torch.no_grad()
 def embed(
     encode: Callable[[Tensor], Tensor],
-    images: Tensor,  # (N, 3, H, W) uint8
+    images: Images,  # (N, 3, H, W) uint8
     mean: Sequence[float],
     std: Sequence[float],
     batch_size: int = 512,
     *,
+    ids: Tensor | None = None,  # (n,) int64
+    whole: bool = False,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Features (N, C) float32 of whole images, un-augmented, on ``device``.
+    """Features (n, C) float32 of un-augmented images, on ``device``.
 
     Args:
         encode: maps normalised float32 images (B, 3, H, W) to features (B, C). A module has to be in eval mode.
-        images: (N, 3, H, W) uint8, N at least 1.
+        images: (N, 3, H, W) uint8, N at least 1, or streamed.
         mean: per channel, of the images divided by 255.
         std: likewise.
         batch_size: images encoded at once.
+        ids: numbers of the images, in the order of the features; None: all.
+        whole: squeeze streamed images into their squares, so that all of them is seen, instead of keeping their centre.
         device: where ``encode`` runs; where the images are by default.
 
     Raises:
@@ -53,15 +57,19 @@ def embed(
         >>> embed(lambda x: x.mean((2, 3)), images, (0.0, 0.1, 0.2), (1.0, 1.0, 1.0), batch_size=2).shape
         torch.Size([5, 3])
     """
-    expect_tensor(images, "embed", "images", ("N", 3, "H", "W"), (torch.uint8,))
+    if not isinstance(images, Streamed):
+        expect_tensor(images, "embed", "images", ("N", 3, "H", "W"), (torch.uint8,))
     expect(len(images) > 0, "embed", "images", "at least one", images)
     expect(batch_size >= 1, "embed", "batch_size", "at least 1", batch_size)
     training = isinstance(encode, nn.Module) and encode.training
     expect(not training, "embed", "encode", "a module in eval mode", "one in training mode")
-    device = images.device if device is None else device
+    if device is None:
+        device = images.device if isinstance(images, Tensor) else torch.device("cpu")
     shift = torch.tensor(mean, device=device).view(3, 1, 1) * 255
     scale = 1 / (torch.tensor(std, device=device).view(3, 1, 1) * 255)
-    return torch.cat([encode((batch.to(device) - shift) * scale).float() for batch in images.split(batch_size)])
+    shares = (torch.arange(len(images)) if ids is None else ids).split(batch_size)
+    parts = squares(images, shares, device, whole=whole)
+    return torch.cat([encode((part - shift) * scale).float() for part in parts])
 
 
 @torch.no_grad()
@@ -152,7 +160,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracies on the test images, as fractions: ``knn20`` (k 20, temperature 0.07: DINO), ``knn200`` (k 200, 0.1: Wu
     et al., lightly), ``linear``, and ``linear_sgd`` with ``linear_sgd/LR`` for each learning rate, of which it is the
-    best.
+    best. Images without a label and files that do not decode take no part.
 
     Args:
         encode: maps normalised float32 images (B, 3, H, W) to features (B, C). A module has to be in eval mode.
@@ -171,17 +179,20 @@ def evaluate(
         >>> sorted(scores)
         ['knn20', 'knn200', 'linear']
     """
-    (train, train_labels), (test, test_labels) = (
-        (embed(encode, images, dataset.mean, dataset.std, batch_size, device=device), labels)
-        for images, labels in (
-            (dataset.train_images, dataset.train_labels),
-            (dataset.test_images, dataset.test_labels),
-        )
-    )
-    parts = (train, train_labels.to(train.device), test, test_labels.to(test.device))
+    parts: list[Tensor] = []
+    for images, numbers in (
+        (dataset.train_images, dataset.train_labels),
+        (dataset.test_images, dataset.test_labels),
+    ):
+        ids = (numbers >= 0).nonzero()[:, 0]
+        features = embed(encode, images, dataset.mean, dataset.std, batch_size, ids=ids, device=device)
+        if isinstance(images, Streamed) and images.broken:
+            whole = ~torch.isin(ids, torch.tensor(sorted(images.broken)))
+            ids, features = ids[whole], features[whole.to(features.device)]
+        parts += [features, numbers[ids].to(features.device)]
     classes = len(dataset.classes)
     kept = balanced(parts[1], labels, classes)
-    parts = (parts[0][kept], parts[1][kept], *parts[2:])
+    parts[:2] = parts[0][kept], parts[1][kept]
     found: dict[str, float] = {}
     for metric in metrics:
         if metric == "knn20":

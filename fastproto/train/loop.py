@@ -32,7 +32,7 @@ from fastproto.train.checkpoint import (
 )
 from fastproto.train.clock import PHASES, Clock
 from fastproto.train.config import Config, OptimizerConfig, plain
-from fastproto.train.data import Dataset
+from fastproto.train.data import Dataset, batches
 from fastproto.train.evaluate import KNN, embed, evaluate
 from fastproto.train.methods import Method, Prototypes
 from fastproto.train.monitors import embedding_monitors, prototype_monitors
@@ -55,7 +55,7 @@ def train(
 
     Args:
         config: all settings.
-        dataset: what ``load_data`` gives for this configuration; the training images are kept on the device.
+        dataset: what ``load_data`` gives for this configuration; resident training images are kept on the device.
         folder: where the run is kept; ``check_folder`` says whether it may be written.
         resume: go on from the folder's last checkpoint instead of removing the run that it holds.
         stop: asked after every step; once it says True, the state is saved and training ends.
@@ -67,6 +67,7 @@ def train(
     Raises:
         Interrupted: ``stop`` said so.
         FloatingPointError: the loss is no longer finite.
+        BrokenImage: a file that does not decode, where the configuration is strict.
     """
     # Before the first clustering spcl's metric and classifier get no gradient.
     strategy = DDPStrategy(find_unused_parameters=config.method == "spcl") if config.devices > 1 else "auto"
@@ -124,11 +125,13 @@ def train(
             method.train()
             clustered = prototypes if prototypes is not None and prototypes.ready else None
             order = torch.from_numpy(np.random.default_rng((config.seed, epoch)).permutation(len(images))).to(device)
+            shares = order[: steps * config.batch_size].view(steps, -1)[:, rank::world]
+            arriving = batches(images, shares[state.step :], device)
 
             for step in range(state.step, steps):
                 clock.start("views")
-                ids = order[step * config.batch_size : (step + 1) * config.batch_size][rank::world]
-                pair = views(images[ids], ids, boxes.lookup(ids), epoch)
+                ids = shares[step]
+                pair = views(next(arriving), ids, boxes.lookup(ids), epoch)
                 clock.start("forward")
                 terms = module(pair, clustered and Prototypes(*clustered.lookup(ids)), clock)
                 clock.start("backward")
@@ -150,7 +153,7 @@ def train(
                     raise Interrupted
 
             state.seconds, state.sums = clock.take(), mean_over_ranks(state.sums)
-            row = log_row(config, state, steps)
+            row = log_row(config, state, steps, dataset.skipped)
             if not math.isfinite(row["loss"]):
                 terms = ", ".join(f"{name} {value:.3g}" for name, value in row.items() if name.startswith("loss"))
                 raise FloatingPointError(f"diverged in epoch {epoch + 1}: {terms}")
@@ -222,22 +225,25 @@ def learning_rate(config: OptimizerConfig, done: float, epochs: int) -> float:
 
 
 def find_boxes(config: Config, method: Method, dataset: Dataset, device: torch.device) -> Tensor:
-    """A box (N, 4) for every training image, where the trained encoder's last feature map is warm."""
+    """A box (N, 4) for every training image, where the trained encoder's last feature map of all of it is warm."""
     size = (dataset.train_images.shape[2], dataset.train_images.shape[3])
 
     def find(images: Tensor) -> Tensor:
         return localize(method.encoder.feature_map(images), config.views.box_threshold, size)
 
-    return embed_all(find, dataset, device)
+    return embed_all(find, dataset, device, whole=True)
 
 
-def embed_all(encode: Callable[[Tensor], Tensor], dataset: Dataset, device: torch.device) -> Tensor:
+def embed_all(
+    encode: Callable[[Tensor], Tensor], dataset: Dataset, device: torch.device, *, whole: bool = False
+) -> Tensor:
     """What ``encode`` makes of all training images, un-augmented (N, ...); each process does its share of them."""
     rank, world = rank_and_world()
     count = len(dataset.train_images)
     # All processes have equally many: at the end some begin again with the first images.
     ids = torch.arange(-(-count // world) * world).view(-1, world)[:, rank] % count
-    rows = gather_rows(embed(encode, dataset.train_images[ids], dataset.mean, dataset.std, device=device))
+    images, mean, std = dataset.train_images, dataset.mean, dataset.std
+    rows = gather_rows(embed(encode, images, mean, std, ids=ids, whole=whole, device=device))
     return rows.unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[:count]
 
 
@@ -250,7 +256,7 @@ def watch(config: Config, state: State, dataset: Dataset, device: torch.device) 
     # Of few images fewer: watching is to take no hundredth of the time.
     watched = min(count, WATCHED, max(64, count // 16))
     ids = torch.arange(watched) * count // watched
-    embeddings = embed(method.project, dataset.train_images[ids], dataset.mean, dataset.std, device=device)
+    embeddings = embed(method.project, dataset.train_images, dataset.mean, dataset.std, ids=ids, device=device)
     if not embeddings.isfinite().all():
         raise FloatingPointError(f"diverged in epoch {epoch}: embeddings are not finite")
     found = embedding_monitors(embeddings) | state.clustering
@@ -276,7 +282,7 @@ def start_wandb(config: Config, folder: Path) -> Any:
     return wandb.init(project="fastproto", group=folder.name, dir=str(folder), config=plain(config))
 
 
-def log_row(config: Config, state: State, steps: int) -> dict[str, float]:
+def log_row(config: Config, state: State, steps: int, skipped: int) -> dict[str, float]:
     """What log.csv says of the epoch that has just ended."""
     terms = {f"loss/{name}": float(total) / steps for name, total in state.sums.items()}
     busy = sum(state.seconds[phase] for phase in ("views", "forward", "loss", "backward"))
@@ -287,5 +293,6 @@ def log_row(config: Config, state: State, steps: int) -> dict[str, float]:
         **terms,
         "images_per_s": steps * config.batch_size / busy,
         "data_wait": state.seconds["views"] / busy,
+        "skipped": skipped,
         **{f"time/{phase}": seconds for phase, seconds in state.seconds.items()},
     }

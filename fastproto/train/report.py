@@ -21,6 +21,7 @@ from fastproto.cluster import concentration
 from fastproto.train.checkpoint import Run, load_run, write_text
 from fastproto.train.clock import PHASES
 from fastproto.train.config import Config, plain
+from fastproto.train.data import Images
 from fastproto.train.evaluate import embed
 from fastproto.train.plots import curve, duration, percent, picture, point_map, share_bar
 from fastproto.views import sample_crops
@@ -222,7 +223,7 @@ class Cluster(NamedTuple):
     size: int
     concentration: float
     majority: str  # the most frequent class
-    share: float  # of the members in that class
+    share: float  # of the members with a label in that class
 
 
 def clusters(
@@ -252,9 +253,10 @@ def clusters(
         if len(members) == 0:
             continue
         nearest = members[distance[members].argsort(stable=True)[:NEAREST]]
-        of_class = torch.bincount(labels[members], minlength=len(classes))
+        known = labels[members][labels[members] >= 0]
+        of_class = torch.bincount(known, minlength=len(classes))
         majority = int(of_class.argmax())
-        share = int(of_class[majority]) / len(members)
+        share = int(of_class[majority]) / max(1, len(known))
         found.append(Cluster(rows[nearest].tolist(), len(members), float(phi[k]), classes[majority], share))
     return found
 
@@ -281,7 +283,7 @@ def gallery(run: Run) -> str:
     return section("Prototypes", about, figures and f'<div class="gallery">{figures}</div>')
 
 
-def cluster_figure(cluster: Cluster, images: Tensor) -> str:
+def cluster_figure(cluster: Cluster, images: Images) -> str:
     """The images nearest to one prototype in a row, its numbers beneath."""
     row = "".join(picture(images[i]) for i in cluster.nearest)
     noun = "image" if cluster.size == 1 else "images"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,24 +39,33 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:  # (3, H, W) uint8
         ...     read_image(f"{folder}/x.png").shape
         torch.Size([3, 4, 5])
     """
-    from PIL import Image, UnidentifiedImageError
-
     file = Path(path)
     if not file.is_file():
         raise ValueError(
             f"{file}: expected an image file, got {'a folder' if file.is_dir() else 'nothing of that name'}"
         )
     try:
-        # As a stream: Pillow maps an uncompressed TIFF that it opens itself, and garbles it if it is turned (13.0).
-        with open(file, "rb") as stream, Image.open(stream) as image:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read: {error}") from error
+    return decode_image(content, str(file))
+
+
+def decode_image(content: bytes, name: str) -> Tensor:  # (3, H, W) uint8
+    """What ``read_image`` makes of a file of this content, which a message calls ``name``."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        # From memory: Pillow maps an uncompressed TIFF that it opens itself, and garbles it if it is turned (13.0).
+        with Image.open(io.BytesIO(content)) as image:
             return to_rgb(image)
     except UnidentifiedImageError as error:
-        raise ValueError(f"{file}: expected an image, got a file that is none Pillow knows") from error
+        raise ValueError(f"{name}: expected an image, got a file that is none Pillow knows") from error
     except MemoryError:
         raise
     # A broken file makes Pillow raise OSError, SyntaxError, struct.error, EOFError and others.
     except Exception as error:
-        raise ValueError(f"{file}: cannot be read: {error or type(error).__name__}") from error
+        raise ValueError(f"{name}: cannot be read: {error or type(error).__name__}") from error
 
 
 def to_rgb(image: Image) -> Tensor:  # (3, H, W) uint8

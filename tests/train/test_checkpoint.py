@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch, tiny_data: Dataset) -> Dataset:
     """Every data set there is."""
-    monkeypatch.setattr(data, "load", lambda name, root=None, *, image_size=96: tiny_data)
+    monkeypatch.setattr(data, "load", lambda name, root=None, **options: tiny_data)
     return tiny_data
 
 
@@ -179,9 +179,32 @@ def test_data_is_loaded_as_configured(
     asked = []
     monkeypatch.setattr(data, "load", lambda *args, **options: asked.append((args, options)) or tiny_data)
     checkpoint.load_data(tiny_config)
-    checkpoint.load_data(replace(tiny_config, data="cifar10", data_root="/data/sets", image_size=48))
-    expected = [(("digits", None), {"image_size": 96}), (("cifar10", Path("/data/sets")), {"image_size": 48})]
-    assert asked == expected
+    options = {"image_size": 48, "class_list": "list.txt", "resident": False, "workers": 3, "strict": True}
+    config = replace(tiny_config, data="imagenet", data_root="/data/sets", test_shards="x.tar", **options)
+    checkpoint.load_data(config)
+    plain = dict.fromkeys(("image_size", "class_list", "test_shards", "resident"))
+    (first, first_options), second = asked
+    assert first == ("digits", None)
+    assert first_options.pop("workers") >= 1
+    assert first_options == plain | {"strict": False}
+    options |= {"class_list": Path("list.txt"), "test_shards": "x.tar"}
+    assert second == (("imagenet", Path("/data/sets")), options)
+
+
+def test_processes_that_train_leave_each_other_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint.os, "sched_getaffinity", lambda pid: set(range(24)), raising=False)
+    assert [checkpoint.default_workers(devices) for devices in (1, 2, 4, 24, 48)] == [16, 11, 5, 1, 1]
+
+
+def test_a_limit_that_leaves_no_label_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tiny_config: Config, tiny_data: Dataset
+) -> None:
+    labels = torch.full((40,), -1)
+    labels[1] = 0
+    monkeypatch.setattr(data, "load", lambda *args, **options: replace(tiny_data, train_labels=labels))
+    assert checkpoint.load_data(replace(tiny_config, limit=39)).train_labels.max() == 0
+    with pytest.raises(ValueError, match=r"config: limit expected so many that some have a label, .*, got int 20"):
+        checkpoint.load_data(replace(tiny_config, limit=20))
 
 
 @pytest.mark.parametrize(

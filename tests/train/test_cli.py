@@ -19,6 +19,7 @@ from PIL import Image
 from fastproto import cli
 from fastproto.train import loop
 from fastproto.train.checkpoint import load_run, read_log
+from fastproto.train.data import dataset
 
 TINY = """
 data: {data}
@@ -123,10 +124,12 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
             'fastproto train: "crop": Expected one of .* Got value: middle',
         ),
         (
-            ["train", "--out", "OUT", "--data", "imagenet"],
-            "load: name expected digits, cifar10, cifar100 or imagefolder",
+            ["train", "--out", "OUT", "--data", "mnist"],
+            "load: name expected digits, cifar10, cifar100, stl10, tiny-imagenet, imagenet, imagefolder:PATH or",
         ),
         (["train", "--out", "OUT", "--data", "imagefolder:NOWHERE"], "expected a folder, got NOWHERE, which is none"),
+        (["train", "--out", "OUT", "--data", "imagenet"], "imagenet expected data/train/WNID/.*, got no folder"),
+        (["train", "--out", "OUT", "--workers", "-1"], "config: workers expected a number >= 0, got int -1"),
         (["train", "--out", "OUT", "--epochs", "few"], '"epochs": Expected int. Got value: few'),
         (["train", "--out", "OUT", "--batch_size", "5000"], "batch_size expected at most the 1437 training images"),
         (["train", "--out", "OUT", "--prototypes.num", "[5000]"], "num_prototypes expected 1 ... num_samples = 1437"),
@@ -171,13 +174,47 @@ def test_a_recipe_with_an_unknown_key_is_refused(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "run").exists()
 
 
-def test_an_image_that_does_not_decode_is_refused(
-    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+def test_strict_refuses_an_image_that_does_not_decode(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (images / "train" / "light" / "3.png").write_bytes(b"no image")
-    assert cli.main(["train", recipe(tmp_path, images), "--out", str(tmp_path / "run")]) == 2
+    arguments = ["train", recipe(tmp_path, images), "--strict", "--out", str(tmp_path / "run")]
+    assert cli.main(arguments) == 2
     assert "train/light/3.png" in one_line(capsys)
     assert not (tmp_path / "run").exists()
+    # Of many files some are decoded only on the way.
+    monkeypatch.setattr(dataset, "SAMPLED", 5)
+    assert cli.main([*arguments, "--resident", "false", "--workers", "0"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("fastproto train: data: expected images that decode, got ")
+    assert "train/light/3.png" in captured.err
+
+
+def test_processes_share_files_of_which_one_is_broken(tmp_path: Path, images: Path) -> None:
+    (images / "train" / "light" / "3.png").write_bytes(b"no image")
+    run = tmp_path / "run"
+    arguments = ["train", recipe(tmp_path, images), "--devices", "2", "--resident", "false", "--out", str(run)]
+    done = subprocess.run(
+        [sys.executable, "-m", "fastproto", *arguments], capture_output=True, text=True, timeout=200, check=True
+    )
+    assert "train/light/3.png: expected an image" in done.stderr
+    assert [row["skipped"] for row in read_log(run)] == [1, 1]
+
+
+def test_ctrl_c_reaches_the_workers_too(tmp_path: Path, images: Path) -> None:
+    folder = tmp_path / "stopped"
+    arguments = ["train", recipe(tmp_path, images, epochs=1000), "--method", "simclr", "--out", str(folder)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastproto", *arguments, "--resident", "false", "--workers", "2"],
+        stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 100
+    while not (folder / "log.csv").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, error
+    assert error == f"fastproto train: interrupted; go on with: fastproto train --out {folder} --resume\n"
 
 
 def test_a_diverging_run_says_so(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:

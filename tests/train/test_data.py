@@ -1,4 +1,4 @@
-"""The data sets: what the pictures are, byte for byte, how folders are read, and what is refused."""
+"""Data sets in memory: the digits byte for byte, what torchvision reads, and what names are refused."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from fastproto.train import data as data_module
 from fastproto.train.data import Dataset, load
+from fastproto.train.data.digits import _enlarge
+from fastproto.train.evaluate import evaluate
 
 PICTURES = "4ba18a74b5a247aad8239a0200176a9ace6ba685cad1f1c34c75c6419fce8775"
 
@@ -21,13 +21,6 @@ PICTURES = "4ba18a74b5a247aad8239a0200176a9ace6ba685cad1f1c34c75c6419fce8775"
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
     return load("digits")
-
-
-def write_image(file: Path, height: int, width: int, seed: int = 0, mode: str = "RGB") -> np.ndarray:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).convert(mode).save(file)
-    return pixels
 
 
 def test_digits_are_the_same_pictures_everywhere(digits: Dataset) -> None:
@@ -72,110 +65,11 @@ def test_statistics_are_those_of_the_training_pixels(digits: Dataset) -> None:
 @pytest.mark.parametrize("size", [1, 8, 9, 20, 32])
 def test_enlarge_is_bilinear(size: int) -> None:
     image = torch.randint(0, 17, (8, 8))
-    got = data_module._enlarge(image.numpy(), size)
+    got = _enlarge(image.numpy(), size)
     expected = torch.nn.functional.interpolate(
         image[None, None].double(), (size, size), mode="bilinear", align_corners=False
     )
     np.testing.assert_allclose(got / (2 * size) ** 2, expected[0, 0].numpy(), atol=1e-12)
-
-
-def test_folder_with_train_and_val(tmp_path: Path) -> None:
-    wide = write_image(tmp_path / "train" / "cat" / "b.png", 8, 12, 1)
-    write_image(tmp_path / "train" / "cat" / "deep" / "a.PNG", 8, 8, 2)
-    write_image(tmp_path / "train" / "ant" / "1.png", 20, 9, 3)
-    write_image(tmp_path / "val" / "cat" / "1.png", 8, 8, 4)
-    (tmp_path / "train" / "cat" / "Thumbs.db").write_bytes(b"no image")
-    (tmp_path / "train" / ".cache").mkdir()
-    (tmp_path / "train" / "notes.txt").write_text("no class")
-    data = load(f"imagefolder:{tmp_path}", image_size=8)
-    assert data.classes == ("ant", "cat")
-    assert data.train_labels.tolist() == [0, 1, 1]
-    assert data.test_labels.tolist() == [1]
-    assert data.train_images.shape == (3, 3, 8, 8)
-    # Shorter side as it is: the middle eight columns of twelve, byte for byte.
-    assert np.array_equal(data.train_images[1].numpy(), wide[:, 2:10].transpose(2, 0, 1))
-    assert data.test_images.is_contiguous()
-
-
-def test_folder_prefers_test_to_val(tmp_path: Path) -> None:
-    for part, count in (("train", 2), ("val", 3), ("test", 4)):
-        for i in range(count):
-            write_image(tmp_path / part / "only" / f"{i}.png", 4, 4, i)
-    data = load(f"imagefolder:{tmp_path}", image_size=4)
-    assert (len(data.train_labels), len(data.test_labels)) == (2, 4)
-
-
-def test_folder_of_classes_keeps_every_fifth_for_testing(tmp_path: Path) -> None:
-    pixels = {}
-    for label, count in (("a", 11), ("b", 5), ("c", 2)):
-        for i in range(count):
-            pixels[label, i] = write_image(tmp_path / label / f"{i:02}.png", 4, 4, 100 * ord(label) + i)
-    data = load(f"imagefolder:{tmp_path}", image_size=4)
-    assert data.train_labels.tolist() == [0] * 9 + [1] * 4 + [2] * 2
-    assert data.test_labels.tolist() == [0, 0, 1]
-    for image, key in zip(data.test_images, (("a", 4), ("a", 9), ("b", 4)), strict=True):
-        assert np.array_equal(image.numpy(), pixels[key].transpose(2, 0, 1))
-    again = load(f"imagefolder:{tmp_path}", image_size=4)
-    assert torch.equal(again.train_images, data.train_images)
-
-
-@pytest.mark.parametrize(("mode", "suffix"), [("L", "png"), ("RGBA", "png"), ("P", "gif"), ("CMYK", "jpg")])
-def test_folder_decodes_every_mode_to_rgb(tmp_path: Path, mode: str, suffix: str) -> None:
-    for i in range(5):
-        write_image(tmp_path / "x" / f"{i}.{suffix}", 30, 45, i, mode)
-    data = load(f"imagefolder:{tmp_path}", image_size=16)
-    with Image.open(tmp_path / "x" / f"4.{suffix}") as image:
-        reference = image.convert("RGB").resize((24, 16), Image.Resampling.BILINEAR).crop((4, 0, 20, 16))
-    assert np.abs(data.test_images[0].permute(1, 2, 0).numpy().astype(int) - np.asarray(reference)).max() <= 1
-
-
-def test_folder_has_a_default_size_and_survives_constant_channels(tmp_path: Path) -> None:
-    for i in range(5):
-        (tmp_path / "x").mkdir(exist_ok=True)
-        Image.new("RGB", (3, 2), (255, 0, 51)).save(tmp_path / "x" / f"{i}.png")
-    data = load(f"imagefolder:{tmp_path}")
-    assert data.train_images.shape == (4, 3, 96, 96)
-    assert data.mean == (1.0, 0.0, 0.2)
-    assert data.std == (1 / 255, 1 / 255, 1 / 255)
-
-
-def test_folder_refuses(tmp_path: Path) -> None:
-    def refused(message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            load(f"imagefolder:{tmp_path}/set", image_size=8)
-
-    refused("load: imagefolder expected a folder, got .*set, which is none")
-    (tmp_path / "set").mkdir()
-    refused("load: imagefolder expected a folder per class, got none in .*set")
-    (tmp_path / "set" / "a").mkdir()
-    refused("load: imagefolder expected images in every class, got none in .*a")
-    write_image(tmp_path / "set" / "a" / "0.png", 8, 8)
-    refused("load: imagefolder expected at least 5 images in a class, got fewer in all of .*set")
-    write_image(tmp_path / "set" / "train" / "a" / "0.png", 8, 8)
-    refused("load: imagefolder expected .*test or .*val, got neither")
-    write_image(tmp_path / "set" / "val" / "b" / "0.png", 8, 8)
-    refused(r"load: imagefolder expected the classes of .*train, got .*val with \['b'\]")
-
-
-@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\nbroken", "cut"])
-def test_folder_names_the_image_that_does_not_decode(tmp_path: Path, content: bytes | str) -> None:
-    for i in range(5):
-        write_image(tmp_path / "x" / f"{i}.png", 30, 40, i)
-    broken = tmp_path / "x" / "2.png"
-    broken.write_bytes(broken.read_bytes()[:200] if isinstance(content, str) else content)
-    with pytest.raises(ValueError, match=r"load: imagefolder expected images that decode, got .*2\.png: "):
-        load(f"imagefolder:{tmp_path}", image_size=8)
-
-
-@pytest.mark.parametrize("name", ["", "mnist", "imagefolder:", "imagefolder", "Digits"])
-def test_unknown_names_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="load: name expected digits, cifar10, cifar100 or imagefolder:PATH, got '"):
-        load(name)
-
-
-def test_sizes_below_one_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="load: image_size expected at least 1, got int 0"):
-        load(f"imagefolder:{tmp_path}", image_size=0)
 
 
 def cifar_on_disk(root: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> np.ndarray:
@@ -213,16 +107,83 @@ def test_cifar_is_read_from_disk(
     assert torch.equal(load(name).train_images, data.train_images)
 
 
-def test_cifar_that_cannot_be_had_says_what_to_put_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def stl10_on_disk(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """A few images of each part in STL-10's own format, columns first, without checksums."""
+    from torchvision.datasets import STL10
+
+    folder = root / STL10.base_folder
+    folder.mkdir(parents=True)
+    pixels = {}
+    for seed, (part, labels) in enumerate((("train", [1, 3, 2]), ("unlabeled", None), ("test", [2, 1]))):
+        count = 4 if labels is None else len(labels)
+        pixels[part] = np.random.default_rng(seed).integers(0, 256, (count, 3, 96, 96), dtype=np.uint8)
+        (folder / f"{part}_X.bin").write_bytes(pixels[part].transpose(0, 1, 3, 2).tobytes())
+        if labels is not None:
+            (folder / f"{part}_y.bin").write_bytes(bytes(labels))
+    (folder / "class_names.txt").write_text("airplane\nbird\ncar\n")
+    for files in ("train_list", "test_list"):
+        monkeypatch.setattr(STL10, files, [[name, None] for name, _ in getattr(STL10, files)])
+    return pixels
+
+
+def test_stl10_trains_on_the_unlabelled_too_and_evaluates_on_the_labelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = stl10_on_disk(tmp_path, monkeypatch)
+    data = load("stl10", tmp_path)
+    assert np.array_equal(data.train_images.numpy(), np.concatenate([pixels["train"], pixels["unlabeled"]]))
+    assert data.train_labels.tolist() == [0, 2, 1, -1, -1, -1, -1]
+    assert np.array_equal(data.test_images.numpy(), pixels["test"])
+    assert data.test_labels.tolist() == [1, 0]
+    assert data.classes == ("airplane", "bird", "car")
+    labelled = Dataset("labelled", data.train_images[:3], data.train_labels[:3], *data_after_training(data))
+    assert evaluate(corners, data) == evaluate(corners, labelled)
+
+
+def data_after_training(data: Dataset) -> tuple[Any, ...]:
+    return data.test_images, data.test_labels, data.classes, data.mean, data.std
+
+
+def corners(images: torch.Tensor) -> torch.Tensor:
+    return images[:, :, ::19, ::19].flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name", "folder"),
+    [("cifar10", "CIFAR10", "cifar-10-batches-py"), ("stl10", "STL10", "stl10_binary")],
+)
+def test_what_cannot_be_had_says_what_to_put_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, class_name: str, folder: str
+) -> None:
     from torchvision import datasets
 
     def no_network(self: Any) -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr(datasets.CIFAR10, "download", no_network)
-    message = "load: cifar10 expected the folder .*cifar-10-batches-py of https://.*tar.gz, unpacked, and it could not "
+    monkeypatch.setattr(getattr(datasets, class_name), "download", no_network)
+    message = rf"load: {name} expected the folder .*{folder} of https?://.*tar.gz, unpacked, and it could not "
     with pytest.raises(ValueError, match=message + "be downloaded: no network"):
-        load("cifar10", tmp_path)
-    (tmp_path / "cifar-10-batches-py").mkdir()
+        load(name, tmp_path)
+    (tmp_path / folder).mkdir()
     with pytest.raises(ValueError, match=message + "be read: Dataset not found or corrupted"):
-        load("cifar10", tmp_path)
+        load(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "mnist", "imagefolder:", "imagefolder", "shards:", "Digits", "cifar10:x"])
+def test_unknown_names_are_refused(name: str) -> None:
+    known = "digits, cifar10, cifar100, stl10, tiny-imagenet, imagenet, imagefolder:PATH or shards:PATTERN"
+    with pytest.raises(ValueError, match=f"load: name expected {known}, got '{name}'"):
+        load(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 0}, "image_size expected at least 1, got int 0"),
+        ({"class_list": Path("x")}, "class_list expected none: only folders have one, got "),
+        ({"test_shards": "x.tar"}, "test_shards expected none: only shards have them, got x.tar"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"load: {message}"):
+        load("digits", **options)

@@ -1,0 +1,216 @@
+"""Images in tar files, as WebDataset writes them: KEY.jpg or .png beside KEY.cls.
+
+The headers are read once. After that an image is a place in a file: any of them can be read at any time, so images have
+numbers that stay, as boxes and prototypes need, and every epoch has an order of its own over all shards.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastproto._check import expect
+from fastproto.train.data.dataset import Encoded
+from fastproto.train.data.folders import IMAGE_SUFFIXES, Split
+from fastproto.train.data.streamed import ignore_signals, unchanged
+from fastproto.views.files import decode_image
+
+BLOCK = 512
+# Types of headers: a file, and what says more of the one that follows.
+FILE, PAX, LONG_NAME, MORE = (b"0", b"\0"), b"x", b"L", (b"g", b"K")
+
+
+class ShardFiles:
+    """Images at places in tar files."""
+
+    def __init__(self, shards: Sequence[Path], shard: np.ndarray, start: np.ndarray, size: np.ndarray) -> None:
+        self.shards, self.shard, self.start, self.size = shards, shard, start, size
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def name(self, index: int) -> str:
+        return self._named(index, self._read(index, BLOCK))
+
+    def decode(self, index: int) -> Tensor:
+        content = self._read(index, BLOCK + int(self.size[index]))
+        return decode_image(content[BLOCK:], self._named(index, content))
+
+    def take(self, ids: np.ndarray) -> ShardFiles:
+        return ShardFiles(self.shards, self.shard[ids], self.start[ids], self.size[ids])
+
+    def _read(self, index: int, size: int) -> bytes:
+        """From the image's header on, which is the block before it."""
+        with open(self.shards[self.shard[index]], "rb", buffering=0) as file:
+            file.seek(int(self.start[index]) - BLOCK)
+            return file.read(size)
+
+    def _named(self, index: int, header: bytes) -> str:
+        return f"{self.shards[self.shard[index]]}, {_text(header[:100])}"
+
+
+def image_shards(pattern: str, test_pattern: str | None = None, *, workers: int = 0) -> Split:
+    """The images of all shards of a pattern, and those for testing; raises as ``load`` does."""
+    files, labels = _read_shards(pattern, workers)
+    if test_pattern is None:
+        labelled = np.flatnonzero(labels >= 0)
+        expect(len(labelled) >= 5, "load", "shards", "at least 5 images with a label", f"{len(labelled)} in {pattern}")
+        tested = labelled[4::5]
+        kept = np.delete(np.arange(len(labels)), tested)
+        train, test = (files.take(kept), labels[kept]), (files.take(tested), labels[tested])
+    else:
+        train, (files, labels) = (files, labels), _read_shards(test_pattern, workers)
+        expect(bool((labels >= 0).all()), "load", "test_shards", "a label for every image", f"fewer in {test_pattern}")
+        test = files, labels
+        found = bool((train[1] >= 0).any())
+        expect(found, "load", "shards", "images with a label, KEY.cls", f"none in {pattern}")
+    classes = 1 + max(int(train[1].max()), int(test[1].max()))
+    return train, test, tuple(str(label) for label in range(classes))
+
+
+def _read_shards(pattern: str, workers: int) -> Encoded:
+    shards = _expand(pattern)
+    # A million headers take minutes in one process.
+    workers = workers if len(shards) > 1 else 0
+    indices: DataLoader[Index] = DataLoader(
+        _Headers(shards), batch_size=None, num_workers=workers, collate_fn=unchanged, worker_init_fn=ignore_signals
+    )
+    found = []
+    for index in indices:
+        expect(not index.problem, "load", "shards", "plain tar files of KEY.jpg and KEY.cls", index.problem)
+        found.append(index)
+    start, size, labels = (np.concatenate([index[column] for index in found]) for column in range(3))
+    expect(len(labels) > 0, "load", "shards", "images", f"none in {pattern}")
+    shard = np.repeat(np.arange(len(shards)), [len(index.labels) for index in found])
+    return ShardFiles(shards, shard, start, size), labels
+
+
+def _expand(pattern: str) -> list[Path]:
+    """The files of a pattern, in its order: ``{000..127}`` and ``{a,b}`` first, then ``*``, ``?`` and ``[…]``."""
+    paths: list[str] = []
+    for name in _braces(pattern):
+        matches = sorted(glob.glob(name))
+        expect(bool(matches), "load", "shards", "tar files", f"nothing at {name}")
+        paths += matches
+    return [Path(path) for path in paths]
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    brace = re.search(r"\{([^{}]*)\}", pattern)
+    if brace is None:
+        yield pattern
+        return
+    expect("{" not in pattern[: brace.start()], "load", "shards", "braces one after the other", pattern)
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", brace[1])
+    choices = brace[1].split(",")
+    if numbers is not None:
+        choices = [str(n).zfill(len(numbers[1])) for n in range(int(numbers[1]), int(numbers[2]) + 1)]
+    for choice in choices:
+        yield from _braces(pattern[: brace.start()] + choice + pattern[brace.end() :])
+
+
+class Index(NamedTuple):
+    """Where the images of one shard are."""
+
+    start: np.ndarray  # (n,) int64
+    size: np.ndarray  # (n,) int64
+    labels: np.ndarray  # (n,) int64, -1 = none
+    problem: str = ""
+
+
+class _Headers(Dataset[Index]):
+    """The index of each shard, for worker processes; what is wrong with one comes back as a text."""
+
+    def __init__(self, shards: Sequence[Path]) -> None:
+        self.shards = shards
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, number: int) -> Index:
+        path = self.shards[number]
+        try:
+            with open(path, "rb") as file:
+                return _index(file)
+        except (ValueError, OSError) as error:
+            none = np.empty(0, np.int64)
+            return Index(none, none, none, f"{path}: {error}")
+
+
+def _index(file: BinaryIO) -> Index:
+    images: dict[str, tuple[int, int]] = {}
+    labels: dict[str, int] = {}
+    for name, start, size in _members(file):
+        folder, _, base = name.rpartition("/")
+        key, _, suffix = base.partition(".")
+        if f".{suffix.lower()}" in IMAGE_SUFFIXES:
+            images[f"{folder}/{key}"] = start, size
+        elif suffix == "cls":
+            file.seek(start)
+            labels[f"{folder}/{key}"] = label = int(file.read(size))
+            if label < 0:
+                raise ValueError(f"{name} holds {label}")
+    places = np.array(list(images.values()), dtype=np.int64).reshape(-1, 2)
+    return Index(places[:, 0], places[:, 1], np.array([labels.get(key, -1) for key in images], dtype=np.int64))
+
+
+def _members(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
+    """Name, start and size of the files in a tar.
+
+    The standard library's tarfile takes ten times as long, which is minutes where there are a million.
+    """
+    length = file.seek(0, io.SEEK_END)
+    position = 0
+    more: dict[str, str] = {}
+    while position < length:
+        file.seek(position)
+        header = file.read(BLOCK)
+        if not header.strip(b"\0"):
+            return
+        start, size, kind = position + BLOCK, _number(header[124:136]), header[156:157]
+        # The checksum's own eight bytes count as spaces.
+        checksum = sum(header) - sum(header[148:156]) + 8 * 32
+        if len(header) == BLOCK and (size < 0 or checksum != _number(header[148:156])):
+            raise ValueError(f"no header at byte {position}")
+        if start + size > length:
+            raise ValueError(f"cut short at byte {length}")
+        if kind == PAX:
+            more |= _pax(file.read(size))
+        elif kind == LONG_NAME:
+            more["path"] = _text(file.read(size))
+        elif kind not in MORE:
+            if kind in FILE:
+                prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
+                yield more.get("path", f"{prefix}/{_text(header[:100])}".lstrip("/")), start, size
+            more = {}
+        position = start + -(-size // BLOCK) * BLOCK
+
+
+def _pax(records: bytes) -> dict[str, str]:
+    """The entries of a pax header, each "length key=value" and a line end."""
+    found = {}
+    while records:
+        length = int(records.split(b" ", 1)[0])
+        if length < 1:
+            raise ValueError("a pax entry without a length")
+        key, _, value = records[:length].partition(b" ")[2].rstrip(b"\n").decode(errors="replace").partition("=")
+        found[key], records = value, records[length:]
+    return found
+
+
+def _number(field: bytes) -> int:
+    """An octal number, or -1."""
+    digits = field.strip(b" \0") or b"0"
+    return int(digits, 8) if re.fullmatch(b"[0-7]+", digits) else -1
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0", 1)[0].decode(errors="replace")

@@ -1,0 +1,225 @@
+"""Images that stay in their files: worker processes decode them, each at its own size, batch by batch.
+
+A resident set is a uint8 tensor (N, 3, H, W). A streamed one reads like such a tensor where some images are asked for,
+and ``batches`` and ``squares`` give either kind to whoever does not care which it is. Order, views and boxes are keyed
+by an image's number, so what the workers do, and how many they are, changes no result.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fastproto.views import crop_resize
+
+# Images that a worker decodes at a time: several workers share a step, and little waits in shared memory.
+PIECE = 32
+# So many files in a row that do not decode are no accident.
+GIVE_UP = 100
+
+log = logging.getLogger("fastproto")
+T = TypeVar("T")
+
+
+class BrokenImage(ValueError):
+    """A file that does not decode, where that is not to be passed over."""
+
+
+class Files(Protocol):
+    """Encoded images by number."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What a message calls the image."""
+
+    def decode(self, index: int) -> Tensor:
+        """(3, H, W) uint8; raises ValueError or OSError where the file is broken."""
+
+    def take(self, ids: np.ndarray) -> Files:
+        """Some of the images, numbered anew."""
+
+
+class Piece(NamedTuple):
+    """Some decoded images as a worker sends them: one tensor, as each would cost a file descriptor of its own."""
+
+    pixels: Tensor  # (sum of H·W·3,) uint8, image after image, each (H, W, 3)
+    sizes: Tensor  # (n, 2) int64, height and width; the last is 0 where no image was found
+    broken: list[tuple[int, str]]  # number of an image that does not decode, and why
+
+
+class Decoder(torch.utils.data.Dataset[Piece]):
+    """What runs in a worker."""
+
+    def __init__(self, files: Files) -> None:
+        self.files = files
+
+    def __getitem__(self, ids: Sequence[int]) -> Piece:
+        """The images of these numbers; in the place of a broken one stands the next that is whole."""
+        broken: list[tuple[int, str]] = []
+        images = [torch.empty(0, dtype=torch.uint8)]
+        sizes = []
+        for index in ids:
+            image = self._first_whole(index, broken)
+            images.append(image.permute(1, 2, 0).flatten())
+            sizes.append(image.shape[1:])
+            if not image.numel():
+                break
+        return Piece(torch.cat(images), torch.tensor(sizes), broken)
+
+    def _first_whole(self, index: int, broken: list[tuple[int, str]]) -> Tensor:
+        for tried in range(index, index + min(GIVE_UP, len(self.files))):
+            try:
+                return self.files.decode(tried % len(self.files))
+            except (ValueError, OSError) as error:
+                broken.append((tried % len(self.files), str(error)))
+        return torch.empty(3, 0, 0, dtype=torch.uint8)
+
+
+class Streamed:
+    """N images in files, decoded when they are asked for.
+
+    Args:
+        files: the encoded images.
+        side: S of the squares that whole images are brought to, shorter side first, centre kept.
+        workers: processes that decode for ``batches``; 0: this process does.
+        strict: raise at the first file that does not decode. Otherwise the next whole image stands in for it, in every
+            epoch the same, a warning names it once, and ``broken`` keeps its number.
+
+    Raises:
+        BrokenImage: from whatever reads images: a broken file where ``strict``; 100 of them in a row, or all, anyway.
+    """
+
+    def __init__(self, files: Files, side: int, *, workers: int = 0, strict: bool = False) -> None:
+        self.files, self.side, self.workers, self.strict = files, side, workers, strict
+        self.broken: set[int] = set()
+        self._decoder = Decoder(files)
+        self._plan: list[list[int]] = []
+        self._loader: DataLoader[Piece] | None = None
+        self._turn = 0
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, 3, S, S), as of a tensor of all squares."""
+        return torch.Size((len(self), 3, self.side, self.side))
+
+    def __getitem__(self, index: int | slice | Tensor) -> Tensor:
+        """Squares (3, S, S) or (n, 3, S, S) uint8, as a tensor of all squares would give them."""
+        ids = torch.arange(len(self))[index]
+        found = self._unpack(self._decoder[ids.flatten().tolist()], torch.device("cpu"))
+        return square(found, self.side).view(*ids.shape, 3, self.side, self.side)
+
+    def take(self, ids: Tensor) -> Streamed:
+        """Some of the images, numbered anew."""
+        return Streamed(self.files.take(ids.numpy()), self.side, workers=self.workers, strict=self.strict)
+
+    def to(self, device: torch.device) -> Streamed:
+        """Itself: what goes to the device are the batches."""
+        return self
+
+    def batches(self, shares: Sequence[Tensor] | Tensor, device: torch.device) -> Iterator[list[Tensor]]:
+        """For each share of numbers its images, (3, H, W) uint8 each, on the device. A new call ends the one before."""
+        self._plan[:] = [piece.tolist() for ids in shares for piece in ids.split(PIECE)]
+        self._turn = turn = self._turn + 1
+        if self._loader is None:
+            self._loader = self._make_loader(pin_memory=device.type == "cuda")
+        pieces = iter(self._loader)
+        for ids in shares:
+            images: list[Tensor] = []
+            while len(images) < len(ids):
+                assert turn == self._turn
+                images += self._unpack(next(pieces), device)
+            yield images
+
+    def _make_loader(self, pin_memory: bool) -> DataLoader[Piece]:
+        return DataLoader(
+            self._decoder,
+            sampler=self._plan,
+            batch_size=None,
+            num_workers=self.workers,
+            collate_fn=unchanged,
+            pin_memory=pin_memory,
+            persistent_workers=self.workers > 0,
+            worker_init_fn=ignore_signals,
+            # The loader draws a number at every epoch: not from the generator that the training draws from.
+            generator=torch.Generator(),
+        )
+
+    def _unpack(self, piece: Piece, device: torch.device) -> list[Tensor]:
+        for index, reason in piece.broken:
+            self._note(index, reason)
+        sizes = piece.sizes.tolist()
+        if sizes[-1:] == [[0, 0]]:
+            last = self.files.name(piece.broken[-1][0])
+            raise BrokenImage(f"data: expected images that decode, got {min(GIVE_UP, len(self))} in a row to {last}")
+        pixels = piece.pixels.to(device, non_blocking=True).split([3 * height * width for height, width in sizes])
+        return [image.view(*size, 3).permute(2, 0, 1) for image, size in zip(pixels, sizes, strict=True)]
+
+    def _note(self, index: int, reason: str) -> None:
+        if self.strict:
+            raise BrokenImage(f"data: expected images that decode, got {reason}")
+        if index not in self.broken:
+            self.broken.add(index)
+            log.warning("skipped: %s", reason)
+
+
+Images = Tensor | Streamed
+
+
+def batches(
+    images: Images, shares: Sequence[Tensor] | Tensor, device: torch.device
+) -> Iterator[Tensor] | Iterator[list[Tensor]]:
+    """For each share of numbers its images, uint8 on the device: a tensor (n, 3, H, W), or a list of (3, H, W)."""
+    if isinstance(images, Streamed):
+        return images.batches(shares, device)
+    return (images[ids].to(device) for ids in shares)
+
+
+def squares(
+    images: Images, shares: Sequence[Tensor] | Tensor, device: torch.device, *, whole: bool = False
+) -> Iterator[Tensor]:
+    """For each share of numbers its images brought to one size, (n, 3, S, S) uint8 on the device.
+
+    Args:
+        images: a tensor is given as it is.
+        shares: numbers of images.
+        device: where to.
+        whole: squeeze the whole image into the square instead of cutting off what exceeds it.
+    """
+    for batch in batches(images, shares, device):
+        yield batch if isinstance(batch, Tensor) else square(batch, images.shape[2], whole=whole)
+
+
+def square(images: Sequence[Tensor], side: int, *, whole: bool = False) -> Tensor:
+    """Images (3, H, W) uint8 as one tensor (n, 3, S, S) uint8: the shorter side resized, the centre kept."""
+    if not images:
+        return torch.empty(0, 3, side, side, dtype=torch.uint8)
+    crops = []
+    for image in images:
+        height, width = image.shape[1:]
+        short = min(height, width)
+        crops.append((0, 0, height, width) if whole else ((height - short) // 2, (width - short) // 2, short, short))
+    # These std keep the values in 0…255.
+    values = crop_resize(images, torch.tensor(crops, dtype=torch.int32).to(images[0].device), side, std=(1 / 255,) * 3)
+    return values.round_().to(torch.uint8)
+
+
+def unchanged(item: T) -> T:
+    """What a loader without batches makes of an item."""
+    return item
+
+
+def ignore_signals(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the first one decides when to end, and ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
