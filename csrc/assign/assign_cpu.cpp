@@ -17,7 +17,7 @@ namespace fastproto {
 namespace FASTPROTO_ISA {
 namespace {
 
-constexpr int64_t GROUP = 8;       // tiles
+constexpr int64_t GROUP = (48 + MR - 1) / MR;  // tiles: of 48 centres, 56 with AVX-512; bounds exclude fewer larger groups
 constexpr int64_t STRETCH = 16;    // groups between two looks at the scores: 16 · 8 · 128 rows · 4 B = 64 KB
 constexpr int64_t ROWS = 128;      // of a chunk at most: 64 KB of floats and 32 KB of integers at D = 128
 constexpr int64_t WAITING = 32;    // tiles that a row may have waiting for the exact look
