@@ -1,8 +1,8 @@
 """fastproto: self-supervised learning with prototypes.
 
   fastproto train [RECIPE] --out RUN [options]    train an encoder without labels, evaluate it before and after
-  fastproto eval RUN [--knn] [--linear]           evaluate the encoder of a run
-  fastproto report RUN                            write RUN/report.html
+  fastproto eval RUN [--knn] [--linear] [...]     evaluate the encoder of a run, add to RUN/evaluation.json
+  fastproto report RUN... [--out PAGE]            write RUN/report.html, or one page that compares several runs
   fastproto export RUN --to FORMAT                write the encoder for torchvision, timm or onnx into RUN/export
   fastproto cluster EMBEDDINGS --k K --out DIR    k-means of the rows of a .npy, .npz, .parquet or .safetensors file
   fastproto views IMAGE... --out PICTURE          boxes, crops and augmented views of images in one picture
@@ -34,7 +34,12 @@ if TYPE_CHECKING:
 # What a command needs is imported by it: `fastproto info` runs without the trainer's packages.
 
 FAILED, REFUSED, SIGNALLED = 1, 2, 128
-METRICS = {"knn20": "kNN, k = 20", "knn200": "kNN, k = 200", "linear": "linear probe"}
+METRICS = {
+    "knn20": "kNN, k = 20",
+    "knn200": "kNN, k = 200",
+    "linear": "linear probe",
+    "linear_sgd": "linear, SGD",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A run that `views` reads needs what the trainer does.
         missing = str(error.name).split(".")[0]
         own = command == "cluster" or (command == "views" and missing in ("PIL", "matplotlib"))
-        package = "faiss-cpu" if missing == "faiss" else f"'fastproto[{command if own else 'train'}]'"
+        alone = {"faiss": "faiss-cpu", "wandb": "wandb"}
+        package = alone.get(missing, f"'fastproto[{command if own else 'train'}]'")
         return fail(f"fastproto {command}", f"{error}: it comes with pip install {package}", FAILED)
 
 
@@ -103,8 +109,9 @@ def train(arguments: Sequence[str]) -> int:
     if not first:
         return 0
     print(f"{'':16}{'before':>8}{'after':>8}   of {config.epochs} epochs")
-    for metric, name in METRICS.items():
-        print(f"{name:16}" + "".join(f"{100 * result[when][metric]:7.1f}%" for when in ("before", "after")))
+    for metric in result["after"]:
+        values = (result[when][metric] for when in ("before", "after"))
+        print(f"{METRICS[metric]:16}" + "".join(f"{100 * value:7.1f}%" for value in values))
     print(f"{sum(result['time_s'].values()):.0f} s; {write_report(folder)}")
     return 0
 
@@ -185,37 +192,60 @@ class StopRequest:
 
 
 def evaluate(arguments: Sequence[str]) -> int:
-    """``fastproto eval``: the accuracies of a run's encoder at its last checkpoint."""
+    """``fastproto eval``: the accuracies of a run's encoder, printed and added to RUN/evaluation.json."""
     import torch
 
-    from fastproto.train import evaluate as evaluation
-    from fastproto.train.checkpoint import load_run
+    from fastproto._check import expect
+    from fastproto.train.checkpoint import latest_checkpoint, load_run
+    from fastproto.train.evaluate import KNN, Metric, read_evaluations, write_evaluations
+    from fastproto.train.evaluate import evaluate as measure
 
-    parser = Parser("fastproto eval", description="Evaluate the encoder of a run, at its last checkpoint.")
-    parser.add_argument("run", help="folder of the run")
-    parser.add_argument("--knn", action="store_true", help="weighted nearest neighbours, k = 20 and 200")
-    parser.add_argument("--linear", action="store_true", help="linear probe; without either option: all")
+    about = "Evaluate the encoder of a run. Without --knn, --linear and --linear-sgd the first two."
+    parser = Parser("fastproto eval", description=about)
+    add = parser.add_argument
+    add("run", type=Path, help="folder of the run")
+    add("--knn", action="store_true", help="weighted nearest neighbours, k = 20 and 200")
+    add("--linear", action="store_true", help="linear probe: logistic regression, fitted to its optimum")
+    add("--linear-sgd", action="store_true", help="linear probe by stochastic gradient descent, 13 learning rates")
+    add("--labels", type=float, default=1.0, metavar="SHARE", help="of the training images; default all have theirs")
+    add("--checkpoint", type=Path, metavar="PATH", help="default the last one")
     try:
         given = parser.parse_args(arguments)
-        run = load_run(given.run)
+        expect(0 < given.labels <= 1, "eval", "--labels", "a share above 0, at most 1", given.labels)
+        checkpoint = latest_checkpoint(given.run) if given.checkpoint is None else given.checkpoint
+        run, known = load_run(given.run, checkpoint), read_evaluations(given.run)
     except (ValueError, OSError) as error:
         return fail("fastproto eval", error)
+    unasked = not (given.knn or given.linear or given.linear_sgd)
+    metrics: list[Metric] = [*KNN] if given.knn or unasked else []
+    metrics += ["linear"] if given.linear or unasked else []
+    metrics += ["linear_sgd"] if given.linear_sgd else []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = evaluation.evaluate(run.method.encoder.to(device), run.dataset, device=device)
-    for metric, name in METRICS.items():
-        if given.knn == given.linear or (given.linear if metric == "linear" else given.knn):
-            print(f"{name:16}{100 * found[metric]:7.1f}%")
+    encoder = run.method.encoder.to(device)
+    found = measure(encoder, run.dataset, metrics=metrics, labels=given.labels, device=device)
+    for metric, accuracy in found.items():
+        name, _, rate = metric.partition("/")
+        print(f"{f'  lr {rate}' if rate else METRICS[name]:16}{100 * accuracy:7.1f}%")
+    own = checkpoint.resolve().parent == (given.run / "checkpoints").resolve()
+    write_evaluations(given.run, known, checkpoint.stem if own else str(checkpoint), given.labels, found)
     return 0
 
 
 def report(arguments: Sequence[str]) -> int:
-    """``fastproto report``: writes RUN/report.html."""
+    """``fastproto report``: writes RUN/report.html, or a page that compares runs."""
+    from fastproto.train.compare import write_comparison
     from fastproto.train.report import write_report
 
-    parser = Parser("fastproto report", description="Write RUN/report.html.")
-    parser.add_argument("run", type=Path, help="folder of the run")
+    about = "Write RUN/report.html; of several runs, or with --out, a page that compares them."
+    parser = Parser("fastproto report", description=about)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", type=Path, metavar="PAGE", help="default compare.html, here")
     try:
-        print(write_report(parser.parse_args(arguments).run))
+        given = parser.parse_args(arguments)
+        if len(given.runs) == 1 and given.out is None:
+            print(write_report(*given.runs))
+        else:
+            print(write_comparison(given.runs, given.out or Path("compare.html")))
     except (ValueError, OSError) as error:
         return fail("fastproto report", error)
     return 0

@@ -367,11 +367,16 @@ def plain(config: Config) -> dict[str, Any]:
 
 def difference(before: Config, now: Config) -> str:
     """The first setting in which two configurations differ, as ``name: before, now``; empty where a run may go on."""
-    for name, value in _settings(plain(before)):
-        other = dict(_settings(plain(now)))[name]
-        if value != other and name not in MACHINE:
-            return f"{name} {value!r}, now {other!r}"
+    others = flat(now)
+    for name, value in flat(before).items():
+        if value != others[name] and name not in MACHINE:
+            return f"{name} {value!r}, now {others[name]!r}"
     return ""
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """The configuration with one entry per setting, ``group.name`` or ``name``."""
+    return dict(_settings(plain(config)))
 
 
 def _settings(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

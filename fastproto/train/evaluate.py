@@ -5,7 +5,9 @@ All are deterministic, run where the features lie, and see labels that training 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from fastproto._check import expect, expect_tensor
 from fastproto._random import Stream, random_bits
+from fastproto.train.checkpoint import write_text
 from fastproto.train.data import Dataset, Images, Streamed, squares
 from fastproto.train.probes import check_features, linear_probe, linear_sgd
 
@@ -147,6 +150,35 @@ def balanced(
     order = random_bits(rows, Stream.LABELS, 1, views=1, seed=seed, epoch=0).flatten().argsort(stable=True)
     each = max(1, round(share * len(labels) / num_classes))
     return torch.cat([order[labels[order] == label][:each] for label in range(num_classes)]).sort().values
+
+
+def read_evaluations(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """What RUN/evaluation.json holds: by checkpoint, then by share of the labels, accuracies by metric.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    path = folder / "evaluation.json"
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"eval: {path} expected JSON, got {error}") from error
+    expect(isinstance(found, dict), "eval", str(path), "accuracies by checkpoint", type(found).__name__)
+    return found
+
+
+def write_evaluations(
+    folder: Path,
+    known: dict[str, dict[str, dict[str, float]]],
+    checkpoint: str,
+    labels: float,
+    scores: Mapping[str, float],
+) -> None:
+    """Writes RUN/evaluation.json, whole or not at all: all that was ``known``, and the scores of a checkpoint."""
+    shares = known.get(checkpoint, {})
+    share = f"labels {labels:g}"
+    shares = shares | {share: shares.get(share, {}) | dict(scores)}
+    write_text(folder / "evaluation.json", json.dumps(known | {checkpoint: shares}, indent=2) + "\n")
 
 
 def evaluate(

@@ -254,7 +254,7 @@ def watch(config: Config, state: State, dataset: Dataset, device: torch.device) 
     """
     method, count, epoch = state.method.eval(), len(dataset.train_images), state.epoch + 1
     # Of few images fewer: watching is to take no hundredth of the time.
-    watched = min(count, WATCHED, max(64, count // 16))
+    watched = min(count, WATCHED, max(64, count // 32))
     ids = torch.arange(watched) * count // watched
     embeddings = embed(method.project, dataset.train_images, dataset.mean, dataset.std, ids=ids, device=device)
     if not embeddings.isfinite().all():

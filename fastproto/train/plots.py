@@ -1,4 +1,4 @@
-"""Inline SVG and HTML from data: a curve, a map of points, a bar of shares, a picture with rectangles.
+"""Inline SVG and HTML from data: curves, a map of points, a bar of shares, a picture with rectangles.
 
 Nothing here knows about runs. Colours are classes (``c0`` … ``c9``) that the page's style sheet defines for a light and
 a dark background; all text is escaped.
@@ -11,6 +11,7 @@ import io
 import math
 from collections.abc import Sequence
 from html import escape
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -19,28 +20,41 @@ COLOURS = 10
 SMALL_PICTURE = 64
 
 
-def curve(values: Sequence[float], *, title: str, start: int = 0) -> str:
-    """One line over epochs; where a value is not finite the line has a gap.
+class Line(NamedTuple):
+    """One line of a plot."""
+
+    name: str
+    values: Sequence[float]  # one per epoch
+    colour: int = 0
+
+
+def curve(
+    lines: Sequence[Line], *, title: str, start: int = 0, joined: bool = False, note: str = "", colours: int = COLOURS
+) -> str:
+    """Lines over epochs.
 
     Args:
-        values: one per epoch.
-        title: what is drawn, set above together with the last finite value.
+        lines: where a value is not finite a line has a gap. Of a single one the last finite value is set above.
+        title: what is drawn, set above.
         start: epoch of the first value.
+        joined: no gaps: a line goes on from one finite value to the next.
+        note: a sentence beneath.
+        colours: how many there are in all.
     """
     width, height, left, bottom, top = 340, 190, 46, 24, 10
-    finite = [value for value in values if math.isfinite(value)]
+    finite = [value for line in lines for value in line.values if math.isfinite(value)]
     if not finite:
         return ""
+    count = max(len(line.values) for line in lines)
     low, high = min(finite), max(finite)
     # A constant gets room around it, and a line at the very edge of the frame is hard to see.
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     low, high = low - margin, high + margin
-    step, tall = (width - left - 10) / max(len(values) - 1, 1), height - top - bottom
+    step, tall = (width - left - 10) / max(count - 1, 1), height - top - bottom
 
     def y_of(value: float) -> float:
         return top + tall * (high - value) / (high - low)
 
-    places = [(left + step * i, y_of(value)) if math.isfinite(value) else None for i, value in enumerate(values)]
     grid = "".join(
         f'<line class="grid" x1="{left}" x2="{width - 10}" y1="{y_of(tick):.1f}" y2="{y_of(tick):.1f}"/>'
         f'<text x="{left - 8}" y="{y_of(tick) + 3.5:.1f}" text-anchor="end">{tick:g}</text>'
@@ -48,21 +62,36 @@ def curve(values: Sequence[float], *, title: str, start: int = 0) -> str:
     )
     epochs = "".join(
         f'<text x="{left + step * (tick - start):.1f}" y="{height - 6}" text-anchor="middle">{tick:g}</text>'
-        for tick in ticks(start, start + max(len(values) - 1, 1))
-        if tick == int(tick) and tick < start + len(values)
+        for tick in ticks(start, start + max(count - 1, 1))
+        if tick == int(tick) and tick < start + count
     )
-    # Over each epoch a strip as high as the plot, so that the pointer need not meet the line.
+    drawn = ""
+    # Over each epoch a strip as high as the plot, so that the pointer need not meet a line.
+    circles, told = [""] * count, [""] * count
+    for line in lines:
+        places = [
+            (left + step * i, y_of(value)) if math.isfinite(value) else None for i, value in enumerate(line.values)
+        ]
+        for i, place in enumerate(places):
+            if place is not None:
+                circles[i] += f'<circle {paint(line.colour, colours)} cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="4"/>'
+                name = f"\n{escape(line.name)}: " if line.name else ": "
+                told[i] += f"{name}{line.values[i]:.4g}"
+        paths = _unbroken_paths([place for place in places if place is not None] if joined else places)
+        lined = "".join(f'<path class="line" d="{path}"/>' for path in paths)
+        drawn += f"<g {paint(line.colour, colours)}>{lined}</g>"
     hover = "".join(
-        f'<g class="hit"><rect x="{place[0] - step / 2:.1f}" y="{top}" width="{step:.1f}" height="{tall}"/>'
-        f'<circle cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="4"/><title>epoch {start + i}: {value:.4g}</title></g>'
-        for i, (place, value) in enumerate(zip(places, values, strict=True))
-        if place is not None
+        f'<g class="hit"><rect x="{left + step * (i - 0.5):.1f}" y="{top}" width="{step:.1f}" height="{tall}"/>'
+        f"{circles[i]}<title>epoch {start + i}{told[i]}</title></g>"
+        for i in range(count)
+        if told[i]
     )
-    paths = "".join(f'<path class="line" d="{path}"/>' for path in _unbroken_paths(places))
+    last = f" <b>{finite[-1]:.4g}</b>" if len(lines) == 1 else ""
+    beneath = f"<p>{escape(note)}</p>" if note else ""
     return (
-        f'<figure class="curve"><figcaption>{escape(title)} <b>{finite[-1]:.4g}</b></figcaption>'
+        f'<figure class="curve"><figcaption>{escape(title)}{last}</figcaption>'
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)} by epoch">'
-        f"{grid}{epochs}{paths}{hover}</svg></figure>"
+        f"{grid}{epochs}{drawn}{hover}</svg>{beneath}</figure>"
     )
 
 
@@ -103,21 +132,22 @@ def point_map(
     size = (high - low) * scale + 2 * margin
     placed = ((points - low) * scale + margin).tolist()
     dots = "".join(
-        f'<circle {_paint(label, len(classes))} cx="{x:.1f}" cy="{y:.1f}" r="4">'
+        f'<circle {paint(label, len(classes))} cx="{x:.1f}" cy="{y:.1f}" r="4">'
         f"<title>{escape(classes[label])}</title></circle>"
         for (x, y), label in zip(placed, labels.tolist(), strict=True)
     )
-    legend = ""
-    if len(classes) <= 20:
-        entries = "".join(
-            f'<li><i {_paint(i, len(classes))}></i>{escape(name)}</li>' for i, name in enumerate(classes)
-        )
-        legend = f'<ul class="legend">{entries}</ul>'
+    shown = legend(classes) if len(classes) <= 20 else ""
     svg = f'<svg viewBox="0 0 {size[0]:.0f} {size[1]:.0f}" role="img" aria-label="map of points">{dots}</svg>'
-    return f'<figure class="map">{svg}{legend}</figure>'
+    return f'<figure class="map">{svg}{shown}</figure>'
 
 
-def _paint(index: int, count: int) -> str:
+def legend(names: Sequence[str]) -> str:
+    """What each colour stands for."""
+    entries = "".join(f"<li><i {paint(i, len(names))}></i>{escape(name)}</li>" for i, name in enumerate(names))
+    return f'<ul class="legend">{entries}</ul>'
+
+
+def paint(index: int, count: int) -> str:
     """The attribute that colours one class: the style sheet's colours while they last, then a turn of hues."""
     if count <= COLOURS:
         return f'class="c{index}"'

@@ -22,8 +22,9 @@ from fastproto.train.checkpoint import Run, load_run, write_text
 from fastproto.train.clock import PHASES
 from fastproto.train.config import Config, plain
 from fastproto.train.data import Images
-from fastproto.train.evaluate import embed
-from fastproto.train.plots import curve, duration, percent, picture, point_map, share_bar
+from fastproto.train.evaluate import KNN, embed
+from fastproto.train.monitors import MONITORS
+from fastproto.train.plots import Line, curve, duration, percent, picture, point_map, share_bar
 from fastproto.views import sample_crops
 
 SCORES = {"knn20": "kNN, k = 20", "knn200": "kNN, k = 200", "linear": "Linear probe"}
@@ -36,6 +37,7 @@ METHODS = {
     "spcl": "SPCL",
     "pauc": "PAUC",
 }
+FOOTER = f"<footer>fastproto {escape(fastproto.__version__)}, torch {escape(torch.__version__)}</footer>"
 VIEWED_IMAGES = 8
 PROTOTYPES = 24
 NEAREST = 8
@@ -61,20 +63,26 @@ def page(run: Run) -> str:
     method = METHODS.get(config.method, config.method)
     mapped = torch.linspace(0, len(data.test_labels) - 1, min(MAPPED_IMAGES, len(data.test_labels))).long()
     features = embed(run.method.encoder, data.test_images[mapped], data.mean, data.std, device=device_of(run)).cpu()
-    left = [accuracy(run.result.get("before", {}), run.result.get("after", {})), times(run.result, run.log)]
+    result = run.result
+    best = result.get("best", {}) if any(key in row for row in run.log for key in KNN) else {}
+    left = [accuracy(result.get("before", {}), result.get("after", {}), best), times(result, run.log)]
     right = [embedding_map(features, data.test_labels[mapped], data.classes)]
     body = [
         heading(run, method),
         f'<div class="pair"><div>{"".join(left)}</div>{"".join(right)}</div>',
         training(run.log),
+        health(run.log),
         views(run),
         gallery(run),
         settings(config),
-        f"<footer>fastproto {escape(fastproto.__version__)}, torch {escape(torch.__version__)}</footer>",
     ]
-    template = Template(Path(__file__).with_suffix(".html.in").read_text(encoding="utf-8"))
-    title = escape(f"{method} on {data_name(data.name)}")
-    return template.substitute(title=title, body="\n".join(filter(None, body)), nearest=NEAREST)
+    return whole_page(f"{method} on {data_name(data.name)}", body)
+
+
+def whole_page(title: str, parts: Sequence[str]) -> str:
+    """A page of its own from pieces of HTML, some of which may be empty."""
+    template = Template(Path(__file__).with_name("report.html.in").read_text(encoding="utf-8"))
+    return template.substitute(title=escape(title), body="\n".join([*filter(None, parts), FOOTER]), nearest=NEAREST)
 
 
 def device_of(run: Run) -> torch.device:
@@ -109,8 +117,10 @@ def heading(run: Run, method: str) -> str:
     )
 
 
-def accuracy(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """The scores of the untrained and of the trained encoder, one row each."""
+def accuracy(
+    before: Mapping[str, float], after: Mapping[str, float], best: Mapping[str, Mapping[str, float]] | None = None
+) -> str:
+    """The scores of the untrained and of the trained encoder, one row each, and the best on the way where known."""
     rows = ""
     for key in [*SCORES, *sorted(after.keys() - SCORES.keys())]:
         if key in before and key in after:
@@ -120,17 +130,23 @@ def accuracy(before: Mapping[str, float], after: Mapping[str, float]) -> str:
                 f'<i style="left:{100 * before[key]:.2f}%"></i>'
                 f'<i class="after" style="left:{100 * after[key]:.2f}%"></i></div>'
             )
+            highest = f"<td>{_best(best[key])}</td>" if best and key in best else "<td></td>" if best else ""
             rows += (
                 f'<tr><th scope="row">{escape(SCORES.get(key, key))}</th><td>{percent(before[key])}</td>'
                 f'<td class="strong">{percent(after[key])}</td><td>{100 * (after[key] - before[key]):+.1f}</td>'
-                f'<td class="track">{track}</td></tr>'
+                f'{highest}<td class="track">{track}</td></tr>'
             )
-    head = "<thead><tr><th></th><th>before</th><th>after</th><th>points</th><th></th></tr></thead>"
+    column_of_best = "<th>best, epoch</th>" if best else ""
+    head = f"<thead><tr><th></th><th>before</th><th>after</th><th>points</th>{column_of_best}<th></th></tr></thead>"
     about = (
         "Test images classified from frozen features: by the nearest training images, and by logistic regression. "
         "Before training and after."
     )
     return section("Accuracy", about, rows and f"<table>{head}{rows}</table>")
+
+
+def _best(score: Mapping[str, float]) -> str:
+    return f"{percent(score['accuracy'])}, {score['epoch']:g}"
 
 
 def phase_times(result: Mapping[str, Any], log: Sequence[Mapping[str, float]]) -> list[tuple[str, float]]:
@@ -164,10 +180,27 @@ def training(log: Sequence[Mapping[str, float]]) -> str:
     names |= terms if len(terms) > 1 else {}
     names |= {"lr": "learning rate", "images_per_s": "images per second"}
     start = int(log[0].get("epoch", 0)) if log else 0
+    names |= {key: SCORES[key] for key in KNN}
     plots = "".join(
-        curve([row.get(key, math.nan) for row in log], title=title, start=start) for key, title in names.items()
+        curve(column(log, key), title=title, start=start, joined=key in KNN) for key, title in names.items()
     )
     return section("Training", "By epoch, with the last value.", plots and f'<div class="curves">{plots}</div>')
+
+
+def column(log: Sequence[Mapping[str, float]], key: str) -> list[Line]:
+    """One column of the log as the only line of a plot."""
+    return [Line("", [row.get(key, math.nan) for row in log])]
+
+
+def health(log: Sequence[Mapping[str, float]]) -> str:
+    """The monitors of collapse, one small plot each, with a line that says how to read it."""
+    start = int(log[0].get("epoch", 0)) if log else 0
+    plots = "".join(
+        curve(column(log, key), title=key.replace("_", " "), start=start, note=about)
+        for key, about in MONITORS.items()
+    )
+    about = "Signs of collapse, which a falling loss does not show; prototypes are those of the last clustering."
+    return section("Health", about, plots and f'<div class="curves">{plots}</div>')
 
 
 def views(run: Run) -> str:
@@ -273,10 +306,10 @@ def gallery(run: Run) -> str:
     found = clusters(
         features, assignments, number, data.train_labels, data.classes, run.config.prototypes.temperature
     )
-    shown = [found[i] for i in torch.linspace(0, len(found) - 1, min(PROTOTYPES, len(found))).long().tolist()]
-    figures = "".join(cluster_figure(cluster, data.train_images) for cluster in shown)
+    picked = [found[i] for i in torch.linspace(0, len(found) - 1, min(PROTOTYPES, len(found))).long().tolist()]
+    figures = "".join(cluster_figure(cluster, data.train_images) for cluster in picked)
     about = (
-        f"{len(shown)} of the {number} prototypes{' of the first set' if len(run.prototypes) > 1 else ''}, "
+        f"{len(picked)} of the {number} prototypes{' of the first set' if len(run.prototypes) > 1 else ''}, "
         f"the tightest first, by the training images nearest to them. Beneath: concentration φ, number of images, "
         "share of the most frequent class. Training saw no class."
     )
@@ -326,17 +359,17 @@ def settings(config: Config) -> str:
             groups["run"][key] = value
     lists = "".join(
         f"<div><h3>{escape(group)}</h3><dl>"
-        + "".join(f"<dt>{escape(key)}</dt><dd>{escape(_shown(value))}</dd>" for key, value in values.items())
+        + "".join(f"<dt>{escape(key)}</dt><dd>{escape(shown(value))}</dd>" for key, value in values.items())
         + "</dl></div>"
         for group, values in groups.items()
     )
     return section("Settings", "As config.yaml has them.", f'<div class="settings">{lists}</div>')
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A setting as a person reads it."""
     if value is None:
         return "none"
     if isinstance(value, list):
-        return ", ".join(_shown(entry) for entry in value)
+        return ", ".join(shown(entry) for entry in value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from fastproto.train.plots import curve, data_url, duration, percent, picture, point_map, share_bar, ticks
+from fastproto.train.plots import Line, curve, data_url, duration, percent, picture, point_map, share_bar, ticks
 
 NAN = math.nan
 
@@ -60,7 +60,7 @@ def test_ticks_of_simple_ranges() -> None:
 
 def test_curve_is_linear_in_value_and_epoch() -> None:
     values = [3.0, -1.0, 0.5, 2.0, 2.0, 7.25]
-    (points,) = path_points(curve(values, title="loss", start=1))
+    (points,) = path_points(curve([Line("", values)], title="loss", start=1))
     x, y = np.array(points).T
     np.testing.assert_allclose(np.diff(x), np.diff(x)[0], atol=0.11)
     slope, offset = np.polyfit(values, y, 1)
@@ -71,7 +71,7 @@ def test_curve_is_linear_in_value_and_epoch() -> None:
 
 
 def test_curve_has_gaps_and_tells_every_value() -> None:
-    html = curve([NAN, 1.0, 2.0, NAN, 5.0, math.inf], title="a & <b>", start=1)
+    html = curve([Line("", [NAN, 1.0, 2.0, NAN, 5.0, math.inf])], title="a & <b>", start=1)
     assert [len(points) for points in path_points(html)] == [2, 1]
     assert re.findall(r"<title>(.*?)</title>", html) == ["epoch 2: 1", "epoch 3: 2", "epoch 5: 5"]
     assert "a &amp; &lt;b&gt; <b>5</b>" in html
@@ -81,14 +81,50 @@ def test_curve_has_gaps_and_tells_every_value() -> None:
 
 @pytest.mark.parametrize("values", [[0.0], [4.0, 4.0, 4.0], [0.0, 0.0], [-2.0], [1e-30, 2e-30], [1e30, -1e30]])
 def test_curve_of_one_value_or_of_extremes(values: list[float]) -> None:
-    html = curve(values, title="x")
+    html = curve([Line("", values)], title="x")
     assert len(path_points(html)[0]) == len(values)
     assert "nan" not in html
 
 
 @pytest.mark.parametrize("values", [[], [NAN], [NAN, math.inf]])
 def test_curve_of_nothing_is_nothing(values: list[float]) -> None:
-    assert curve(values, title="x") == ""
+    assert curve([Line("", values), Line("", values)], title="x") == ""
+
+
+def test_curves_share_one_scale_and_tell_all_values_of_an_epoch() -> None:
+    lines = [Line("<one>", [1.0, 2.0, 3.0]), Line("two", [5.0, NAN], 3), Line("none", [], 1)]
+    html = curve(lines, title="loss", start=1, note="Low & good.")
+    first, second = path_points(html)
+    assert len(second) == 1
+    slope = (first[2][1] - first[0][1]) / 2
+    assert second[0] == pytest.approx((first[0][0], first[0][1] + 4 * slope), abs=0.11)
+    assert re.findall(r'<g class="(c\d)">', html) == ["c0", "c3", "c1"]
+    told = ["epoch 1\n&lt;one&gt;: 1\ntwo: 5", "epoch 2\n&lt;one&gt;: 2", "epoch 3\n&lt;one&gt;: 3"]
+    assert re.findall(r"<title>(.*?)</title>", html, re.DOTALL) == told
+    # The circles under the pointer are where the lines are, in their colours.
+    circles = re.findall(r'<circle class="(c\d)" cx="([\d.]+)" cy="([\d.]+)"', html)
+    assert [(style, float(x), float(y)) for style, x, y in circles] == [
+        ("c0", *first[0]),
+        ("c3", *second[0]),
+        ("c0", *first[1]),
+        ("c0", *first[2]),
+    ]
+    # No single last value, and the note is text.
+    assert "<figcaption>loss</figcaption>" in html
+    assert "<p>Low &amp; good.</p>" in html
+
+
+def test_a_joined_curve_goes_on_where_nothing_was_measured() -> None:
+    values = [NAN, 1.0, NAN, 2.0, NAN, NAN, 0.0, NAN]
+    assert [len(path) for path in path_points(curve([Line("", values)], title="x"))] == [1, 1, 1]
+    (points,) = path_points(curve([Line("", values)], title="x", joined=True))
+    x = np.array(points)[:, 0]
+    np.testing.assert_allclose(x[1:] - x[:-1], np.array([2, 3]) * 284 / 7, atol=0.2)
+
+
+def test_many_lines_have_many_colours() -> None:
+    html = curve([Line(str(i), [1.0, i], i) for i in range(12)], title="x", colours=12)
+    assert len(set(re.findall(r"<g (style=.*?)><path", html))) == 12
 
 
 def test_map_places_and_names_every_point() -> None:

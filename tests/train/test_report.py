@@ -22,6 +22,7 @@ from fastproto.train.config import Config, EncoderConfig, PrototypeConfig
 from fastproto.train.data import Dataset
 from fastproto.train.evaluate import embed
 from fastproto.train.loop import train
+from fastproto.train.monitors import MONITORS
 from fastproto.train.plots import data_url
 from fastproto.views import ContrastiveCrop, sample_crops
 
@@ -167,6 +168,31 @@ def test_accuracy_shows_before_after_and_points() -> None:
     assert "<th>x&amp;y</th>" in report.accuracy({"x&y": 0.1}, {"x&y": 0.2}).replace(' scope="row"', "")
     assert report.accuracy({}, {}) == ""
     assert report.accuracy({"knn20": 0.1}, {}) == ""
+
+
+def test_accuracy_shows_the_best_on_the_way_where_it_was_asked_for(run: SimpleNamespace) -> None:
+    best = {"knn20": {"accuracy": 0.8, "epoch": 30.0}, "knn200": {"accuracy": 0.1, "epoch": 1}}
+    html = report.accuracy(RESULT["before"], RESULT["after"], best)
+    assert "<th>best, epoch</th>" in html
+    rows = [re.findall(r"<td>([^<]*)</td>", row)[-1].replace("\u202f", " ") for row in html.split("<tr>")[2:]]
+    assert rows == ["80.0 %, 30", "10.0 %, 1", ""]
+    # A result always has a best; without rows of the log to choose from it says nothing.
+    run.result = RESULT | {"best": best}
+    assert "best, epoch" not in report.page(run)
+    run.log = [*LOG[:1], LOG[1] | {"knn20": 0.8, "knn200": 0.1}]
+    html = report.page(run)
+    assert "best, epoch" in html
+    assert "<figcaption>kNN, k = 20 <b>0.8</b>" in html
+
+
+def test_health_draws_and_explains_every_monitor() -> None:
+    names = list(MONITORS)
+    log = [{"epoch": 1.0, names[0]: 0.5}, {"epoch": 2.0, names[0]: 0.75, names[-1]: 2.0}]
+    html = report.health(log)
+    captions = re.findall(r"<figcaption>(.*?) <b>(.*?)</b>", html)
+    assert captions == [(names[0].replace("_", " "), "0.75"), (names[-1].replace("_", " "), "2")]
+    assert re.findall(r"<p>([^<]*)</p></figure>", html) == [MONITORS[names[0]], MONITORS[names[-1]]]
+    assert report.health(LOG) == report.health([]) == ""
 
 
 def test_phase_times_are_the_result_or_the_epochs_so_far() -> None:
@@ -352,5 +378,7 @@ def test_report_of_a_real_run(tmp_path: Path) -> None:
     train(config, load_data(config), tmp_path / "run")
     html = report.write_report(tmp_path / "run").read_text(encoding="utf-8")
     parsed = Strict(html)
-    assert parsed.headings == ["Accuracy", "Time", "Embedding", "Training", "Views", "Prototypes", "Settings"]
+    parts = ["Accuracy", "Time", "Embedding", "Training", "Health", "Views", "Prototypes", "Settings"]
+    assert parsed.headings == parts
+    assert all(f"<p>{about}</p>" in html for about in MONITORS.values())
     assert "40 training and 10 test images in 2 classes" in html

@@ -133,7 +133,7 @@ def test_of_few_images_few_are_watched(
     rows = torch.ones(1, 1)
     monkeypatch.setattr(loop, "embed", lambda encode, images, *args, **options: seen.append(images) or rows)
     state = build_state(tiny_config, tiny_data, CPU)
-    for count, most, expected in ((40, 512, 40), (2000, 512, 125), (9000, 512, 512), (9000, 100, 100)):
+    for count, most, expected in ((40, 512, 40), (4000, 512, 125), (20000, 512, 512), (20000, 100, 100)):
         images = torch.arange(count).view(count, 1, 1, 1)
         monkeypatch.setattr(loop, "WATCHED", most)
         loop.watch(tiny_config, state, replace(tiny_data, train_images=images), CPU)
