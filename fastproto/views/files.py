@@ -78,16 +78,19 @@ def to_rgb(image: Image) -> Tensor:  # (3, H, W) uint8
     Raises:
         ValueError: "I" or "F" with values outside that range, which nothing says how to scale.
     """
-    from PIL import Image, ImageOps
+    from PIL import ExifTags, Image, ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    # Two copies of the pixels that are not needed take as long as decoding them. Some formats have EXIF behind them.
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_to_bytes(np.asarray(image), image.mode))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     # Copied, as Pillow's own pixels are not to be written to.
-    pixels = np.array(image.convert("RGB"))
+    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
