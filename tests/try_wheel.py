@@ -21,6 +21,7 @@ from fastproto.losses import NTXentLoss
 from fastproto.ops.crop_resize import crop_resize
 from fastproto.train.config import Config, default_recipe
 assert default_recipe("pauc", "digits") is not None and Config().method == "pauc"
+assert default_recipe("byol", "tiny-imagenet").stem == "byol_tiny-imagenet"
 assert "site-packages" in fastproto.__file__ and "site-packages" in fastproto.kernels.__file__, fastproto.__file__
 assert _native.cpp is not None, _native.cpp_error
 assert "site-packages" in _native.cpp.__file__, _native.cpp.__file__
