@@ -196,7 +196,7 @@ def table(
             cells = zip(names, (setting(run, name) for name in names), strict=True)
             rows += (
                 f'<tr><th scope="row"><i {colour}></i>{escape(run.path.resolve().name)}'
-                f"{f'<small>{also}</small>' if also else ''}</th>"
+                f"{f'<small>{also}</small>' if also and names else ''}</th>"
                 + "".join(f"<td{aligned(name)}>{escape(cell)}</td>" for name, cell in cells)
                 + "".join(f"<td>{number(column.value(run), column.digits)}</td>" for column in columns)
                 + "</tr>"
@@ -237,7 +237,7 @@ def mean_and_deviation(column: Column, runs: Sequence[Summary]) -> str:
     if len(values) < 2:
         return ""
     deviation = statistics.stdev(values)
-    return f"{number(statistics.fmean(values), column.digits)} ± {number(deviation, max(1, column.digits))}"
+    return f"{number(statistics.fmean(values), column.digits)}<small>± {number(deviation, column.digits)}</small>"
 
 
 def curves(runs: Sequence[Summary], names: Sequence[str]) -> str:

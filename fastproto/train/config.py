@@ -18,9 +18,9 @@ MethodName = Literal["simclr", "moco", "byol", "simsiam", "pcl", "spcl", "pauc"]
 CropName = Literal["random", "contrastive", "simc"]
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-# Where a run computes, where its data lies and what it keeps may change between a run and its continuation, and
-# nothing else.
-MACHINE = ("device", "data_root", "workers", "strict", "keep", "wandb")
+# Where a run computes, where its data lies, what it keeps and how it is watched may change between a run and its
+# continuation, and nothing else.
+MACHINE = ("device", "data_root", "workers", "strict", "compile", "keep", "wandb", "evaluation.knn_interval")
 
 
 @dataclass(frozen=True)
@@ -225,11 +225,14 @@ class Config:
         limit: train on so many images, spread evenly over the training set; null: on all.
         epochs: passes over the training images.
         batch_size: images in a step; what is left over at the end of an epoch waits for the next.
+        accumulate: parts of a batch, one after the other, whose gradients are added up; each part is contrasted and
+            normalised by itself.
         seed: of weights, order, views and clustering.
         device: cpu, cuda, or auto: cuda where there is one.
         devices: processes that share every batch; under torchrun those that it starts.
         sync_norm: with several processes, batch normalisation over the whole batch.
         precision: of the network; weights stay in float32.
+        compile: torch.compile the encoder; its first steps take minutes.
         keep: checkpoints that stay, the last ones; at least 2, in case that writing one goes wrong.
         wandb: log to Weights & Biases too.
         encoder: the backbone.
@@ -255,11 +258,13 @@ class Config:
     limit: int | None = None
     epochs: int = 200
     batch_size: int = 256
+    accumulate: int = 1
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1
     sync_norm: bool = True
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    compile: bool = False
     keep: int = 2
     wandb: bool = False
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -278,10 +283,12 @@ class Config:
             _expect_at_least(1, "config", image_size=self.image_size)
         if self.workers is not None:
             _expect_at_least(0, "config", workers=self.workers)
+        _expect_at_least(1, "config", accumulate=self.accumulate)
         # One image has no other to be contrasted with, and batch normalisation no variance.
-        _expect_at_least(2 * self.devices, "config", batch_size=self.batch_size)
-        multiple = f"a multiple of devices = {self.devices}"
-        expect(self.batch_size % self.devices == 0, "config", "batch_size", multiple, self.batch_size)
+        parts = self.devices * self.accumulate
+        _expect_at_least(2 * parts, "config", batch_size=self.batch_size)
+        multiple = f"a multiple of devices x accumulate = {parts}"
+        expect(self.batch_size % parts == 0, "config", "batch_size", multiple, self.batch_size)
         if self.limit is not None:
             _expect_at_least(self.batch_size, "config", limit=self.limit)
 

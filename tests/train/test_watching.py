@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastproto.train import checkpoint, loop
 from fastproto.train.checkpoint import State, build_state, check_buildable, latest_checkpoint, read_log
-from fastproto.train.config import Config, EvaluationConfig
+from fastproto.train.config import Config, EvaluationConfig, difference
 from fastproto.train.data import Dataset
 from fastproto.train.evaluate import KNN, embed, evaluate
 from fastproto.train.monitors import MONITORS, embedding_monitors, prototype_monitors
@@ -131,13 +131,19 @@ def test_of_few_images_few_are_watched(
 ) -> None:
     seen: list[Tensor] = []
     rows = torch.ones(1, 1)
-    monkeypatch.setattr(loop, "embed", lambda encode, images, *args, **options: seen.append(images) or rows)
+    monkeypatch.setattr(loop, "embed", lambda *args, ids, **options: seen.append(ids) or rows)
     state = build_state(tiny_config, tiny_data, CPU)
     for count, most, expected in ((40, 512, 40), (4000, 512, 125), (20000, 512, 512), (20000, 100, 100)):
         images = torch.arange(count).view(count, 1, 1, 1)
         monkeypatch.setattr(loop, "WATCHED", most)
         loop.watch(tiny_config, state, replace(tiny_data, train_images=images), CPU)
-        assert seen[-1].flatten().tolist() == [i * count // expected for i in range(expected)]
+        assert seen[-1].tolist() == [i * count // expected for i in range(expected)]
+
+
+def test_how_a_run_is_watched_may_change_and_never_means_less_than_never(watched_config: Config) -> None:
+    assert difference(watched_config, replace(watched_config, evaluation=EvaluationConfig(), wandb=True)) == ""
+    with pytest.raises(ValueError, match="evaluation: knn_interval expected a number >= 0, got int -1"):
+        EvaluationConfig(knn_interval=-1)
 
 
 def test_embeddings_that_are_not_finite_end_the_run(

@@ -1,0 +1,124 @@
+"""fastproto eval and fastproto report of several runs: what is printed, what is kept, what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from fastproto import cli
+from fastproto.train import data, evaluate, loop
+from fastproto.train.checkpoint import load_run
+from fastproto.train.config import Config
+from fastproto.train.data import Dataset
+from fastproto.train.probes import LEARNING_RATES, linear_sgd
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_config: Config, tiny_data: Dataset) -> Path:
+    monkeypatch.setattr(data, "load", lambda *args, **options: tiny_data)
+    monkeypatch.setattr(evaluate, "linear_sgd", partial(linear_sgd, steps=20))
+    loop.train(tiny_config, tiny_data, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
+    assert cli.main(["eval", *arguments]) == 0
+    return {line[:16].strip(): line[16:].strip() for line in capsys.readouterr().out.splitlines()}
+
+
+def kept(run: Path) -> dict:
+    return json.loads((run / "evaluation.json").read_text())
+
+
+def test_accuracies_are_kept_beside_those_before(
+    run: Path, tiny_data: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    after = json.loads((run / "result.json").read_text())["after"]
+    lines = printed(capsys, str(run), "--knn")
+    assert list(lines) == ["kNN, k = 20", "kNN, k = 200"]
+    assert lines["kNN, k = 20"] == f"{100 * after['knn20']:.1f}%"
+    assert kept(run) == {"epoch-0002": {"labels 1": {name: after[name] for name in ("knn20", "knn200")}}}
+    assert list(printed(capsys, str(run), "--linear")) == ["linear probe"]
+    assert kept(run) == {"epoch-0002": {"labels 1": after}}
+
+    lines = printed(capsys, str(run), "--linear-sgd", "--labels", "0.2")
+    encoder = load_run(run).method.encoder
+    expected = evaluate.evaluate(encoder, tiny_data, metrics=("linear_sgd",), labels=0.2)
+    assert kept(run) == {"epoch-0002": {"labels 1": after, "labels 0.2": expected}}
+    assert list(lines) == ["linear, SGD", *(f"lr {rate:g}" for rate in LEARNING_RATES)]
+    assert list(lines.values()) == [f"{100 * accuracy:.1f}%" for accuracy in expected.values()]
+    assert lines["linear, SGD"] == f"{100 * max(expected.values()):.1f}%"
+
+    # Another checkpoint has its own scores, whoever made it.
+    (run / "checkpoints" / "epoch-0002.pt").rename(run.parent / "old.pt")
+    for path, key in ((run / "checkpoints" / "epoch-0001.pt", "epoch-0001"), (run.parent / "old.pt", None)):
+        before = kept(run)
+        found = printed(capsys, str(run), "--checkpoint", str(path))
+        assert list(found) == ["kNN, k = 20", "kNN, k = 200", "linear probe"]
+        scores = kept(run)[key or str(path)]["labels 1"]
+        assert kept(run) == before | {key or str(path): {"labels 1": scores}}
+        assert [f"{100 * score:.1f}%" for score in scores.values()] == list(found.values())
+    assert scores == after
+
+
+def test_what_eval_refuses_it_refuses_before_it_measures(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(*args: object, **options: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(evaluate, "evaluate", measured)
+    (run / "damaged.pt").write_bytes(b"no checkpoint")
+    for arguments, message in (
+        (["--labels", "0"], "eval: --labels expected a share above 0, at most 1, got float 0.0"),
+        (["--labels", "1.5"], "eval: --labels expected a share above 0, at most 1, got float 1.5"),
+        (["--labels", "few"], "argument --labels: invalid float value: 'few'"),
+        (["--checkpoint", str(run / "nowhere.pt")], "No such file or directory"),
+        (["--checkpoint", str(run / "damaged.pt")], f"checkpoint: {run / 'damaged.pt'} is damaged"),
+    ):
+        assert cli.main(["eval", str(run), *arguments]) == 2
+        assert message in one_line(capsys)
+    for text, message in (("{", "evaluation.json expected JSON, got"), ("[]", "accuracies by checkpoint, got list")):
+        (run / "evaluation.json").write_text(text)
+        assert cli.main(["eval", str(run)]) == 2
+        assert message in one_line(capsys)
+        assert (run / "evaluation.json").read_text() == text
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_report_compares_where_there_are_several(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(run.parent)
+    assert cli.main(["report", str(run), str(run)]) == 0
+    assert capsys.readouterr().out == "compare.html\n"
+    assert "2 runs" in Path("compare.html").read_text()
+    assert cli.main(["report", str(run), "--out", "one.html"]) == 0
+    assert "1 run" in Path("one.html").read_text()
+    assert not (run / "report.html").exists()
+    Path("notes.txt").write_text("mine")
+    capsys.readouterr()
+    assert cli.main(["report", str(run), "--out", "notes.txt"]) == 2
+    assert one_line(capsys).endswith("got notes.txt, which is something else\n")
+    assert Path("notes.txt").read_text() == "mine"
+
+
+def test_wandb_is_named_where_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_data: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(data, "load", lambda *args, **options: tiny_data)
+    options = ["--method", "simclr", "--batch_size", "16", "--wandb", "true", "--out", str(tmp_path / "new")]
+    assert cli.main(["train", *options]) == 1
+    assert one_line(capsys).endswith("it comes with pip install wandb\n")
+    assert not (tmp_path / "new").exists()
