@@ -1,7 +1,7 @@
 """What a run carries from step to step, what it leaves on disk, and how both are read back.
 
-A run's folder holds config.yaml, log.csv, TensorBoard events, checkpoints/epoch-NNNN.pt (NNNN complete epochs), and at
-its end result.json and report.html.
+A run's folder holds config.yaml, log.csv, TensorBoard events, checkpoints/epoch-NNNN.pt (NNNN complete epochs) and,
+where neighbours are asked on the way, checkpoints/best.pt; and at its end result.json and report.html.
 """
 
 from __future__ import annotations
@@ -271,6 +271,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"checkpoint: {path} is damaged") from error
+
+
+def keep_best(path: Path) -> None:
+    """Gives a checkpoint the second name best.pt, which stays when it goes; no copy is made."""
+    part, best = path.with_name("best.part"), path.with_name("best.pt")
+    part.unlink(missing_ok=True)
+    os.link(path, part)
+    os.replace(part, best)
 
 
 def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> None:

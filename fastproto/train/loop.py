@@ -25,6 +25,7 @@ from fastproto.train.checkpoint import (
     State,
     build_state,
     build_views,
+    keep_best,
     latest_checkpoint,
     start_folder,
     write_log,
@@ -33,6 +34,7 @@ from fastproto.train.checkpoint import (
 from fastproto.train.clock import PHASES, Clock
 from fastproto.train.config import Config, OptimizerConfig, plain
 from fastproto.train.data import Dataset, batches
+from fastproto.train.encoders import Encoder
 from fastproto.train.evaluate import KNN, embed, evaluate
 from fastproto.train.methods import Method, Prototypes
 from fastproto.train.monitors import embedding_monitors, prototype_monitors
@@ -89,6 +91,9 @@ def train(
         start_folder(folder, config)
         state.save(folder, config.keep)
     method, boxes, prototypes = state.method, state.boxes, state.prototypes
+    if config.compile:
+        for encoder in (part for part in method.modules() if isinstance(part, Encoder)):
+            encoder.compile()
     module, optimizer = fabric.setup(method, state.optimizer)
     views = build_views(config, dataset)
     images = dataset.train_images.to(device)
@@ -125,17 +130,20 @@ def train(
             method.train()
             clustered = prototypes if prototypes is not None and prototypes.ready else None
             order = torch.from_numpy(np.random.default_rng((config.seed, epoch)).permutation(len(images))).to(device)
-            shares = order[: steps * config.batch_size].view(steps, -1)[:, rank::world]
-            arriving = batches(images, shares[state.step :], device)
+            shares = order[: steps * config.batch_size].view(steps, config.accumulate, -1)[:, :, rank::world]
+            arriving = batches(images, shares[state.step :].flatten(0, 1), device)
 
             for step in range(state.step, steps):
-                clock.start("views")
-                ids = shares[step]
-                pair = views(next(arriving), ids, boxes.lookup(ids), epoch)
-                clock.start("forward")
-                terms = module(pair, clustered and Prototypes(*clustered.lookup(ids)), clock)
-                clock.start("backward")
-                fabric.backward(torch.stack(list(terms.values())).sum())
+                for part, ids in enumerate(shares[step]):
+                    clock.start("views")
+                    pair = views(next(arriving), ids, boxes.lookup(ids), epoch)
+                    clock.start("forward")
+                    terms = module(pair, clustered and Prototypes(*clustered.lookup(ids)), clock)
+                    clock.start("backward")
+                    with fabric.no_backward_sync(module, enabled=part + 1 < config.accumulate):
+                        fabric.backward(torch.stack(list(terms.values())).sum() / config.accumulate)
+                    for name, term in terms.items():
+                        state.sums[name] = state.sums.get(name, 0) + term.detach().double() / config.accumulate
                 state.step = step + 1
                 done = epoch + state.step / steps
                 for group in optimizer.param_groups:
@@ -144,7 +152,6 @@ def train(
                 optimizer.zero_grad()
                 method.after_step(done / config.epochs)
                 clock.stop()
-                state.sums = {name: state.sums.get(name, 0) + term.detach().double() for name, term in terms.items()}
                 bar.update(config.batch_size)
                 if asked_anywhere(stop, device):
                     state.seconds, state.sums = clock.take(), mean_over_ranks(state.sums)
@@ -164,7 +171,9 @@ def train(
             state.epoch, state.step, state.sums, state.seconds = epoch + 1, 0, {}, {}
             bar.set_postfix_str(f"epoch {epoch + 1}, loss {row['loss']:.3f}, data {row['data_wait']:.0%}")
             if board is not None:
-                state.save(folder, config.keep)
+                path = state.save(folder, config.keep)
+                if "knn20" in row and best_scores(state.log)["knn20"]["epoch"] == epoch + 1:
+                    keep_best(path)
                 write_log(folder, state.log)
                 for name, value in row.items():
                     board.add_scalar(name, value, epoch + 1)

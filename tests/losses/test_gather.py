@@ -66,7 +66,7 @@ class Everything(nn.Module):
         loss = loss + AlignmentLoss()(out0, out1)
 
         if self.method is not None:
-            self.method._keys = out1.detach().float()
+            self.method._keys = [out1.detach().float()]
             self.method.after_step(0.5)
         return loss + self.spcl(out0, out1, h0, h1, labels)
 

@@ -15,9 +15,17 @@ from torch import Tensor
 
 from fastproto.cluster import PrototypeBank
 from fastproto.train import loop
-from fastproto.train.checkpoint import State, build_state, latest_checkpoint, read_log
+from fastproto.train.checkpoint import State, build_state, build_views, latest_checkpoint, read_checkpoint, read_log
 from fastproto.train.clock import PHASES
-from fastproto.train.config import Config, LossConfig, OptimizerConfig, PrototypeConfig, ViewConfig, plain
+from fastproto.train.config import (
+    Config,
+    EvaluationConfig,
+    LossConfig,
+    OptimizerConfig,
+    PrototypeConfig,
+    ViewConfig,
+    plain,
+)
 from fastproto.train.data import Dataset
 from fastproto.train.evaluate import evaluate
 from fastproto.train.methods import METHODS
@@ -192,6 +200,70 @@ def test_mixed_precision_keeps_its_weights_in_float32(tmp_path: Path, tiny_confi
     assert weights[1].dtype == torch.float32
     assert not torch.equal(*weights)
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["byol", "moco"])
+@pytest.mark.usefixtures("no_evaluation")
+def test_a_batch_in_parts_is_the_mean_of_its_parts(
+    tmp_path: Path, tiny_config: Config, tiny_data: Dataset, method: str
+) -> None:
+    config = replace(tiny_config, method=method, crop="random", epochs=1, batch_size=16, accumulate=2)
+    with pytest.raises(loop.Interrupted):
+        loop.train(config, tiny_data, tmp_path / "parts", stop=stop_after(1))
+    found = at_the_end(tmp_path / "parts", config, tiny_data)
+
+    state = build_state(config, tiny_data, CPU)
+    views, order = build_views(config, tiny_data), np.random.default_rng((config.seed, 0)).permutation(40)[:16]
+    state.method.train()
+    totals: dict[str, float] = {}
+    for ids in torch.from_numpy(order).split(8):
+        terms = state.method(views(tiny_data.train_images[ids], ids))
+        sum(terms.values()).div(2).backward()
+        for name, term in terms.items():
+            totals[name] = totals.get(name, 0.0) + term.item() / 2
+    for group in state.optimizer.param_groups:
+        group["lr"] = loop.learning_rate(config.optimizer, 0.5, 1)
+    state.optimizer.step()
+    state.method.after_step(0.5)
+    assert {name: float(total) for name, total in found.sums.items()} == pytest.approx(totals, rel=1e-6)
+    expected = state.method.state_dict()
+    for name, tensor in found.method.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    if method == "moco":
+        assert (found.method.queue[:16] == expected["queue"][:16]).all()
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_a_compiled_encoder_trains_as_another(
+    tmp_path: Path, tiny_config: Config, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, compile = [], torch.compile
+
+    def traced_only(module: object, **options: object) -> object:
+        compiled.append(module)
+        return compile(module, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", traced_only)
+    config = replace(tiny_config, method="byol", crop="random", epochs=1)
+    states = []
+    for flag in (False, True):
+        loop.train(replace(config, compile=flag), tiny_data, tmp_path / str(flag))
+        states.append(at_the_end(tmp_path / str(flag), config, tiny_data))
+    assert len(compiled) == 2  # the encoder and its target
+    for name, tensor in states[0].method.state_dict().items():
+        torch.testing.assert_close(states[1].method.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_best_checkpoint_stays(
+    tmp_path: Path, tiny_config: Config, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.1, 0.2, 0.4, 0.3, 0.4, 0.2, 0.5])
+    monkeypatch.setattr(loop, "evaluate", lambda *args, **options: {"knn20": next(scores), "knn200": 0.1})
+    config = replace(tiny_config, method="simclr", crop="random", epochs=5, evaluation=EvaluationConfig(knn_interval=1))
+    loop.train(config, tiny_data, tmp_path)
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"best.pt", "epoch-0004.pt", "epoch-0005.pt"}
+    assert read_checkpoint(tmp_path / "checkpoints" / "best.pt")["epoch"] == 2
 
 
 @pytest.mark.usefixtures("no_evaluation")

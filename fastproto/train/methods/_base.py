@@ -130,12 +130,12 @@ class QueueMethod(MomentumMethod):
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__(config, encoder, last_norm=True)
         self.register_buffer("queue", F.normalize(torch.randn(config.target.queue, config.head.dim), dim=1))
-        self._keys: Tensor | None = None
+        self._keys: list[Tensor] = []  # of the parts of a step
 
     def outputs(self, views: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         """Embeddings (N, D) of both views, then the target's of both."""
         keys = [self.target(view) for view in views]
-        self._keys = F.normalize(keys[1].float(), dim=1)
+        self._keys.append(F.normalize(keys[1].float(), dim=1))
         return *(self.projector(self.encoder(view)) for view in views), *keys
 
     def terms(self, outputs: tuple[Tensor, ...], prototypes: Prototypes | None) -> dict[str, Tensor]:
@@ -153,8 +153,7 @@ class QueueMethod(MomentumMethod):
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         super().after_step(progress)
-        assert self._keys is not None
-        keys, self._keys = gather_rows(self._keys), None
+        keys, self._keys = gather_rows(torch.cat(self._keys)), []
         self.queue.copy_(torch.cat([keys, self.queue])[: len(self.queue)])
 
 
