@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from gpu_marker import pytest_collection_modifyitems as pytest_collection_modifyitems
+
+_empty = torch.empty
+
+
+def _poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+    out = _empty(*args, **kwargs)
+    if out.is_floating_point():
+        out.fill_(float("nan"))
+    elif out.dtype in (torch.uint8, torch.int32, torch.int64):
+        out.fill_(torch.iinfo(out.dtype).max)
+    return out
 
 
 @pytest.fixture(autouse=True)
 def _deterministic_and_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeds torch, and lets torch.empty return NaN (or the largest integer), so that unwritten outputs show."""
     torch.manual_seed(0)
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        out = empty(*args, **kwargs)
-        if out.is_floating_point():
-            out.fill_(float("nan"))
-        elif out.dtype in (torch.uint8, torch.int32, torch.int64):
-            out.fill_(torch.iinfo(out.dtype).max)
-        return out
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty", _poisoned)
