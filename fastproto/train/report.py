@@ -22,12 +22,12 @@ from fastproto.train.checkpoint import Run, load_run, write_text
 from fastproto.train.clock import PHASES
 from fastproto.train.config import Config, plain
 from fastproto.train.data import Images
-from fastproto.train.evaluate import KNN, embed
+from fastproto.train.evaluate import KNN, embed, read_evaluations
 from fastproto.train.monitors import MONITORS
 from fastproto.train.plots import Line, curve, duration, percent, picture, point_map, share_bar
 from fastproto.views import sample_crops
 
-SCORES = {"knn20": "kNN, k = 20", "knn200": "kNN, k = 200", "linear": "Linear probe"}
+SCORES = {"knn20": "kNN, k = 20", "knn200": "kNN, k = 200", "linear": "Linear probe", "linear_sgd": "Linear, SGD"}
 METHODS = {
     "simclr": "SimCLR",
     "moco": "MoCo",
@@ -70,6 +70,7 @@ def page(run: Run) -> str:
     body = [
         heading(run, method),
         f'<div class="pair"><div>{"".join(left)}</div>{"".join(right)}</div>',
+        evaluated(read_evaluations(run.path)),
         training(run.log),
         health(run.log),
         views(run),
@@ -147,6 +148,21 @@ def accuracy(
 
 def _best(score: Mapping[str, float]) -> str:
     return f"{percent(score['accuracy'])}, {score['epoch']:g}"
+
+
+def evaluated(known: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """What ``fastproto eval`` found, a row for each checkpoint and share of the labels."""
+    found = {(checkpoint, share): scores for checkpoint, shares in known.items() for share, scores in shares.items()}
+    shown = [key for key in SCORES if any(key in scores for scores in found.values())]
+    rows = ""
+    for (checkpoint, share), scores in found.items():
+        part = percent(float(share.removeprefix("labels ")))
+        values = "".join(f"<td>{percent(scores[key]) if key in scores else ''}</td>" for key in shown)
+        rows += f'<tr><th scope="row">{escape(Path(checkpoint).name)}</th><td>{part}</td>{values}</tr>'
+    head = "".join(f"<th>{SCORES[key]}</th>" for key in shown)
+    about = "By fastproto eval: checkpoints, and training images with a label, equally many of each class."
+    table = f"<table><thead><tr><th></th><th>labels</th>{head}</tr></thead>{rows}</table>"
+    return section("Evaluations", about, rows and table)
 
 
 def phase_times(result: Mapping[str, Any], log: Sequence[Mapping[str, float]]) -> list[tuple[str, float]]:

@@ -20,7 +20,7 @@ from fastproto.train import report
 from fastproto.train.checkpoint import load_data
 from fastproto.train.config import Config, EncoderConfig, PrototypeConfig
 from fastproto.train.data import Dataset
-from fastproto.train.evaluate import embed
+from fastproto.train.evaluate import embed, write_evaluations
 from fastproto.train.loop import train
 from fastproto.train.monitors import MONITORS
 from fastproto.train.plots import data_url
@@ -55,7 +55,7 @@ class FakeMethod(nn.Module):
 
 
 @pytest.fixture
-def run() -> SimpleNamespace:
+def run(tmp_path: Path) -> SimpleNamespace:
     images = torch.randint(0, 256, (60, 3, 12, 16), dtype=torch.uint8)
     labels = torch.arange(60) % 3
     data = Dataset(
@@ -63,6 +63,7 @@ def run() -> SimpleNamespace:
     )
     low = torch.rand(40, 2) / 2
     return SimpleNamespace(
+        path=tmp_path,
         config=Config(method="pcl", epochs=2, device="cpu", prototypes=PrototypeConfig(num=(6, 9))),
         dataset=data,
         method=FakeMethod().eval(),
@@ -183,6 +184,24 @@ def test_accuracy_shows_the_best_on_the_way_where_it_was_asked_for(run: SimpleNa
     html = report.page(run)
     assert "best, epoch" in html
     assert "<figcaption>kNN, k = 20 <b>0.8</b>" in html
+
+
+def test_evaluations_have_a_row_each(run: SimpleNamespace) -> None:
+    known = {
+        "epoch-0050": {"labels 1": {"knn20": 0.5, "linear": 0.625}, "labels 0.01": {"linear": 0.25}},
+        "/other/<run>/best.pt": {"labels 1": {"linear_sgd": 0.75, "linear_sgd/0.1": 0.7}},
+    }
+    write_evaluations(run.path, known, "epoch-0050", 0.1, {"linear": 0.5})
+    html = report.page(run).split("<h2>Evaluations</h2>")[1].split("</section>")[0]
+    rows = [re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", row) for row in html.split("<tr>")[1:]]
+    assert [[cell.replace("\u202f", " ") for cell in row] for row in rows] == [
+        ["", "labels", "kNN, k = 20", "Linear probe", "Linear, SGD"],
+        ["epoch-0050", "100.0 %", "50.0 %", "62.5 %", ""],
+        ["epoch-0050", "1.0 %", "", "25.0 %", ""],
+        ["epoch-0050", "10.0 %", "", "50.0 %", ""],
+        ["best.pt", "100.0 %", "", "", "75.0 %"],
+    ]
+    assert report.evaluated({}) == ""
 
 
 def test_health_draws_and_explains_every_monitor() -> None:
