@@ -160,6 +160,7 @@ def build_views(config: Config, dataset: data.Dataset) -> ContrastiveCrop:
         alpha=1.0 if config.crop == "random" else views.alpha,
         augment=views.augment,
         jitter=views.jitter,
+        blur=views.blur,
         mean=dataset.mean,
         std=dataset.std,
         seed=config.seed,
@@ -170,7 +171,10 @@ def build_state(config: Config, dataset: data.Dataset, device: torch.device) -> 
     """The state before the first step: random weights by the seed, whole images as boxes, no prototypes."""
     torch.manual_seed(config.seed)
     size = config.views.size or dataset.train_images.shape[2]
-    encoder = build_encoder(config.encoder.name, image_size=size, width=config.encoder.width)
+    chosen_encoder = config.encoder
+    encoder = build_encoder(
+        chosen_encoder.name, image_size=size, width=chosen_encoder.width, stem=chosen_encoder.stem
+    )
     # Convolutions on a CPU are up to twice as fast on this layout, and faster on a GPU in half precision.
     encoder = encoder.to(memory_format=torch.channels_last)
     method = build_method(config, encoder).to(device)
@@ -219,11 +223,18 @@ def check_buildable(config: Config, dataset: data.Dataset) -> None:
 
 
 def build_optimizer(config: OptimizerConfig, method: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser over all trained parameters; biases and norms, which have one dimension, are not decayed."""
-    parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in parameters if parameter.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
+    """The optimiser over all trained parameters; biases and norms, which have one dimension, are not decayed.
+
+    A group whose learning rate the loop leaves alone, as the method asks, has a true "constant".
+    """
+    chosen: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in method.named_parameters():
+        if parameter.requires_grad:
+            key = (parameter.ndim <= 1, name.split(".")[0] in getattr(method, "constant_lr", ()))
+            chosen.setdefault(key, []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": chosen[flat, constant], "weight_decay": 0.0 if flat else config.weight_decay, "constant": constant}
+        for flat, constant in sorted(chosen)
     ]
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr)

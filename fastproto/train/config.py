@@ -31,10 +31,13 @@ class EncoderConfig:
         name: resnet-tiny, made for small images on a CPU; torchvision's resnet18, 34, 50, 101 or 152; or timm/NAME.
         width: channels of the first stage, at least 8; null: 32 for resnet-tiny, 64 for torchvision's networks. timm's
             have their own.
+        stem: of torchvision's networks: small keeps the resolution (3x3, no pooling), large is torchvision's (7x7 and
+            pooling); auto: small for views up to 64 px.
     """
 
     name: str = "resnet18"
     width: int | None = None
+    stem: Literal["auto", "small", "large"] = "auto"
 
     def __post_init__(self) -> None:
         if self.width is not None:
@@ -48,13 +51,15 @@ class HeadConfig:
     Args:
         hidden: units of the hidden layer.
         dim: size D of the embedding.
+        layers: of the projection head.
     """
 
     hidden: int = 512
     dim: int = 128
+    layers: int = 2
 
     def __post_init__(self) -> None:
-        _expect_at_least(1, "head", hidden=self.hidden, dim=self.dim)
+        _expect_at_least(1, "head", hidden=self.hidden, dim=self.dim, layers=self.layers)
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class ViewConfig:
         alpha: of the Beta distribution that places guided crops: 1 uniform, less than 1 suppresses the centre.
         augment: what follows the crop: colours as in SimCLR or MoCo v2, or "none".
         jitter: strengths of brightness, contrast, saturation and hue.
+        blur: probability of Gaussian blur; null: 0.5 for moco, and for simclr above 64 px.
         box_threshold: share of the heat above which a pixel belongs to the box.
         box_warmup: epochs before the first boxes are found (--crop contrastive).
         box_interval: epochs from then on until they are found again.
@@ -79,6 +85,7 @@ class ViewConfig:
     alpha: float = 0.6
     augment: Literal["simclr", "moco", "none"] = "simclr"
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    blur: float | None = None
     box_threshold: float = 0.1
     box_warmup: int = 40
     box_interval: int = 40

@@ -115,32 +115,39 @@ class TimmTrunk(nn.Module):
         return features.permute(0, 3, 1, 2) if getattr(network, "output_fmt", "NCHW") == "NHWC" else features
 
 
-def build_encoder(name: str, *, image_size: int, width: int | None = None) -> Encoder:
+def build_encoder(name: str, *, image_size: int, width: int | None = None, stem: str = "auto") -> Encoder:
     """A fresh encoder by name.
 
     Args:
         name: "resnet-tiny": a 3x3 stem and four residual blocks of 1, 2, 4 and 4 times width channels, the first three
             of which halve the resolution; made for small images on a CPU. "resnet18", 34, 50, 101, 152: torchvision's,
             with its names in ``trunk``. "timm/NAME": timm's, any whose last features are a map or tokens of patches.
-        image_size: side of the images. Up to 64 px torchvision's networks get a 3x3 stem without pooling; a timm
-            transformer takes images of this size alone.
+        image_size: side of the images; a timm transformer takes images of this size alone.
         width: channels of the first stage, at least 8; None: 32 for resnet-tiny, 64 for torchvision's. timm's networks
             have their own.
+        stem: "small", of torchvision's networks: 3x3 without pooling; "large": torchvision's own, 7x7 with pooling;
+            "auto": small up to 64 px. The others have one stem.
 
     Raises:
-        ValueError: no encoder has that name; a width below 8, or for a timm network.
+        ValueError: no encoder has that name; a width below 8, or for a timm network; a stem that it does not have.
     """
     known = f"one of resnet-tiny, {', '.join(RESNETS)}, {TIMM}NAME"
     expect(name == "resnet-tiny" or name in RESNETS or name.startswith(TIMM), "build_encoder", "name", known, name)
     expect(width is None or width >= MIN_WIDTH, "build_encoder", "width", f"at least {MIN_WIDTH}", width)
+    expect(stem == "auto" or name in RESNETS, "build_encoder", "stem", f"auto: {name} has its own", stem)
     if name == "resnet-tiny":
         width = width or TINY_WIDTH
         return Encoder(_tiny_trunk(width), 4 * width)
     if name in RESNETS:
-        return _resnet(name, width or RESNET_WIDTH, small=image_size <= SMALL_IMAGE)
+        return _resnet(name, width or RESNET_WIDTH, small=has_small_stem(name, image_size, stem))
     expect(width is None, "build_encoder", "width", f"none: {name} has its own", width)
     trunk = TimmTrunk(name.removeprefix(TIMM), image_size)
     return Encoder(trunk, trunk.num_features)
+
+
+def has_small_stem(name: str, image_size: int, stem: str) -> bool:
+    """Whether ``build_encoder`` gives one of torchvision's networks the stem that keeps the resolution."""
+    return name in RESNETS and (image_size <= SMALL_IMAGE if stem == "auto" else stem == "small")
 
 
 def _resnet(name: str, width: int, *, small: bool) -> Encoder:

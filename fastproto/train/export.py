@@ -13,7 +13,7 @@ from torch import Tensor
 import fastproto
 from fastproto._check import expect
 from fastproto.train.checkpoint import Run, load_run, write_text, write_whole
-from fastproto.train.encoders import RESNET_WIDTH, RESNETS, SMALL_IMAGE, TIMM
+from fastproto.train.encoders import RESNET_WIDTH, RESNETS, TIMM, has_small_stem
 
 CARD = "README.md"
 
@@ -135,7 +135,7 @@ ${stem}network.load_state_dict(load_file("timm.safetensors"))""",
     "safetensors": """from fastproto.train.encoders import build_encoder
 from safetensors.torch import load_file
 
-network = build_encoder("$name", image_size=$size, width=$width)
+network = build_encoder("$name", image_size=$size, width=$width, stem="$small")
 network.load_state_dict(load_file("encoder.safetensors"))""",
     "onnx": """import onnxruntime
 
@@ -153,7 +153,7 @@ def card(run: Run, kinds: list[str]) -> str:
     config, data = run.config, run.dataset
     name, (height, across) = config.encoder.name, _image_size(run)
     size = config.views.size or height
-    small = name in RESNETS and size <= SMALL_IMAGE
+    small = has_small_stem(name, size, config.encoder.stem)
     options = getattr(run.method.encoder.trunk, "options", {})
     fields = {
         "name": name,
@@ -161,6 +161,7 @@ def card(run: Run, kinds: list[str]) -> str:
         "options": "".join(f", {key}={value!r}" for key, value in options.items()),
         "stem": SMALL_STEM if small else "",
         "size": size,
+        "small": config.encoder.stem,
         "width": config.encoder.width,
         "height": height,
         "across": across,

@@ -147,7 +147,8 @@ def train(
                 state.step = step + 1
                 done = epoch + state.step / steps
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(config.optimizer, done, config.epochs)
+                    falls = not group["constant"]
+                    group["lr"] = learning_rate(config.optimizer, done, config.epochs) if falls else config.optimizer.lr
                 optimizer.step()
                 optimizer.zero_grad()
                 method.after_step(done / config.epochs)

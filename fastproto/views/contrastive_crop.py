@@ -39,6 +39,7 @@ class ContrastiveCrop(nn.Module):
         augment: "simclr": colour jitter with probability 0.8, gray 0.2, and at sizes above 64 blur of sigma 0.1 to 2
             with probability 0.5; "moco": MoCo v2's, the same with the blur at every size; "none": crop and flip alone.
         jitter: strengths of brightness, contrast, saturation and hue.
+        blur: probability of the blur; None: as ``augment`` says.
         mean: one number per channel that is subtracted from the values in [0, 1] at the end; None: none is.
         std: one number per channel to divide by after that; None: nothing is divided.
         seed: key of the whole run.
@@ -83,6 +84,7 @@ class ContrastiveCrop(nn.Module):
         views: int = 2,
         augment: str = "simclr",
         jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1),
+        blur: float | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         seed: int = 0,
@@ -105,12 +107,15 @@ class ContrastiveCrop(nn.Module):
         expect(memory_format in FORMATS, op, "memory_format", formats, str(memory_format))
         expect(augment in AUGMENTS, op, "augment", "one of " + ", ".join(AUGMENTS), augment)
         expect_jitter(op, jitter)
+        expect(blur is None or 0 <= blur <= 1, op, "blur", "a probability or None", blur)
         for argument, values in (("mean", mean), ("std", std)):
             expect(values is None or len(values) > 0, op, argument, "one number per channel or None", values)
         expect(std is None or min(std) > 0, op, "std", "positive numbers", std)
         self.size = (sides[0], sides[1])
         self.scale, self.ratio, self.alpha = scale, ratio, alpha
         self.views, self.augment, self.jitter, self.seed = views, augment, jitter, seed
+        by_augment = 0.5 if augment == "moco" or min(self.size) > BLUR_ABOVE else 0.0
+        self.blur = by_augment if blur is None else blur
         self.mean, self.std = mean, std
         self.first_view, self.dtype, self.memory_format = first_view, dtype, memory_format
 
@@ -133,8 +138,7 @@ class ContrastiveCrop(nn.Module):
         if self.augment == "none":
             out = crop_resize(images, crops, **cut, **scaling, dtype=self.dtype)
         else:
-            blur_p = 0.5 if self.augment == "moco" or min(self.size) > BLUR_ABOVE else 0.0
-            drawn: Any = sample_photometric(sample_ids, jitter=self.jitter, blur_p=blur_p, **key)
+            drawn: Any = sample_photometric(sample_ids, jitter=self.jitter, blur_p=self.blur, **key)
             drawn = {name: rows[skipped:] for name, rows in drawn.items()}
             # Between the two steps the values are float32, in memory that takes the result too where it is float32.
             resized = crop_resize(images, crops, **cut)

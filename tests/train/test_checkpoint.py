@@ -151,6 +151,20 @@ def test_only_matrices_and_kernels_are_decayed() -> None:
     assert adamw.param_groups[0]["lr"] == 0.3
 
 
+def test_simsiams_predictor_has_groups_of_its_own(tiny_config: Config, tiny_data: Dataset) -> None:
+    config = replace(tiny_config, method="simsiam", optimizer=OptimizerConfig(weight_decay=0.1))
+    state = checkpoint.build_state(config, tiny_data, CPU)
+    names = {id(parameter): name for name, parameter in state.method.named_parameters()}
+    seen = {}
+    for group in state.optimizer.param_groups:
+        for parameter in group["params"]:
+            seen[names.pop(id(parameter))] = group["constant"], group["weight_decay"], parameter.ndim
+    assert not names
+    for name, (constant, decay, ndim) in seen.items():
+        assert constant == name.startswith("predictor.")
+        assert decay == (0.1 if ndim > 1 else 0)
+
+
 def test_lars_scales_the_steps_of_matrices_and_kernels_by_their_norms() -> None:
     module = nn.Linear(4, 2)
     weight, bias = module.weight.detach().clone(), module.bias.detach().clone()

@@ -107,6 +107,15 @@ def test_every_weight_of_the_tiny_encoder_learns_in_either_layout() -> None:
         torch.testing.assert_close(plain, channels_last, rtol=1e-3, atol=1e-4)
 
 
+def test_the_stem_can_be_chosen() -> None:
+    for stem, image_size, kernel in (("small", 96, 3), ("large", 32, 7), ("auto", 96, 7), ("auto", 32, 3)):
+        encoder = build_encoder("resnet18", image_size=image_size, width=8, stem=stem)
+        assert encoder.trunk.conv1.kernel_size == (kernel, kernel)
+        assert isinstance(encoder.trunk.maxpool, nn.Identity) == (kernel == 3)
+    with pytest.raises(ValueError, match="stem expected auto: resnet-tiny has its own, got small"):
+        build_encoder("resnet-tiny", image_size=32, stem="small")
+
+
 def test_unknown_names_and_narrow_ones_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"build_encoder: name expected one of resnet-tiny, resnet18, .*, timm/NAME, got vit"

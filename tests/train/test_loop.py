@@ -254,6 +254,16 @@ def test_a_compiled_encoder_trains_as_another(
         torch.testing.assert_close(states[1].method.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.usefixtures("no_evaluation")
+def test_simsiams_predictor_keeps_its_learning_rate(tmp_path: Path, tiny_config: Config, tiny_data: Dataset) -> None:
+    config = replace(tiny_config, method="simsiam", crop="random", epochs=2)
+    with pytest.raises(loop.Interrupted):
+        loop.train(config, tiny_data, tmp_path, stop=stop_after(3))
+    groups = at_the_end(tmp_path, config, tiny_data).optimizer.param_groups
+    rates = {(group["constant"], group["lr"]) for group in groups}
+    assert rates == {(True, 0.05), (False, loop.learning_rate(config.optimizer, 1.5, 2))}
+
+
 def test_the_best_checkpoint_stays(
     tmp_path: Path, tiny_config: Config, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from fastproto.cluster import whiten
 from fastproto.train.clock import Clock
-from fastproto.train.config import Config, LossConfig, PrototypeConfig
+from fastproto.train.config import Config, HeadConfig, LossConfig, PrototypeConfig
 from fastproto.train.encoders import build_encoder
 from fastproto.train.methods import METHODS, Method, Prototypes, build_method
 
@@ -272,6 +273,15 @@ def test_the_queue_holds_the_latest_keys_first(tiny_config: Config, name: str) -
         expected = [*(unit(key) for key in keys), *expected]
         method.after_step(0.0)
         torch.testing.assert_close(method.queue, torch.stack(expected[:40]))
+
+
+def test_the_projection_head_has_the_layers_asked_for(tiny_config: Config) -> None:
+    for layers in (1, 2, 3):
+        head = HeadConfig(hidden=16, dim=8, layers=layers)
+        method = build_method(replace(tiny_config, head=head), build_encoder("resnet-tiny", image_size=16, width=8))
+        linear = [module for module in method.projector if isinstance(module, nn.Linear)]
+        sizes = [32, *[16] * (layers - 1), 8]
+        assert [(layer.in_features, layer.out_features) for layer in linear] == list(pairwise(sizes))
 
 
 def test_a_queue_shorter_than_a_batch_keeps_its_first_keys(tiny_config: Config) -> None:

@@ -146,6 +146,21 @@ def test_gray_images_any_strides_and_no_images(augment: str) -> None:
     assert [view.shape for view in crop(images[:0], ids[:0])] == [(0, 1, 20, 20)] * 2
 
 
+@pytest.mark.parametrize(
+    ("augment", "size", "otherwise"), [("simclr", 16, 0.0), ("simclr", 65, 0.5), ("moco", 16, 0.5)]
+)
+def test_blur_is_as_asked_or_as_the_augmentation_says(augment: str, size: int, otherwise: float) -> None:
+    images, ids = images_of(8), torch.arange(8)
+    views = {}
+    for blur in (None, 0.0, 0.5, 1.0):
+        views[blur] = torch.stack(ContrastiveCrop(size, augment=augment, blur=blur)(images, ids))
+    assert torch.equal(views[None], views[otherwise])
+    changed = (views[0.0] != views[0.5]).flatten(2).any(2), (views[0.0] != views[1.0]).flatten(2).any(2)
+    assert 0 < changed[0].sum() < changed[1].sum() <= 16
+    with pytest.raises(ValueError, match="ContrastiveCrop: blur expected a probability or None"):
+        ContrastiveCrop(16, blur=1.5)
+
+
 def test_compiles_without_a_break() -> None:
     crop, images, ids = ContrastiveCrop(16, augment="moco", mean=MEAN, std=STD), images_of(3), torch.arange(3)
     compiled = torch.compile(crop, fullgraph=True, backend="eager")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastproto.losses._gather import gather_rows
 from fastproto.train.clock import Clock
-from fastproto.train.config import Config
+from fastproto.train.config import Config, HeadConfig
 from fastproto.train.encoders import Encoder
 
 
@@ -38,6 +38,7 @@ class Method(nn.Module, ABC):
     """
 
     clusters = False
+    constant_lr: tuple[str, ...] = ()  # parts whose learning rate does not fall
     projector: nn.Module
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
@@ -100,7 +101,7 @@ class MomentumMethod(Method):
 
     def __init__(self, config: Config, encoder: Encoder, last_norm: bool = False) -> None:
         super().__init__(config, encoder)
-        self.projector = mlp(encoder.num_features, config.head.hidden, config.head.dim, last_norm=last_norm)
+        self.projector = projection_head(config.head, encoder, last_norm=last_norm)
         self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
 
@@ -155,6 +156,12 @@ class QueueMethod(MomentumMethod):
         super().after_step(progress)
         keys, self._keys = gather_rows(torch.cat(self._keys)), []
         self.queue.copy_(torch.cat([keys, self.queue])[: len(self.queue)])
+
+
+def projection_head(config: HeadConfig, encoder: Encoder, last_norm: bool = False) -> nn.Sequential:
+    """From the encoder's features to the embedding."""
+    hidden = [config.hidden] * (config.layers - 1)
+    return mlp(encoder.num_features, *hidden, config.dim, last_norm=last_norm)
 
 
 def mlp(*sizes: int, last_norm: bool = False) -> nn.Sequential:

@@ -7,7 +7,7 @@ from torch import Tensor
 from fastproto.losses import NTXentLoss
 from fastproto.train.config import Config
 from fastproto.train.encoders import Encoder
-from fastproto.train.methods._base import Method, Prototypes, mlp
+from fastproto.train.methods._base import Method, Prototypes, projection_head
 
 
 class SimCLR(Method):
@@ -15,7 +15,7 @@ class SimCLR(Method):
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__(config, encoder)
-        self.projector = mlp(encoder.num_features, config.head.hidden, config.head.dim)
+        self.projector = projection_head(config.head, encoder)
         self.contrast = NTXentLoss(self.temperature(0.5), gather_distributed=True)
 
     def outputs(self, views: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

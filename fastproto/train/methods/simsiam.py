@@ -7,16 +7,21 @@ from torch import Tensor
 from fastproto.losses import NegativeCosineSimilarity
 from fastproto.train.config import Config
 from fastproto.train.encoders import Encoder
-from fastproto.train.methods._base import Method, Prototypes, mlp
+from fastproto.train.methods._base import Method, Prototypes, mlp, projection_head
 
 
 class SimSiam(Method):
-    """Negative cosine similarity of predictions and stopped projections, the mean of both directions."""
+    """Negative cosine similarity of predictions and stopped projections, the mean of both directions.
+
+    The predictor's learning rate does not fall: it has to keep up with the projections (section 4.2 and its code).
+    """
+
+    constant_lr = ("predictor",)
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__(config, encoder)
-        hidden, dim = config.head.hidden, config.head.dim
-        self.projector = mlp(encoder.num_features, hidden, dim, last_norm=True)
+        dim = config.head.dim
+        self.projector = projection_head(config.head, encoder, last_norm=True)
         # A bottleneck, as in the paper: a quarter of the embedding.
         self.predictor = mlp(dim, max(1, dim // 4), dim)
         self.similarity = NegativeCosineSimilarity()

@@ -13,7 +13,7 @@ from fastproto.cluster import whiten
 from fastproto.losses import SPCLLoss
 from fastproto.train.config import Config
 from fastproto.train.encoders import Encoder
-from fastproto.train.methods._base import Method, Prototypes, mlp
+from fastproto.train.methods._base import Method, Prototypes, projection_head
 
 
 class SPCL(Method):
@@ -25,7 +25,7 @@ class SPCL(Method):
         super().__init__(config, encoder)
         sets = config.prototypes.num
         expect(len(sets) == 1, "spcl", "prototypes.num", "one prototype set", str(sets))
-        self.projector = mlp(encoder.num_features, config.head.hidden, config.head.dim)
+        self.projector = projection_head(config.head, encoder)
         self.loss = SPCLLoss(encoder.num_features, sets[0], self.temperature(0.5), gather_distributed=True)
         self.cluster_dim = min(config.prototypes.whiten_dim, encoder.num_features)
 
