@@ -111,7 +111,9 @@ def train(arguments: Sequence[str]) -> int:
     print(f"{'':16}{'before':>8}{'after':>8}   of {config.epochs} epochs")
     for metric in result["after"]:
         values = (result[when][metric] for when in ("before", "after"))
-        print(f"{METRICS[metric]:16}" + "".join(f"{100 * value:7.1f}%" for value in values))
+        best = result["best"].get(metric) if config.evaluation.knn_interval else None
+        also = f"   {100 * best['accuracy']:.1f}% after epoch {best['epoch']:g}" if best else ""
+        print(f"{METRICS[metric]:16}" + "".join(f"{100 * value:7.1f}%" for value in values) + also)
     print(f"{sum(result['time_s'].values()):.0f} s; {write_report(folder)}")
     return 0
 

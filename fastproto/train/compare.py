@@ -30,7 +30,7 @@ SETTINGS = ("method", "crop", "data", "seed", "epochs")
 class Summary(NamedTuple):
     """What a run's folder says without its data."""
 
-    path: Path
+    name: str  # of its folder
     config: Config
     log: list[dict[str, float]]
     result: dict[str, Any]
@@ -55,7 +55,14 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
     if path.exists():
         ours = path.is_file() and 'name="generator" content="fastproto"' in path.read_text(errors="replace")[:1000]
         expect(ours, "report", "--out", "a new file, or an earlier page", f"{path}, which is something else")
-    write_text(path, page(grouped([read_summary(Path(folder)) for folder in folders])))
+    runs = [read_summary(Path(folder)) for folder in folders]
+    names = [run.name for run in runs]
+    # Two folders of one name are told apart by their paths.
+    runs = [
+        run._replace(name=str(folder)) if names.count(run.name) > 1 else run
+        for run, folder in zip(runs, folders, strict=True)
+    ]
+    write_text(path, page(grouped(runs)))
     return path
 
 
@@ -68,7 +75,7 @@ def read_summary(folder: Path) -> Summary:
     expect(is_run(folder), "report", "folder", "one that holds a run", str(folder))
     path = folder / "result.json"
     result = json.loads(path.read_text()) if path.is_file() else {}
-    return Summary(folder, read_config(folder / "config.yaml"), read_log(folder), result)
+    return Summary(folder.resolve().name, read_config(folder / "config.yaml"), read_log(folder), result)
 
 
 def grouped(runs: Sequence[Summary]) -> list[Summary]:
@@ -195,7 +202,7 @@ def table(
         for run in members:
             cells = zip(names, (setting(run, name) for name in names), strict=True)
             rows += (
-                f'<tr><th scope="row"><i {colour}></i>{escape(run.path.resolve().name)}'
+                f'<tr><th scope="row"><i {colour}></i>{escape(run.name)}'
                 f"{f'<small>{also}</small>' if also and names else ''}</th>"
                 + "".join(f"<td{aligned(name)}>{escape(cell)}</td>" for name, cell in cells)
                 + "".join(f"<td>{number(column.value(run), column.digits)}</td>" for column in columns)
@@ -246,7 +253,7 @@ def curves(runs: Sequence[Summary], names: Sequence[str]) -> str:
     titles |= {key: key.replace("_", " ") for key in MONITORS} | {"images_per_s": "images per second"}
     plots = "".join(
         curve(
-            [Line(run.path.resolve().name, [row.get(key, math.nan) for row in run.log], run.group) for run in runs],
+            [Line(run.name, [row.get(key, math.nan) for row in run.log], run.group) for run in runs],
             title=title,
             start=1,
             joined=key in KNN,

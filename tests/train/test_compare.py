@@ -77,7 +77,7 @@ def card(html: str, title: str) -> str:
 
 def test_runs_that_differ_in_the_seed_belong_together(folders: list[Path]) -> None:
     runs = grouped([read_summary(folder) for folder in folders])
-    assert [(run.path.name, run.group) for run in runs] == [("b0", 0), ("b1", 0), ("b2", 0), ("slow", 1), ("<half>", 2)]
+    assert [(run.name, run.group) for run in runs] == [("b0", 0), ("b1", 0), ("b2", 0), ("slow", 1), ("<half>", 2)]
 
 
 def test_the_table_of_accuracies(tmp_path: Path, folders: list[Path]) -> None:
@@ -146,6 +146,12 @@ def test_runs_alike_have_no_small_print_and_one_run_no_mean(tmp_path: Path, conf
     html = write_comparison(runs[:1], tmp_path / "page.html").read_text(encoding="utf-8")
     assert "1 run <span>of 1 setting<" in html
     assert "±" not in html
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path: Path, config: Config) -> None:
+    runs = [make_run(tmp_path / place / "run", replace(config, method=place), 0.5) for place in ("byol", "moco")]  # type: ignore[arg-type]
+    html = write_comparison(runs, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert list(cells(card(html, "Cost"))) == ["", *map(str, runs)]
 
 
 def test_a_run_that_has_just_begun(tmp_path: Path, config: Config) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from fastproto import cli
-from fastproto.train import data, evaluate, loop
+from fastproto.train import data, evaluate, loop, report
 from fastproto.train.checkpoint import load_run
-from fastproto.train.config import Config
+from fastproto.train.config import Config, EvaluationConfig
 from fastproto.train.data import Dataset
 from fastproto.train.probes import LEARNING_RATES, linear_sgd
 
@@ -111,6 +112,23 @@ def test_report_compares_where_there_are_several(
     assert cli.main(["report", str(run), "--out", "notes.txt"]) == 2
     assert one_line(capsys).endswith("got notes.txt, which is something else\n")
     assert Path("notes.txt").read_text() == "mine"
+
+
+def test_training_prints_the_best_on_the_way_where_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = {"knn20": {"accuracy": 0.75, "epoch": 1}}
+    scores = {"knn20": 0.5, "linear": 0.25}
+    result = {"before": scores, "after": scores, "best": best, "time_s": {"views": 1.0}}
+    for interval in (1, 0):
+        config = replace(tiny_config, evaluation=EvaluationConfig(interval))
+        monkeypatch.setattr(cli, "prepare", lambda arguments, config=config: (config, None, tmp_path, False, None))
+        monkeypatch.setattr(loop, "train", lambda *args, **options: result)
+        monkeypatch.setattr(report, "write_report", lambda folder: folder)
+        assert cli.main(["train"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[2] == "kNN, k = 20        50.0%   50.0%" + interval * "   75.0% after epoch 1"
+        assert lines[3] == "linear probe       25.0%   25.0%"
 
 
 def test_wandb_is_named_where_it_is_missing(
