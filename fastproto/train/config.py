@@ -14,7 +14,9 @@ from jsonargparse import ArgumentParser, Namespace
 
 from fastproto._check import expect
 
-MethodName = Literal["simclr", "moco", "byol", "simsiam", "pcl", "spcl", "pauc"]
+# One file per method. They import this one, so that only their names are looked at here.
+METHOD_NAMES = sorted(path.stem for path in (Path(__file__).parent / "methods").glob("[!_]*.py"))
+MethodName = Literal[tuple(METHOD_NAMES)]  # type: ignore[valid-type]
 CropName = Literal["random", "contrastive", "simc"]
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -252,7 +254,7 @@ class Config:
         evaluation: on the way.
     """
 
-    method: MethodName = "pauc"
+    method: MethodName = "pauc"  # type: ignore[valid-type]
     crop: CropName = "contrastive"
     data: str = "digits"
     data_root: str | None = None

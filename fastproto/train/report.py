@@ -60,7 +60,7 @@ def page(run: Run) -> str:
     """The whole page of a ``fastproto.train.checkpoint.Run``."""
     config, data = run.config, run.dataset
     run.method.to(device_of(run))
-    method = METHODS.get(config.method, config.method)
+    method = METHODS.get(config.method) or config.method
     mapped = torch.linspace(0, len(data.test_labels) - 1, min(MAPPED_IMAGES, len(data.test_labels))).long()
     features = embed(run.method.encoder, data.test_images[mapped], data.mean, data.std, device=device_of(run)).cpu()
     result = run.result

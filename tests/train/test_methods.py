@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fastproto.cluster import whiten
+from fastproto.train import loop, methods
+from fastproto.train.checkpoint import read_log
 from fastproto.train.clock import Clock
 from fastproto.train.config import Config, HeadConfig, LossConfig, PrototypeConfig
+from fastproto.train.data import Dataset
 from fastproto.train.encoders import build_encoder
 from fastproto.train.methods import METHODS, Method, Prototypes, build_method
 
@@ -273,6 +278,20 @@ def test_the_queue_holds_the_latest_keys_first(tiny_config: Config, name: str) -
         expected = [*(unit(key) for key in keys), *expected]
         method.after_step(0.0)
         torch.testing.assert_close(method.queue, torch.stack(expected[:40]))
+
+
+def test_the_method_in_contributing_is_one(
+    tmp_path: Path, tiny_config: Config, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parent.parent.parent / "CONTRIBUTING.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "twins.py").write_text(code)
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    monkeypatch.setitem(METHODS, "twins", methods._class_of("twins"))
+    config = replace(tiny_config, method="twins", loss=LossConfig(correlation_weight=0.5))
+    loop.train(config, tiny_data, tmp_path / "run")
+    log = read_log(tmp_path / "run")
+    assert [row["loss/correlation"] == row["loss"] > 0 for row in log] == [True, True]
 
 
 def test_the_projection_head_has_the_layers_asked_for(tiny_config: Config) -> None:

@@ -1,28 +1,24 @@
-"""The methods by name: each a module with an encoder, heads, and a loss in named terms."""
+"""The methods by name: each file here is one, its class a module with an encoder, heads, and a loss in named terms."""
 
 from __future__ import annotations
 
-from fastproto.train.config import Config, MethodName
+import importlib
+
+from fastproto.train.config import METHOD_NAMES, Config
 from fastproto.train.encoders import Encoder
 from fastproto.train.methods._base import Method as Method
 from fastproto.train.methods._base import Prototypes as Prototypes
-from fastproto.train.methods.byol import BYOL
-from fastproto.train.methods.moco import MoCo
-from fastproto.train.methods.pauc import PAUC
-from fastproto.train.methods.pcl import PCL
-from fastproto.train.methods.simclr import SimCLR
-from fastproto.train.methods.simsiam import SimSiam
-from fastproto.train.methods.spcl import SPCL
 
-METHODS: dict[MethodName, type[Method]] = {
-    "simclr": SimCLR,
-    "moco": MoCo,
-    "byol": BYOL,
-    "simsiam": SimSiam,
-    "pcl": PCL,
-    "spcl": SPCL,
-    "pauc": PAUC,
-}
+
+def _class_of(name: str) -> type[Method]:
+    """The one class of a method's file."""
+    module = importlib.import_module(f"{__name__}.{name}")
+    values = (value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Method))
+    (found,) = (value for value in values if value.__module__ == module.__name__)
+    return found
+
+
+METHODS = {name: _class_of(name) for name in METHOD_NAMES}
 
 __all__ = ["METHODS", "Method", "Prototypes", "build_method"]
 
