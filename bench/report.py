@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -57,10 +58,44 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def runs_markdown() -> str:
+    """One table for each data set on which the methods were trained: means and deviations over the seeds."""
+    tables = []
+    for path in sorted(RESULTS.glob("*/runs/*.json")):
+        found = json.loads(path.read_text())
+        settings, rows = found["settings"], found["rows"]
+        lines = [
+            f"{settings['data']}, {settings['encoder.name']}, {settings['epochs']} epochs in batches of "
+            f"{settings['batch_size']}: accuracy in % after the last epoch, mean ± deviation over seeds",
+            "",
+            "| method | crop | seeds | kNN 20 | kNN 200 | linear | minutes | clustering | loss, a step | views |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for method, crop in dict.fromkeys((row["method"], row["crop"]) for row in rows):
+            mine = [row for row in rows if (row["method"], row["crop"]) == (method, crop)]
+            scores = []
+            for metric in ("after/knn20", "after/knn200", "after/linear"):
+                values = [100 * row[metric] for row in mine]
+                deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+                scores.append(f"{statistics.mean(values):.1f}{deviation}")
+            means = {
+                name: statistics.mean(row[name] for row in mine)
+                for name in ("minutes", "clustering_minutes", "loss_ms", "data_wait")
+            }
+            lines.append(
+                f"| {method} | {crop} | {len(mine)} | {' | '.join(scores)} | {means['minutes']:.1f} | "
+                f"{means['clustering_minutes']:.1f} | {means['loss_ms']:.1f} ms | {means['data_wait']:.1%} |"
+            )
+        commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+        lines += ["", f"Trained on {found['device']}, torch {found['versions']['torch']}, commit {commits}."]
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
-    table = markdown(load())
+    table = "\n\n".join(filter(None, [markdown(load()), runs_markdown()]))
     if not parser.parse_args().readme:
         print(table)
         return

@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import json
+import math
+import sys
+
 import pytest
 import report
+import table
 
 
 def test_results_load_and_stand_in_the_readme() -> None:
     rows = report.load()
     assert rows
     assert report.markdown(rows) in report.README.read_text()
+    assert report.runs_markdown() in report.README.read_text()
+
+
+def test_runs_are_trained_in_slices_and_averaged_over_seeds(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    small = ["--limit", "32", "--batch_size", "16", "--epochs", "2", "--device", "cpu", "--encoder.name", "resnet-tiny"]
+    small += ["--encoder.width", "8", "--head.hidden", "8", "--views.size", "16", "--methods", "simclr", "pcl"]
+    small += ["--prototypes.num", "[3]", "--prototypes.warmup", "1", "--target.queue", "16"]
+    command = ["table.py", "digits", "--out", str(tmp_path / "runs"), "--crops", "random", "--seeds", "0", "1", *small]
+    for minutes in (0.0, 9.0, 9.0):
+        monkeypatch.setattr(sys, "argv", [*command, "--minutes", str(minutes)])
+        table.main()
+    (path,) = tmp_path.glob("*/runs/digits.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["method"], row["seed"]) for row in rows] == [("simclr", 0), ("pcl", 0), ("simclr", 1), ("pcl", 1)]
+    values = [100 * row["after/knn20"] for row in rows if row["method"] == "pcl"]
+    mean, deviation = sum(values) / 2, abs(values[0] - values[1]) / math.sqrt(2)
+    assert f"| pcl | random | 2 | {mean:.1f} ± {deviation:.1f} |" in report.runs_markdown()
+    monkeypatch.setattr(sys, "argv", [*command, "--optimizer.lr", "0.5"])
+    with pytest.raises(SystemExit):
+        table.main()
 
 
 def test_rows_of_another_schema_are_refused(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

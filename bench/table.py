@@ -1,0 +1,100 @@
+"""Every method with every crop on one data set and one recipe, seed by seed, in slices that can be resumed.
+
+    python bench/table.py imagefolder:PATH --minutes 9 --seeds 0 1 2 --epochs 20 --limit 2048 --encoder.width 16
+    bench/gpu.sh train imagefolder:PATH --epochs 200 ...
+
+Options that are not its own are those of ``fastproto train``, for all runs alike. When the minutes are over the run at
+hand leaves a checkpoint in --out, and the same command goes on from there; runs that have ended are rows of
+bench/results/MACHINE/runs/NAME.json and are not repeated. ``python bench/report.py --readme`` writes means over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import RESULTS, _environment, device_name
+
+from fastproto.train.checkpoint import is_run, load_data
+from fastproto.train.config import MACHINE, METHOD_NAMES, Config, config_parser, flat, parse, resolve
+from fastproto.train.loop import Interrupted, train
+
+VARIED = ("method", "crop", "seed")
+PER_STEP = ("views", "forward", "loss", "backward")
+
+
+def row(config: Config, result: dict[str, Any], steps: int) -> dict[str, Any]:
+    """What the table says of a run that has ended."""
+    seconds = result["time_s"]
+    busy = sum(seconds[phase] for phase in PER_STEP)
+    return {
+        "method": config.method,
+        "crop": config.crop,
+        "seed": config.seed,
+        "commit": _environment()["commit"],
+        **{f"before/{name}": score for name, score in result["before"].items()},
+        **{f"after/{name}": score for name, score in result["after"].items()},
+        "minutes": sum(seconds.values()) / 60,
+        "clustering_minutes": seconds["clustering"] / 60,
+        "loss_ms": 1e3 * seconds["loss"] / steps,
+        "data_wait": seconds["views"] / busy,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("data", help="as for fastproto train")
+    add("--name", help="of the result file; the data's last part by default")
+    add("--out", type=Path, default=Path("runs/table"), help="where unfinished runs wait")
+    add("--minutes", type=float, default=9.0)
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--methods", nargs="+", default=METHOD_NAMES)
+    add("--crops", nargs="+", default=["random", "contrastive"])
+    options, rest = parser.parse_known_args()
+    deadline = time.monotonic() + 60 * options.minutes
+    settings = config_parser()
+    base = parse(settings, ["--data", options.data, *rest])
+    name = options.name or Path(options.data.partition(":")[2] or options.data).name
+    dataset = load_data(resolve(settings, base))
+    device = "cuda" if torch.cuda.is_available() and base.device != "cpu" else "cpu"
+    machine = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    path = RESULTS / machine / "runs" / f"{name}.json"
+    common = {key: value for key, value in flat(resolve(settings, base)).items() if key not in (*VARIED, *MACHINE)}
+    common["data"] = name
+    found = json.loads(path.read_text()) if path.is_file() else {"settings": common, "rows": []}
+    differing = [key for key, value in json.loads(json.dumps(common)).items() if found["settings"].get(key) != value]
+    if differing:
+        parser.error(f"{path} holds runs of other settings: {', '.join(differing)}; take another --name")
+    ended = {(done["method"], done["crop"], done["seed"]) for done in found["rows"]}
+    for seed in options.seeds:
+        for method in options.methods:
+            for crop in options.crops:
+                if (method, crop, seed) in ended:
+                    continue
+                chosen = ["--method", method, "--crop", crop, "--seed", str(seed)]
+                config = resolve(settings, parse(settings, ["--data", options.data, *rest, *chosen]))
+                folder = options.out / name / f"{method}-{crop}-{seed}"
+                try:
+                    result = train(
+                        config, dataset, folder, resume=is_run(folder), stop=lambda: time.monotonic() > deadline
+                    )
+                except Interrupted:
+                    print("time is over; the same command goes on")
+                    return
+                steps = config.epochs * (len(dataset.train_images) // config.batch_size)
+                found |= _environment() | {"device": device_name(device)}
+                found["rows"].append(row(config, result, steps))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(found, indent=1) + "\n")
+                print(json.dumps(found["rows"][-1]))
+    print(f"all runs have ended: {path}")
+
+
+if __name__ == "__main__":
+    main()
