@@ -194,6 +194,7 @@ def build_state(config: Config, dataset: data.Dataset, device: torch.device) -> 
             temperature=chosen.temperature,
             n_iter=chosen.n_iter,
             n_init=chosen.n_init,
+            warm_start=chosen.warm_start,
             seed=config.seed,
         ).to(device)
     return State(method, build_optimizer(config.optimizer, method), boxes, prototypes)

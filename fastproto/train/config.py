@@ -111,6 +111,7 @@ class PrototypeConfig:
         n_init: k-means starts, of which the best is kept.
         whiten_dim: dimensions kept when spcl whitens its features by PCA; fewer where the features have fewer.
         temperature: mean of the concentrations.
+        warm_start: begin a clustering with the centres of the one before; takes fewer iterations to the same objective.
     """
 
     num: tuple[int, ...] = (512,)
@@ -120,6 +121,7 @@ class PrototypeConfig:
     n_init: int = 1
     whiten_dim: int = 256
     temperature: float = 0.2
+    warm_start: bool = False
 
     def __post_init__(self) -> None:
         expect(len(self.num) > 0 and min(self.num) > 0, "prototypes", "num", "one or more numbers >= 1", self.num)

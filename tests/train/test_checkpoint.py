@@ -151,6 +151,19 @@ def test_only_matrices_and_kernels_are_decayed() -> None:
     assert adamw.param_groups[0]["lr"] == 0.3
 
 
+def test_a_clustering_begins_where_it_is_asked_to(tiny_config: Config, tiny_data: Dataset) -> None:
+    found = []
+    for warm_start in (False, True):
+        config = replace(tiny_config, prototypes=PrototypeConfig(num=(5,), n_iter=1, warm_start=warm_start))
+        bank = checkpoint.build_state(config, tiny_data, CPU).prototypes
+        features = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+        for _ in range(3):
+            bank.update(features)
+        found.append(float((features - bank.prototypes_0[bank.assignments_0]).square().sum()))
+    # One iteration from new centres each time, or three in a row.
+    assert found[1] < found[0]
+
+
 def test_simsiams_predictor_has_groups_of_its_own(tiny_config: Config, tiny_data: Dataset) -> None:
     config = replace(tiny_config, method="simsiam", optimizer=OptimizerConfig(weight_decay=0.1))
     state = checkpoint.build_state(config, tiny_data, CPU)
