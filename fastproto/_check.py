@@ -39,6 +39,23 @@ def expect_type(value: Any, types: type | tuple[type, ...], op: str, argument: s
         raise TypeError(f"{op}: {argument} expected {expected}, got {describe(value)}")
 
 
+def expect_size(value: Any, op: str, argument: str) -> tuple[int, int]:
+    """Height and width from two positive ints, or from one for both; raises ValueError for anything else."""
+    sides = (value, value) if isinstance(value, int) else value
+    good = isinstance(sides, (tuple, list)) and len(sides) == 2
+    good = good and all(isinstance(side, int) and side > 0 for side in sides)
+    expect(good, op, argument, "a positive int or two", value)
+    return sides[0], sides[1]
+
+
+def expect_numbers(values: Any, op: str, argument: str, expected: str) -> tuple[float, ...]:
+    """The numbers of a tuple, list, array or tensor; raises TypeError for anything else."""
+    numbers = values.tolist() if isinstance(values, (Tensor, np.ndarray)) else values
+    if not isinstance(numbers, (tuple, list)) or not all(isinstance(n, (int, float, np.number)) for n in numbers):
+        raise TypeError(f"{op}: {argument} expected {expected}, got {describe(values)}")
+    return tuple(float(number) for number in numbers)
+
+
 def expect_tensor(
     value: Any,
     op: str,

@@ -7,6 +7,7 @@ Nothing between the uint8 pixels and the final tensor is kept in memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from fastproto import _native
-from fastproto._check import FLOATS, expect, expect_tensor, expect_type, reads_data
+from fastproto._check import FLOATS, expect, expect_numbers, expect_size, expect_tensor, expect_type, reads_data
 from fastproto.ops._dispatch import DTYPE_CODES, Op
 from fastproto.reference import crop_resize as reference
 
+FORMATS = (torch.contiguous_format, torch.channels_last)
 MAX_CHANNELS = 4  # as in csrc/crop_resize/crop_resize.h
 
 
@@ -144,10 +146,11 @@ def crop_resize(
     batches = _image_batches(images)
     device, channels = batches[0].device, batches[0].shape[1]
     count = len(batches[0]) if len(batches) == 1 else len(batches)
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = expect_size(size, "crop_resize", "size")
     expect_tensor(crops, "crop_resize", "crops", ("R", 4), (torch.int32,), device)
-    expect(height > 0 and width > 0, "crop_resize", "size", "positive (h, w)", size)
     expect(dtype in FLOATS, "crop_resize", "dtype", "a floating point dtype", str(dtype))
+    expect_layout("crop_resize", memory_format)
+    expect_type(antialias, bool, "crop_resize", "antialias", "a bool")
     expect(count > 0 or len(crops) == 0, "crop_resize", "images", "at least one where there are crops", "none")
     if index is not None:
         expect_tensor(index, "crop_resize", "index", (len(crops),), (torch.int64,), device)
@@ -191,12 +194,32 @@ def normalisation(
     op: str, mean: Sequence[float] | None, std: Sequence[float] | None, channels: int, white: float
 ) -> tuple[list[float], list[float]]:
     """Scale and offset that turn values from 0 to ``white`` into (value / white − mean) / std."""
-    means = [0.0] * channels if mean is None else [float(value) for value in mean]
-    stds = [1.0] * channels if std is None else [float(value) for value in std]
-    expect(len(means) == channels, op, "mean", f"{channels} numbers, one per channel", mean)
-    expect(len(stds) == channels, op, "std", f"{channels} numbers, one per channel", std)
-    expect(all(value > 0 for value in stds), op, "std", "positive numbers", std)
+    wanted = f"{channels} numbers, one per channel"
+    means = (0.0,) * channels if mean is None else expect_mean(mean, op, wanted)
+    stds = (1.0,) * channels if std is None else expect_std(std, op, wanted)
+    expect(len(means) == channels, op, "mean", wanted, mean)
+    expect(len(stds) == channels, op, "std", wanted, std)
     return [1.0 / (white * value) for value in stds], [-m / s for m, s in zip(means, stds, strict=True)]
+
+
+def expect_mean(mean: Sequence[float], op: str, expected: str) -> tuple[float, ...]:
+    """The numbers of a mean."""
+    numbers = expect_numbers(mean, op, "mean", expected)
+    expect(all(math.isfinite(number) for number in numbers), op, "mean", "finite numbers", mean)
+    return numbers
+
+
+def expect_std(std: Sequence[float], op: str, expected: str) -> tuple[float, ...]:
+    """The numbers of a standard deviation."""
+    numbers = expect_numbers(std, op, "std", expected)
+    expect(all(0 < number < math.inf for number in numbers), op, "std", "positive finite numbers", std)
+    return numbers
+
+
+def expect_layout(op: str, memory_format: torch.memory_format) -> None:
+    """Refuses a layout that images do not come in."""
+    formats = " or ".join(map(str, FORMATS))
+    expect(memory_format in FORMATS, op, "memory_format", formats, str(memory_format))
 
 
 def _check_crops(batches: list[Tensor], crops: Tensor, index: Tensor | None) -> None:

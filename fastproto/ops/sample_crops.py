@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from fastproto import _native
-from fastproto._check import INTEGERS, expect, expect_tensor, expect_type, reads_data
+from fastproto._check import INTEGERS, expect, expect_numbers, expect_tensor, expect_type, reads_data
 from fastproto._random import expect_key, quantile_table
 from fastproto.ops._dispatch import Op
 from fastproto.reference import sample_crops as reference
 
 FULL_BOX = (0.0, 0.0, 1.0, 1.0)
+MAX_SIDE = 2**31 - 1  # the crops are int32
 ORDERED = "0 <= h0 <= h1 <= 1 and 0 <= w0 <= w1 <= 1"
 
 
@@ -185,8 +186,8 @@ def sample_crops_and_flips(
 def expect_crop_options(op: str, scale: tuple[float, float], ratio: tuple[float, float], alpha: float) -> None:
     """Refuses a scale, ratio or alpha from which no crop can be drawn."""
     for argument, pair, low, high in (("scale", scale, 0.0, 1.0), ("ratio", ratio, 1 / 512, 512.0)):
-        expect_type(pair, (tuple, list), op, argument, "a pair of numbers")
-        ordered = len(pair) == 2 and 0 < pair[0] <= pair[1] and low <= pair[0] and pair[1] <= high
+        bounds = expect_numbers(pair, op, argument, "a pair of numbers")
+        ordered = len(bounds) == 2 and 0 < bounds[0] <= bounds[1] and low <= bounds[0] and bounds[1] <= high
         expect(ordered, op, argument, f"(low, high) with 0 < low <= high, both within {low:g} to {high:g}", pair)
     expect_type(alpha, (int, float), op, "alpha", "a number")
     expect(0 < alpha < math.inf, op, "alpha", "a positive finite number", alpha)
@@ -206,8 +207,8 @@ def expect_boxes(op: str, boxes: Tensor, rows: int, device: torch.device) -> Non
 def _one_box(box: tuple[float, float, float, float]) -> tuple[float, ...]:
     """A box that all samples share."""
     expect_type(box, (tuple, list), "sample_crops", "boxes", "a tensor (N, 4), four numbers or None")
-    expect(len(box) == 4, "sample_crops", "boxes", "four numbers (h0, w0, h1, w1)", box)
-    sides = tuple(float(side) for side in box)
+    sides = expect_numbers(box, "sample_crops", "boxes", "four numbers (h0, w0, h1, w1)")
+    expect(len(sides) == 4, "sample_crops", "boxes", "four numbers (h0, w0, h1, w1)", box)
     h0, w0, h1, w1 = sides
     expect(0 <= h0 <= h1 <= 1 and 0 <= w0 <= w1 <= 1, "sample_crops", "boxes", ORDERED, f"{list(sides)}")
     return sides
@@ -219,10 +220,12 @@ def _sizes(image_size: tuple[int, int] | Tensor, sample_ids: Tensor) -> tuple[Te
     if isinstance(image_size, Tensor):
         expect_tensor(image_size, "sample_crops", "image_size", (rows, 2), INTEGERS, device)
         if rows and reads_data(image_size):
-            least = int(image_size.min())
+            least, most = int(image_size.min()), int(image_size.max())
             expect(least > 0, "sample_crops", "image_size", "sizes of at least 1", least)
+            expect(most <= MAX_SIDE, "sample_crops", "image_size", f"sides below {MAX_SIDE + 1}", most)
         return image_size.long(), (0, 0)
     expect_type(image_size, (tuple, list), "sample_crops", "image_size", "(H, W) or an integer tensor (N, 2)")
     good = len(image_size) == 2 and all(isinstance(size, int) and size > 0 for size in image_size)
     expect(good, "sample_crops", "image_size", "two positive ints (H, W)", image_size)
+    expect(max(image_size) <= MAX_SIDE, "sample_crops", "image_size", f"sides below {MAX_SIDE + 1}", image_size)
     return None, (image_size[0], image_size[1])

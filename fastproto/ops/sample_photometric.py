@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastproto import _native
-from fastproto._check import INTEGERS, expect, expect_tensor, expect_type
+from fastproto._check import INTEGERS, expect, expect_numbers, expect_tensor, expect_type
 from fastproto._random import expect_key
 from fastproto.ops._dispatch import Op
 from fastproto.reference import sample_photometric as reference
@@ -159,7 +159,7 @@ def sample_photometric(
     ):
         expect_type(probability, (int, float), op, argument, "a number")
         expect(0 <= probability <= 1, op, argument, "a number in [0, 1]", probability)
-    expect_type(sigma, (tuple, list), op, "sigma", "a pair of numbers")
+    expect_numbers(sigma, op, "sigma", "a pair of numbers")
     good = len(sigma) == 2 and 0 <= sigma[0] <= sigma[1] < math.inf
     expect(good, op, "sigma", "(low, high) with 0 <= low <= high", sigma)
 
@@ -181,6 +181,6 @@ def sample_photometric(
 
 def expect_jitter(op: str, jitter: tuple[float, float, float, float]) -> None:
     """Refuses strengths of colour jitter from which nothing can be drawn."""
-    expect_type(jitter, (tuple, list), op, "jitter", "four strengths")
+    expect_numbers(jitter, op, "jitter", "four strengths")
     good = len(jitter) == 4 and all(0 <= strength < math.inf for strength in jitter) and jitter[3] <= 0.5
     expect(good, op, "jitter", "four strengths of at least 0, that of the hue at most 0.5", jitter)

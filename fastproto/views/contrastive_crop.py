@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastproto._check import FLOATS, INTEGERS, expect, expect_tensor, expect_type
+from fastproto._check import FLOATS, INTEGERS, expect, expect_size, expect_tensor, expect_type
 from fastproto._random import MAX_VIEWS, expect_key
-from fastproto.ops.crop_resize import crop_resize
+from fastproto.ops.crop_resize import crop_resize, expect_layout, expect_mean, expect_std
 from fastproto.ops.photometric import apply_photometric
 from fastproto.ops.sample_crops import expect_crop_options, sample_crops_and_flips
 from fastproto.ops.sample_photometric import expect_jitter, sample_photometric
 
 AUGMENTS = ("simclr", "moco", "none")
-FORMATS = (torch.contiguous_format, torch.channels_last)
 
 # Below, a blur of up to 2 pixels would leave little of the image: SimCLR blurs ImageNet, not CIFAR.
 BLUR_ABOVE = 64
@@ -94,30 +93,29 @@ class ContrastiveCrop(nn.Module):
     ) -> None:
         super().__init__()
         op = "ContrastiveCrop"
-        sides = (size, size) if isinstance(size, int) else tuple(size)
-        good = len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)
-        expect(good, op, "size", "a positive int or two", size)
+        self.size = expect_size(size, op, "size")
         expect_crop_options(op, scale, ratio, alpha)
         expect_key(op, views, seed, epoch=0)
         expect_type(first_view, int, op, "first_view", "an int")
         most = MAX_VIEWS - views
         expect(0 <= first_view <= most, op, "first_view", f"0 to {most}, {MAX_VIEWS} less views", first_view)
         expect(dtype in FLOATS, op, "dtype", "a floating point dtype", str(dtype))
-        formats = " or ".join(map(str, FORMATS))
-        expect(memory_format in FORMATS, op, "memory_format", formats, str(memory_format))
+        expect_layout(op, memory_format)
         expect(augment in AUGMENTS, op, "augment", "one of " + ", ".join(AUGMENTS), augment)
         expect_jitter(op, jitter)
         expect(blur is None or 0 <= blur <= 1, op, "blur", "a probability or None", blur)
-        for argument, values in (("mean", mean), ("std", std)):
-            expect(values is None or len(values) > 0, op, argument, "one number per channel or None", values)
-        expect(std is None or min(std) > 0, op, "std", "positive numbers", std)
-        self.size = (sides[0], sides[1])
+        wanted = "one number per channel or None"
+        self.mean = None if mean is None else expect_mean(mean, op, wanted)
+        self.std = None if std is None else expect_std(std, op, wanted)
+        for argument, values in (("mean", self.mean), ("std", self.std)):
+            expect(values is None or len(values) > 0, op, argument, wanted, values)
         self.scale, self.ratio, self.alpha = scale, ratio, alpha
         self.views, self.augment, self.jitter, self.seed = views, augment, jitter, seed
         by_augment = 0.5 if augment == "moco" or min(self.size) > BLUR_ABOVE else 0.0
         self.blur = by_augment if blur is None else blur
-        self.mean, self.std = mean, std
-        self.first_view, self.dtype, self.memory_format = first_view, dtype, memory_format
+        self.first_view, self.dtype = first_view, dtype
+        # torch.save cannot write a layout.
+        self.channels_last = memory_format == torch.channels_last
 
     def forward(
         self,
@@ -133,7 +131,8 @@ class ContrastiveCrop(nn.Module):
             sample_ids, sizes, boxes=boxes, scale=self.scale, ratio=self.ratio, alpha=self.alpha, **key
         )
         crops, flip = crops[skipped:], flip[skipped:]
-        cut: dict[str, Any] = {"size": self.size, "flip": flip, "memory_format": self.memory_format}
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        cut: dict[str, Any] = {"size": self.size, "flip": flip, "memory_format": layout}
         scaling: dict[str, Any] = {"mean": self.mean, "std": self.std}
         if self.augment == "none":
             out = crop_resize(images, crops, **cut, **scaling, dtype=self.dtype)

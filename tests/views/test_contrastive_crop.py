@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import subprocess
 import sys
 from typing import Any
@@ -161,6 +163,18 @@ def test_blur_is_as_asked_or_as_the_augmentation_says(augment: str, size: int, o
         ContrastiveCrop(16, blur=1.5)
 
 
+def test_is_copied_and_saved() -> None:
+    crop = ContrastiveCrop(16, mean=MEAN, std=STD, seed=4, dtype=torch.float16, memory_format=torch.channels_last)
+    file = io.BytesIO()
+    torch.save(crop, file)
+    file.seek(0)
+    images, ids = images_of(3), torch.arange(3)
+    for other in (copy.deepcopy(crop), torch.load(file, weights_only=False)):
+        for view, expected in zip(other(images, ids), crop(images, ids), strict=True):
+            assert torch.equal(view, expected)
+            assert view.stride() == expected.stride()
+
+
 def test_compiles_without_a_break() -> None:
     crop, images, ids = ContrastiveCrop(16, augment="moco", mean=MEAN, std=STD), images_of(3), torch.arange(3)
     compiled = torch.compile(crop, fullgraph=True, backend="eager")
@@ -207,6 +221,12 @@ def test_bad_batches(error: type[Exception], message: str, arguments: tuple[Any,
     [
         (ValueError, "size expected a positive int or two, got int 0", {"size": 0}),
         (ValueError, "size expected a positive int or two", {"size": (16, -1)}),
+        (ValueError, "size expected a positive int or two, got float 16.0", {"size": 16.0}),
+        (ValueError, "size expected a positive int or two, got NoneType None", {"size": None}),
+        (TypeError, "mean expected one number per channel or None, got float 0.5", {"mean": 0.5}),
+        (TypeError, "std expected one number per channel or None, got str 'abc'", {"std": "abc"}),
+        (ValueError, "mean expected finite numbers", {"mean": (0.5, float("nan"), 0.5)}),
+        (TypeError, "jitter expected four strengths, got tuple", {"jitter": ("a",) * 4}),
         (ValueError, "size expected a positive int or two", {"size": (16, 16, 16)}),
         (ValueError, "augment expected one of simclr, moco, none, got byol", {"augment": "byol"}),
         (ValueError, "alpha expected a positive finite number, got int 0", {"alpha": 0}),
@@ -215,7 +235,7 @@ def test_bad_batches(error: type[Exception], message: str, arguments: tuple[Any,
         (ValueError, "views expected 1 to 4096", {"views": 0}),
         (TypeError, "seed expected an int", {"seed": 0.5}),
         (ValueError, "jitter expected four strengths", {"jitter": (0.4, 0.4)}),
-        (ValueError, "std expected positive numbers", {"std": (0.0, 1.0, 1.0)}),
+        (ValueError, "std expected positive finite numbers", {"std": (0.0, 1.0, 1.0)}),
         (ValueError, "mean expected one number per channel", {"mean": ()}),
         (TypeError, "first_view expected an int, got float 0.5", {"first_view": 0.5}),
         (ValueError, "first_view expected 0 to 4094, 4096 less views, got int 4095", {"first_view": 4095}),
