@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +30,8 @@ class ContrastiveCropTransform(nn.Module):
     Shape:
         image: PIL image of any mode, read as ``fastproto.views.files.to_rgb`` does: upright and in RGB, also where it
             is gray; or uint8 tensor (C, H, W)
-        sample_id: the image's place in the data set, which the data set's ``__getitem__`` is called with
+        sample_id: the image's place in the data set, which the data set's ``__getitem__`` is called with; NumPy's
+            integers too, which ``Subset`` may hand on
         output: ``views`` tensors (C, h, w)
 
     Raises:
@@ -72,6 +74,11 @@ class ContrastiveCropTransform(nn.Module):
         self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
         self.share_memory()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Of a copy, or unpickled: its memory is new.
+        super().__setstate__(state)
+        self.share_memory()
+
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch that keys the draws, in all workers."""
         expect_key("ContrastiveCropTransform", self.crop.views, self.crop.seed, epoch)
@@ -80,10 +87,10 @@ class ContrastiveCropTransform(nn.Module):
     def forward(
         self,
         image: Any,  # PIL image or (C, H, W) uint8
-        sample_id: int,
+        sample_id: int | np.integer[Any],
     ) -> tuple[Tensor, ...]:  # views × (C, h, w)
-        expect_type(sample_id, int, "ContrastiveCropTransform", "sample_id", "an int")
-        ids = torch.tensor([sample_id])
+        expect_type(sample_id, (int, np.integer), "ContrastiveCropTransform", "sample_id", "an int")
+        ids = torch.tensor([int(sample_id)])
         boxes = None if self.boxes is None else self.boxes.lookup(ids)
         views = self.crop(_to_tensor(image)[None], ids, boxes, int(self.epoch))
         return tuple(view[0] for view in views)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +74,27 @@ def test_new_boxes_and_epochs_reach_persistent_workers(start: str) -> None:
         for v in range(3):
             out = torch.cat([batch[v] for batch in batches])
             torch.testing.assert_close(out, expected[v], rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda transform: pickle.loads(pickle.dumps(transform))])
+def test_workers_of_a_copy_see_its_boxes_and_epochs(copied: Callable[..., ContrastiveCropTransform]) -> None:
+    images, ids = images_of(6), torch.arange(6)
+    transform = copied(ContrastiveCropTransform(20, boxes=BoxBank(6), **OPTIONS))
+    loader = DataLoader(
+        Images(images, transform), batch_size=6, num_workers=1, persistent_workers=True, multiprocessing_context="fork"
+    )
+    next(iter(loader))
+    transform.boxes.update(ids, torch.tensor([SIMC_BOX] * 6))
+    transform.set_epoch(1)
+    views, _ = next(iter(loader))
+    expected = ContrastiveCrop(20, **OPTIONS)(images, ids, SIMC_BOX, epoch=1)
+    torch.testing.assert_close(views[0], expected[0], rtol=0, atol=1e-5)
+
+
+def test_numpy_numbers_are_sample_ids() -> None:
+    transform, image = ContrastiveCropTransform(20), images_of(1)[0]
+    assert torch.equal(transform(image, np.int64(5))[0], transform(image, 5)[0])
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "CMYK", "1", "I;16", "I"])
