@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +110,23 @@ def test_a_new_call_ends_the_one_before(mixed: Path) -> None:
     next(batches(images, torch.arange(14).split(4), CPU))
     with pytest.raises(AssertionError):
         next(old)
+
+
+CRASH = """
+import sys, torch
+from fastproto.train.data import load
+
+if __name__ == "__main__":
+    images = load(f"imagefolder:{sys.argv[1]}", image_size=16, resident=False, workers=1).train_images
+    for batch in images.batches(torch.arange(14).split(4), torch.device("cpu")):
+        raise RuntimeError("in a step")
+"""
+
+
+def test_an_error_in_a_step_ends_the_process(mixed: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", CRASH, str(mixed)], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "RuntimeError: in a step" in ended.stderr
 
 
 def test_images_are_kept_in_memory_where_they_fit(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastproto._check import expect
 from fastproto.train.data.dataset import Encoded
 from fastproto.train.data.folders import IMAGE_SUFFIXES, Split
-from fastproto.train.data.streamed import ignore_signals, unchanged
+from fastproto.train.data.streamed import ignore_signals, started, unchanged
 from fastproto.views.files import decode_image
 
 BLOCK = 512
@@ -84,7 +84,7 @@ def _read_shards(pattern: str, workers: int) -> Encoded:
         _Headers(shards), batch_size=None, num_workers=workers, collate_fn=unchanged, worker_init_fn=ignore_signals
     )
     found = []
-    for index in indices:
+    for index in started(indices):
         expect(not index.problem, "load", "shards", "plain tar files of KEY.jpg and KEY.cls", index.problem)
         found.append(index)
     start, size, labels = (np.concatenate([index[column] for index in found]) for column in range(3))

@@ -7,7 +7,9 @@ by an image's number, so what the workers do, and how many they are, changes no 
 
 from __future__ import annotations
 
+import atexit
 import logging
+import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeVar
@@ -133,7 +135,7 @@ class Streamed:
         self._turn = turn = self._turn + 1
         if self._loader is None:
             self._loader = self._make_loader(pin_memory=device.type == "cuda")
-        pieces = iter(self._loader)
+        pieces = started(self._loader)
         for ids in shares:
             images: list[Tensor] = []
             while len(images) < len(ids):
@@ -217,6 +219,19 @@ def square(images: Sequence[Tensor], side: int, *, whole: bool = False) -> Tenso
 def unchanged(item: T) -> T:
     """What a loader without batches makes of an item."""
     return item
+
+
+def started(loader: DataLoader[T]) -> Iterator[T]:
+    """What a loader yields, from workers that ``ignore_signals`` and yet end with this process, whatever ends it.
+
+    An interpreter that an error ends asks its children to end too, by the signal that they ignore, and waits for them.
+    """
+    others = multiprocessing.active_children()
+    items = iter(loader)
+    for worker in multiprocessing.active_children():
+        if worker not in others:
+            atexit.register(worker.kill)
+    return items
 
 
 def ignore_signals(worker: int) -> None:
