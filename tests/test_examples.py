@@ -86,7 +86,8 @@ def test_detection_learns_from_an_exported_backbone(monkeypatch: pytest.MonkeyPa
     example = load("detection")
     shrink(monkeypatch, example, BATCH=4, LR=0.02)
     paths = [str(path) for path in (tmp_path / "weights.pt", tmp_path, annotations, tmp_path, annotations)]
-    small = {"min_size": 64, "max_size": 64, "box_detections_per_img": 20}
+    small = {"min_size": 64, "max_size": 64, "box_detections_per_img": 20, "box_batch_size_per_image": 32}
+    small |= {f"rpn_{when}_nms_top_n_{mode}": 100 for when in ("pre", "post") for mode in ("train", "test")}
     losses, precision = example.main([*paths, "--backbone", "resnet18", "--epochs", "4"], **small)
     assert losses[-1] < 0.8 * losses[0]
     assert 0 <= precision <= 1
