@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,6 +93,23 @@ def test_folder_refuses(tmp_path: Path) -> None:
     refused(r"load: imagefolder expected the classes of .*train, got .*val with \['b'\]")
 
 
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n in range(5):
+        write_image(tmp_path / "a" / f"{n}.png", 8, 8)
+        write_image(tmp_path / "a" / "locked" / f"{n}.png", 8, 8)
+    scandir = os.scandir
+
+    def locked(path: str) -> Any:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    # Permissions themselves do not stop a test that root runs.
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(PermissionError, match="locked"):
+        load(f"imagefolder:{tmp_path}", image_size=8)
+
+
 def test_imagenet_is_found_in_the_root_or_in_a_folder_of_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"load: imagenet expected .*train/WNID/\*\.JPEG, .*, got no folder .*train"):
         load("imagenet", tmp_path)
@@ -148,7 +167,8 @@ def test_a_class_list_picks_classes(tmp_path: Path) -> None:
     data = load("tiny-imagenet", tmp_path, class_list=chosen)
     assert data.classes == ("n01", "n03")
     assert (data.train_labels.tolist(), data.test_labels.tolist()) == ([0, 0, 1, 1], [0, 1])
-    chosen.write_text("a b\nd")
+    # As Windows writes it.
+    chosen.write_bytes(b"\xef\xbb\xbfa b\r\nd")
     data = load(f"imagefolder:{tmp_path}/folder", class_list=chosen)
     assert (data.classes, data.train_labels.tolist(), data.test_labels.tolist()) == (("a b", "d"), [0, 1], [0, 1])
     for text, message in (

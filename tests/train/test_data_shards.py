@@ -118,6 +118,9 @@ def test_patterns(tmp_path: Path) -> None:
     ):
         data = load(f"shards:{tmp_path}/{pattern}", image_size=8)
         assert data.train_labels.tolist() == [label for label in labels for _ in range(4)]
+    (tmp_path / "[new] set").mkdir()
+    write_tar(tmp_path / "[new] set" / "0.tar", members([7] * 5)[1])
+    assert load(f"shards:{tmp_path}/[new] set/{{0..0}}.tar", image_size=8).train_labels.tolist() == [7] * 4
     with pytest.raises(ValueError, match=r"load: shards expected braces one after the other, got \{a-\{08,10\},b-09\}"):
         load("shards:{a-{08,10},b-09}.tar")
 
@@ -142,6 +145,8 @@ def test_broken_images_are_named_by_shard_and_member(tmp_path: Path, caplog: pyt
         (b"no tar" * 200, "plain tar files of KEY.jpg and KEY.cls, got .*x.tar: no header at byte 0"),
         ("gzip", "plain tar files of KEY.jpg and KEY.cls, got .*x.tar: no header at byte 0"),
         ("cut", "plain tar files .*, got .*x.tar: cut short at byte 1500"),
+        ("padding", "plain tar files .*, got .*x.tar: cut short at byte 700"),
+        ("huge", "plain tar files .*, got .*x.tar: 000000.cls holds 99999999999"),
         ("label", "plain tar files .*, got .*x.tar: 000000.cls holds -3"),
         ("word", "plain tar files .*, got .*x.tar: invalid literal"),
         ("few", "at least 5 images with a label, got 4 in .*x.tar"),
@@ -156,10 +161,14 @@ def test_what_is_no_shard_is_refused(tmp_path: Path, content: bytes | str | None
         (tmp_path / "a.tar").unlink()
     elif content == "label":
         write_tar(path, members([-3] * 5)[1])
+    elif content == "huge":
+        write_tar(path, members([99_999_999_999] * 5)[1])
     elif content == "word":
         write_tar(path, [("000000.cls", b"cat")])
     elif content == "cut":
         path.write_bytes((tmp_path / "a.tar").read_bytes()[:1500])
+    elif content == "padding":
+        path.write_bytes((tmp_path / "a.tar").read_bytes()[:700])
     elif content == "gzip":
         path.write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
     elif isinstance(content, bytes):

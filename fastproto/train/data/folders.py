@@ -101,7 +101,7 @@ def _files_by_class(folder: Path, class_list: Path | None) -> dict[str, list[str
 
 def _read_class_list(file: Path) -> set[str]:
     expect(file.is_file(), "load", "class_list", "a file of class folders, one a line", f"{file}, which is none")
-    classes = {line.strip() for line in file.read_text().splitlines()} - {""}
+    classes = {line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()} - {""}
     expect(bool(classes), "load", "class_list", "a file of class folders, one a line", f"{file}, which is empty")
     return classes
 
@@ -109,10 +109,15 @@ def _read_class_list(file: Path) -> set[str]:
 def _images_under(folder: Path, label: str) -> list[str]:
     # A million files: os.walk asks the directories alone.
     found = []
-    for place, _, names in os.walk(folder / label):
+    for place, _, names in os.walk(folder / label, onerror=_refuse):
         inside = os.path.relpath(place, folder).replace(os.sep, "/")
         found += [f"{inside}/{name}" for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
     return sorted(found)
+
+
+def _refuse(error: OSError) -> None:
+    """A folder that cannot be read is not to look like an empty one."""
+    raise error
 
 
 def _encoded(folder: Path, files: Mapping[str, Sequence[str]], classes: Mapping[str, object]) -> Encoded:

@@ -24,6 +24,8 @@ from fastproto.train.data.streamed import ignore_signals, started, unchanged
 from fastproto.views.files import decode_image
 
 BLOCK = 512
+# A number above is no class: so many would fill the memory.
+MAX_LABEL = 10**6
 # Types of headers: a file, and what says more of the one that follows.
 FILE, PAX, LONG_NAME, MORE = (b"0", b"\0"), b"x", b"L", (b"g", b"K")
 
@@ -97,7 +99,8 @@ def _expand(pattern: str) -> list[Path]:
     """The files of a pattern, in its order: ``{000..127}`` and ``{a,b}`` first, then ``*``, ``?`` and ``[…]``."""
     paths: list[str] = []
     for name in _braces(pattern):
-        matches = sorted(glob.glob(name))
+        # A name may itself hold brackets.
+        matches = [name] if Path(name).is_file() else sorted(glob.glob(name))
         expect(bool(matches), "load", "shards", "tar files", f"nothing at {name}")
         paths += matches
     return [Path(path) for path in paths]
@@ -156,7 +159,7 @@ def _index(file: BinaryIO) -> Index:
         elif suffix == "cls":
             file.seek(start)
             labels[f"{folder}/{key}"] = label = int(file.read(size))
-            if label < 0:
+            if not 0 <= label <= MAX_LABEL:
                 raise ValueError(f"{name} holds {label}")
     places = np.array(list(images.values()), dtype=np.int64).reshape(-1, 2)
     return Index(places[:, 0], places[:, 1], np.array([labels.get(key, -1) for key in images], dtype=np.int64))
@@ -192,6 +195,8 @@ def _members(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
                 yield more.get("path", f"{prefix}/{_text(header[:100])}".lstrip("/")), start, size
             more = {}
         position = start + -(-size // BLOCK) * BLOCK
+    if position > length:
+        raise ValueError(f"cut short at byte {length}")
 
 
 def _pax(records: bytes) -> dict[str, str]:
