@@ -105,8 +105,8 @@ def test_draws_beside_crop_resize(suite: Suite, benchmark, name: str, count: int
 
     methods = {
         "fastproto": ours,
-        "fastproto reference": reference,
-        "crop_resize of the two views": lambda: crop_resize(images, crops, size, flip=flip),
+        "PyTorch": reference,
+        "fastproto, crop_resize of the two views": lambda: crop_resize(images, crops, size, flip=flip),
     }
     # An id read, a view's crop, flip and five parameters written.
     drawing = Work(name, f"{count} samples, 2 views", "int32", "cpu", bytes=count * 8 + 2 * count * 74)
@@ -125,7 +125,7 @@ def test_boxes_beside_whole_images(suite: Suite, benchmark, name: str, count: in
     def ours() -> tuple[torch.Tensor, ...]:
         return avoids(images, ids, boxes)
 
-    suite.compare(work(name, images, size), {"fastproto": ours, "alpha 1, no boxes": lambda: uniform(images, ids)})
+    suite.compare(work(name, images, size), {"fastproto": ours, "fastproto, alpha 1, no boxes": lambda: uniform(images, ids)})
     benchmark.pedantic(ours, rounds=5, warmup_rounds=1)
 
 
@@ -142,7 +142,7 @@ def test_localize(suite: Suite, benchmark, shape: tuple[int, ...], side: int) ->
 
     sizes = " x ".join(map(str, shape))
     localizing = Work("localize", f"{sizes} -> {side}^2", "float32", "cpu", bytes=feature_map.nbytes)
-    suite.compare(localizing, {"fastproto": ours, "fastproto reference": reference})
+    suite.compare(localizing, {"fastproto": ours, "PyTorch": reference})
     benchmark.pedantic(ours, rounds=5, warmup_rounds=1)
 
 

@@ -47,6 +47,8 @@ def markdown(rows: list[dict]) -> str:
         mine = [row for row in rows if tuple(row[key] for key in LINE) == work]
         ours = mine[0]
         others = [row for row in mine if not row["method"].startswith("fastproto")]
+        if not others:
+            continue  # ours beside ours
         best = min(others, key=lambda row: row["median_ms"])
         lines.append(
             f"| {ours['suite']} | {ours['work']}, {ours['shape']}, {ours['dtype']} | {ours['median_ms']:.2f} ms | "
