@@ -125,7 +125,8 @@ def test_boxes_beside_whole_images(suite: Suite, benchmark, name: str, count: in
     def ours() -> tuple[torch.Tensor, ...]:
         return avoids(images, ids, boxes)
 
-    suite.compare(work(name, images, size), {"fastproto": ours, "fastproto, alpha 1, no boxes": lambda: uniform(images, ids)})
+    methods = {"fastproto": ours, "fastproto, alpha 1, no boxes": lambda: uniform(images, ids)}
+    suite.compare(work(name, images, size), methods)
     benchmark.pedantic(ours, rounds=5, warmup_rounds=1)
 
 
