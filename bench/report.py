@@ -15,7 +15,7 @@ KEYS = {
     "share_of_floor", "peak_extra_mib",
 }  # fmt: skip
 
-LINE = ("suite", "work", "dtype", "device")  # of one line of the table
+LINE = ("suite", "work", "shape", "dtype", "device")  # of one line of the table
 
 
 def load() -> list[dict]:
