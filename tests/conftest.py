@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import pytest
 import torch
 from gpu_marker import pytest_collection_modifyitems as pytest_collection_modifyitems
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so would every process of theirs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _empty = torch.empty
 

@@ -241,7 +241,7 @@ X = torch.rand(2, 3, 8, 8)
     [
         ({"mean": (0.5,)}, ValueError, "mean expected 3 numbers, one per channel, got tuple"),
         ({"std": (0.5,) * 4}, ValueError, "std expected 3 numbers, one per channel, got tuple"),
-        ({"std": (0.5, 0.5, 0.0)}, ValueError, "std expected positive numbers, got tuple"),
+        ({"std": (0.5, 0.5, 0.0)}, ValueError, "std expected positive finite numbers, got tuple"),
         ({"out": X[:1]}, ValueError, r"out expected \(2, 3, 8, 8\) on cpu, got float32 \(1, 3, 8, 8\)"),
         ({"out": X.byte()}, TypeError, "out expected a float32 or float64 or float16 or bfloat16 tensor"),
     ],
