@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A run that `views` reads needs what the trainer does.
         missing = str(error.name).split(".")[0]
         own = command == "cluster" or (command == "views" and missing in ("PIL", "matplotlib"))
-        alone = {"faiss": "faiss-cpu", "wandb": "wandb"}
+        alone = {"faiss": "faiss-cpu", "wandb": "wandb"} | dict.fromkeys(("onnx", "onnxscript"), "'fastproto[export]'")
         package = alone.get(missing, f"'fastproto[{command if own else 'train'}]'")
         return fail(f"fastproto {command}", f"{error}: it comes with pip install {package}", FAILED)
 

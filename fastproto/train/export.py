@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from string import Template
@@ -84,6 +85,9 @@ def _safetensors_of(weights: dict[str, Tensor]) -> Content:
 
 
 def _onnx(run: Run) -> Content:
+    # The exporter needs both, and says so only after its tracing.
+    for package in ("onnx", "onnxscript"):
+        importlib.import_module(package)
     encoder = run.method.encoder
     # A batch of two: the exporter takes a dimension of one for a constant.
     images = torch.zeros(2, 3, *_image_size(run))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,6 +93,21 @@ def test_onnx_gives_the_features_of_any_number_of_images(make_run) -> None:
     (found,) = ReferenceEvaluator(model).run(None, {"images": images.numpy()})
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(found), run.method.encoder(images))
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_a_missing_package_is_named(
+    make_run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str
+) -> None:
+    run = make_run("resnet-tiny", 8)
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert cli.main(["export", str(run.path), "--to", "onnx"]) == 1
+    line = capsys.readouterr().err
+    assert package in line
+    assert line.endswith("it comes with pip install 'fastproto[export]'\n")
+    assert not (run.path / "export").exists()
 
 
 def test_the_card_knows_all_files_the_scores_and_the_pixels(make_run) -> None:
