@@ -262,15 +262,15 @@ def latest_checkpoint(folder: Path) -> Path:
     expect(is_run(folder), "run", "folder", "one that holds a run", str(folder))
     checkpoints = _checkpoints(folder)
     expect(bool(checkpoints), "run", "folder", "a run with a checkpoint", f"{folder}, which has none")
-    *older, newest = checkpoints
-    while older:
+    while True:
+        newest = checkpoints.pop()
         try:
             read_checkpoint(newest)
-            break
+            return newest
         except ValueError as error:
-            newest = older.pop()
-            warnings.warn(f"{error}; taking {newest}", stacklevel=2)
-    return newest
+            if not checkpoints:
+                raise
+            warnings.warn(f"{error}; taking {checkpoints[-1]}", stacklevel=2)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -303,7 +303,7 @@ def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool)
     expect(not (resume and overwrite), "train", "--resume and --overwrite", "one of them", "both")
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if resume:
-        read_checkpoint(latest_checkpoint(folder))
+        latest_checkpoint(folder)
         changed = difference(read_config(folder / "config.yaml"), config)
         expect(not changed, "train", "--resume", "the configuration of the run", f"another: {changed}")
     elif occupied:
