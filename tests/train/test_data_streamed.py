@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from train._files import write_image
+from train._runs import at_the_end, stop_after
 
 from fastproto.train import loop
-from fastproto.train.checkpoint import State, build_state, latest_checkpoint, load_data, read_log
+from fastproto.train.checkpoint import State, load_data, read_log
 from fastproto.train.config import Config
 from fastproto.train.data import BrokenImage, Dataset, Streamed, batches, dataset, load, squares, streamed
 from fastproto.train.evaluate import evaluate
@@ -227,13 +228,7 @@ def test_a_limit_takes_files_evenly(mixed: Path, tiny_config: Config) -> None:
 def run(config: Config, folder: Path, **options: object) -> State:
     data = load_data(config)
     loop.train(config, data, folder, **options)  # type: ignore[arg-type]
-    return at_the_end(config, data, folder)
-
-
-def at_the_end(config: Config, data: Dataset, folder: Path) -> State:
-    state = build_state(config, data, CPU)
-    state.load(latest_checkpoint(folder))
-    return state
+    return at_the_end(folder, config, data)
 
 
 def tensors(state: State) -> dict[str, Tensor]:
@@ -276,9 +271,8 @@ def test_an_interrupted_run_on_files_ends_with_the_same_bits(tmp_path: Path, con
     for workers, stops in ((0, (1, 2)), (2, (3,))):
         folder = tmp_path / str(workers)
         for attempt, steps in enumerate(stops):
-            asked = iter(range(1, 100))
             with pytest.raises(loop.Interrupted):
-                run(config, folder, resume=attempt > 0, stop=lambda asked=asked, steps=steps: next(asked) == steps)
+                run(config, folder, resume=attempt > 0, stop=stop_after(steps))
             torch.rand(3)
         assert same(whole, run(replace(config, workers=workers), folder, resume=True))
 

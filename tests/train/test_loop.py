@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from train._runs import at_the_end, stop_after
 
 from fastproto.cluster import PrototypeBank
 from fastproto.train import loop
-from fastproto.train.checkpoint import State, build_state, build_views, latest_checkpoint, read_checkpoint, read_log
+from fastproto.train.checkpoint import State, build_state, build_views, read_checkpoint, read_log
 from fastproto.train.clock import PHASES
 from fastproto.train.config import (
     Config,
@@ -38,18 +38,6 @@ SCORES = {"knn20": 0.25, "knn200": 0.25, "linear": 0.25}
 @pytest.fixture
 def no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "evaluate", lambda encode, dataset, *, device: dict(SCORES))
-
-
-def stop_after(steps: int) -> Callable[[], bool]:
-    """Says True at the so many-th asking."""
-    asked = iter(range(1, 1000))
-    return lambda: next(asked) == steps
-
-
-def at_the_end(folder: Path, config: Config, dataset: Dataset) -> State:
-    state = build_state(config, dataset, CPU)
-    state.load(latest_checkpoint(folder))
-    return state
 
 
 def tensors(state: State) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +13,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
+from train._runs import at_the_end, stop_after
 
 from fastproto.train import checkpoint, loop
-from fastproto.train.checkpoint import State, build_state, check_buildable, latest_checkpoint, read_log
+from fastproto.train.checkpoint import State, build_state, check_buildable, read_log
 from fastproto.train.config import Config, EvaluationConfig, difference
 from fastproto.train.data import Dataset
 from fastproto.train.evaluate import KNN, embed, evaluate
@@ -30,17 +30,6 @@ WATCHED = [*MONITORS, *KNN]
 @pytest.fixture
 def watched_config(tiny_config: Config) -> Config:
     return replace(tiny_config, method="pcl", epochs=3, evaluation=EvaluationConfig(knn_interval=2))
-
-
-def stop_after(steps: int) -> Callable[[], bool]:
-    asked = iter(range(1, 1000))
-    return lambda: next(asked) == steps
-
-
-def at_the_end(folder: Path, config: Config, dataset: Dataset) -> State:
-    state = build_state(config, dataset, CPU)
-    state.load(latest_checkpoint(folder))
-    return state
 
 
 def tensors(state: State) -> dict[str, Tensor]:
