@@ -23,7 +23,7 @@ CSRC = Path("csrc")
 CUDA = os.environ.get("FASTPROTO_CUDA", "auto")
 CUDA_ARCHS = os.environ.get("FASTPROTO_CUDA_ARCHS", "80;90;100").replace(",", ";").split(";")
 NVCC = shutil.which("nvcc")
-CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+CXX_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 # Kernels (*_cpu.cpp) are compiled once per instruction set; the choice falls at run time (csrc/common/isa.h).
 ISA_FLAGS: dict[str, list[str]] = {"baseline": []}

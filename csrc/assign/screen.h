@@ -1,15 +1,17 @@
-// The screen: products of rows and centres in 16-bit integers, with a bound on their error that is a proof.
+// The screen: products of rows and centres in integers of 16 or 8 bits, with a bound on their error that is a proof.
 //
-// A row x stands as s · q with q integers of 16 bits, likewise a centre c as t · r. By Cauchy and Schwarz
+// A row x stands as s · q with q integers, likewise a centre c as t · r. By Cauchy and Schwarz
 //   |<x, c> − s t <q, r>| ≤ ||x − s q|| ||c|| + ||s q|| ||c − t r||,
-// where the residuals are measured, not estimated. s is the smallest scale for which |q| ≤ 2^15.5, so that no sum of
-// products leaves 32 bits: |<q, r>| ≤ |q| |r| < 2^31. At D = 128 the residual is 7e-5 of the row.
-// Two products and their sum are one instruction (pmaddwd): twice the rate of a float32 multiply-add.
+// where the residuals are measured, not estimated. In 16 bits s is the smallest scale for which |q| ≤ 2^15.5, so that no
+// sum of products leaves 32 bits: |<q, r>| ≤ |q| |r| < 2^31. At D = 128 the residual of a gaussian row is 7e-5 of it, in
+// 8 bits 6e-3. A word of 32 bits holds two or four numbers, whose products and their sum are one instruction: pmaddwd and
+// vpdpwssd at twice, vpdpbusd at four times the rate of a float32 multiply-add.
 // Included by *_cpu.cpp only.
 #pragma once
 
 #include <limits>
 
+#include "../common/isa.h"
 #include "../common/tile.h"
 
 #if defined(__SSE2__)
@@ -24,33 +26,33 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 // |x| |c| + |c|² / 2; their sum stays below this share of it.
 constexpr float ROUNDING = 1.f / (1 << 20);
 
-inline bool has_vnni() {
-#if defined(__AVX512F__)
-  static const bool has = __builtin_cpu_supports("avx512vnni");
-  return has;
-#else
-  return false;
-#endif
-}
+// How many numbers of this type a word of 32 bits holds.
+template <typename Number> constexpr int64_t PER_WORD = 4 / sizeof(Number);
+// vpdpbusd takes the rows without a sign: they stand as q + 128, and sums start from −128 Σ r. D · 255 · 127 < 2^31.
+constexpr int UNSIGNED = 128;
+constexpr int64_t MAX_D_OF_BYTES = 1 << 16;
 
-// acc + c.lo · x.lo + c.hi · x.hi in every lane of 32 bits: two numbers of 16 bits each.
-template <bool VNNI>
-inline IntVec dot_pairs(IntVec acc, const int32_t& c, IntVec x) {
+// acc + Σ c · x of the numbers in every word.
+template <typename Number, bool VNNI>
+inline IntVec dot_words(IntVec acc, IntVec c, IntVec x) {
 #if defined(__AVX512F__)
-  if constexpr (VNNI) {
-    // As assembly, since this file is compiled for all CPUs with AVX-512. c is broadcast from memory: there is no register
-    // left for it.
-    __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(x), "m"(c));
+  // As assembly, since this file is compiled for all CPUs with AVX-512.
+  if constexpr (sizeof(Number) == 1) {
+    static_assert(VNNI);
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(c));
+    return acc;
+  } else if constexpr (VNNI) {
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(c));
     return acc;
   }
-  return acc + (IntVec)_mm512_madd_epi16((__m512i)(c - IntVec{}), (__m512i)x);
+  return acc + (IntVec)_mm512_madd_epi16((__m512i)c, (__m512i)x);
 #elif defined(__AVX2__)
-  return acc + (IntVec)_mm256_madd_epi16((__m256i)(c - IntVec{}), (__m256i)x);
+  return acc + (IntVec)_mm256_madd_epi16((__m256i)c, (__m256i)x);
 #elif defined(__SSE2__)
-  return acc + (IntVec)_mm_madd_epi16((__m128i)(c - IntVec{}), (__m128i)x);
+  return acc + (IntVec)_mm_madd_epi16((__m128i)c, (__m128i)x);
 #else
   for (int l = 0; l < LANES; ++l)
-    acc[l] += int32_t(int16_t(c)) * int16_t(x[l]) + int32_t(int16_t(c >> 16)) * int16_t(x[l] >> 16);
+    acc[l] += int32_t(int16_t(c[l])) * int16_t(x[l]) + int32_t(int16_t(c[l] >> 16)) * int16_t(x[l] >> 16);
   return acc;
 #endif
 }
@@ -70,9 +72,12 @@ inline unsigned bits(IntVec truth) {
 #endif
 }
 
+inline IntVec load_words(const int32_t* p) {
+  IntVec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
-
-typedef int16_t ShortVec __attribute__((vector_size(LANES * 2)));
 
 // A row in integers.
 struct Quantized {
@@ -84,10 +89,11 @@ struct Quantized {
 constexpr float SHORTEST = 1e-15f;  // the squares of shorter rows might vanish: their length counts as this
 constexpr float SMALLEST = 1e-30f;  // 1 / scale of smaller rows might be infinite: they stand as zeros
 
-// Writes the row in 16 bits a number. Its D, and that of `out`, is padded with zeros to whole vectors.
-inline Quantized quantize(const float* x, int64_t D, void* out) {
+// Writes the row as numbers of 8 or 16 bits. Its D, and that of `out`, is padded with zeros to whole vectors.
+template <typename Number>
+inline Quantized quantize(const float* x, int64_t D, Number* out) {
+  typedef Number NumberVec __attribute__((vector_size(LANES * sizeof(Number))));
   const int64_t padded = round_up(D, LANES);
-  char* next = static_cast<char*>(out);
   Vec largest_abs{}, squared{};
   for (int64_t d = 0; d < padded; d += LANES) {
     const Vec v = load(x + d);
@@ -96,43 +102,52 @@ inline Quantized quantize(const float* x, int64_t D, void* out) {
   }
   const float largest = fastproto::FASTPROTO_ISA::largest(largest_abs);
   if (largest < SMALLEST) {
-    std::memset(out, 0, padded * sizeof(int16_t));
+    std::fill(out, out + padded, Number(0));
     const float length = largest > 0 ? SHORTEST : 0.f;
     return {0, length, length};
   }
   // No shorter than the row: a sum of D / LANES squares per lane is that far off at most.
   const float length = std::sqrt(sum(squared)) * (1 + (D / LANES + 8) * 0x1p-24f);
-  // |q| ≤ |x| / s + √D / 2 ≤ 2^15.5, with room for the rounding of these floats.
-  const float most = std::max(1.f, 46300.f - std::sqrt(static_cast<float>(D)));
-  const float scale = std::max(length / most, largest / 32767.f), inverse = 1.f / scale;
+  float scale = largest / std::numeric_limits<Number>::max();
+  if constexpr (sizeof(Number) == 2) {
+    // |q| ≤ |x| / s + √D / 2 ≤ 2^15.5, with room for the rounding of these floats.
+    scale = std::max(scale, length / std::max(1.f, 46300.f - std::sqrt(static_cast<float>(D))));
+  }
+  const float inverse = 1.f / scale;
   Vec squared_rest{};
   for (int64_t d = 0; d < padded; d += LANES) {
     const Vec v = load(x + d), rounded = (v * inverse + 12582912.f) - 12582912.f;  // 1.5 · 2^23: to the nearest integer
     const Vec rest = v - rounded * scale;
     squared_rest += rest * rest;
-    const ShortVec q = __builtin_convertvector(__builtin_convertvector(rounded, IntVec), ShortVec);
-    std::memcpy(next, &q, sizeof q);
-    next += sizeof q;
+    const NumberVec q = __builtin_convertvector(__builtin_convertvector(rounded, IntVec), NumberVec);
+    std::memcpy(out + d, &q, sizeof q);
   }
   return {scale, std::max(length, SHORTEST), std::max(std::sqrt(sum(squared_rest)), SHORTEST)};
 }
 
-// best[n] = max over the tile's centres of <x_n, c> − bias, of NR rows: one panel, (pairs, NR), by one tile, (pairs, MR).
-template <bool VNNI>
-inline void screen_tile(const int32_t* centers, const int32_t* rows, int64_t pairs, const float* scale, const float* bias,
-                        const float* row_scale, float* best) {
+// best[n] = max over the tile's centres of <x_n, c> − bias, of NR rows: one panel, (words, NR), by one tile, (words, MR),
+// whose sums start from `start`. All loops over registers are unrolled by order: one that is not puts them into memory.
+template <typename Number, bool VNNI>
+inline void screen_tile(const int32_t* centers, const int32_t* start, const int32_t* rows, int64_t words,
+                        const float* scale, const float* bias, const float* row_scale, float* best) {
   IntVec acc[MR][NV];
+#pragma GCC unroll 14
   for (int m = 0; m < MR; ++m)
-    for (int v = 0; v < NV; ++v) acc[m][v] = IntVec{};
-#pragma GCC unroll 2
-  for (int64_t p = 0; p < pairs; ++p) {
+    for (int v = 0; v < NV; ++v) acc[m][v] = start[m] - IntVec{};
+#pragma GCC unroll 1
+  for (int64_t w = 0; w < words; ++w) {
     IntVec x[NV];
-    for (int v = 0; v < NV; ++v) std::memcpy(&x[v], rows + p * NR + v * LANES, sizeof x[v]);
-    for (int m = 0; m < MR; ++m)
-      for (int v = 0; v < NV; ++v) acc[m][v] = dot_pairs<VNNI>(acc[m][v], centers[p * MR + m], x[v]);
+    for (int v = 0; v < NV; ++v) x[v] = load_words(rows + w * NR + v * LANES);
+#pragma GCC unroll 14
+    for (int m = 0; m < MR; ++m) {
+      const IntVec c = centers[w * MR + m] - IntVec{};
+      for (int v = 0; v < NV; ++v) acc[m][v] = dot_words<Number, VNNI>(acc[m][v], c, x[v]);
+    }
   }
+#pragma GCC unroll 2
   for (int v = 0; v < NV; ++v) {
     Vec largest = splat(-INF);
+#pragma GCC unroll 14
     for (int m = 0; m < MR; ++m) {
       const Vec product = __builtin_convertvector(acc[m][v], Vec) * load(row_scale + v * LANES);
       largest = max(largest, product * scale[m] - bias[m]);

@@ -3,6 +3,8 @@
 // Included by *_cpu.cpp only.
 #pragma once
 
+#include <limits>
+
 #include "../common/tile.h"
 #include "assign.h"
 
@@ -70,25 +72,41 @@ class Nearest {
       : args_(args), x_(x), share_((args.D / (4 * LANES) + 16) * 0x1p-23f),
         slack_((args.inner ? share_ * reach : 0.f) + 1e-36f) {}
 
-  void show(int64_t k) {
-    const float* c = args_.centers + k * args_.D;
-    const float gap = args_.inner ? -product(x_, c, args_.D) : squared_distance(x_, c, args_.D);
-    const float doubt = args_.inner ? slack_ : share_ * gap_ + slack_;
-    if (label_ < 0 || gap < gap_ - doubt) {
-      label_ = k, gap_ = gap, settled_ = false;
-    } else if (!(gap > gap_ + doubt)) {
-      settle();
-      const double exact = exact_gap(x_, c, args_.D, args_.inner);
-      if (exact < exact_ || (exact == exact_ && k < label_)) label_ = k, gap_ = gap, exact_ = exact;
+  // Up to MR centres at a time: which of them can be the nearest is one comparison each, without a branch on the best.
+  void show(const int64_t* centers, int count) {
+    float gaps[MR], least = std::numeric_limits<float>::infinity();
+    for (int m = 0; m < count; ++m) {
+      gaps[m] = gap(centers[m]);
+      least = gaps[m] < least ? gaps[m] : least;
     }
+    if (label_ >= 0 && least > gap_ + doubt(gap_)) return;
+    for (int m = 0; m < count; ++m)
+      if (!(gaps[m] > least + doubt(least))) show(centers[m], gaps[m]);
   }
   int64_t label() const { return label_; }
+  // No less than the squared distance of the nearest.
+  float at_most() const { return gap_ * (1 + share_) + slack_; }
   double gap() {
     settle();
     return exact_;
   }
 
  private:
+  float gap(int64_t k) const {
+    const float* c = args_.centers + k * args_.D;
+    return args_.inner ? -product(x_, c, args_.D) : squared_distance(x_, c, args_.D);
+  }
+  float doubt(float gap) const { return args_.inner ? slack_ : share_ * gap + slack_; }
+
+  void show(int64_t k, float gap) {
+    if (label_ < 0 || gap < gap_ - doubt(gap_)) {
+      label_ = k, gap_ = gap, settled_ = false;
+    } else if (!(gap > gap_ + doubt(gap_))) {
+      settle();
+      const double exact = exact_gap(x_, args_.centers + k * args_.D, args_.D, args_.inner);
+      if (exact < exact_ || (exact == exact_ && k < label_)) label_ = k, gap_ = gap, exact_ = exact;
+    }
+  }
   void settle() {
     if (!settled_) exact_ = exact_gap(x_, args_.centers + label_ * args_.D, args_.D, args_.inner);
     settled_ = true;

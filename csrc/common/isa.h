@@ -1,5 +1,6 @@
 // Which instruction set the CPU kernels use. Every file under csrc/*/ whose name ends in _cpu.cpp is compiled once per
-// instruction set, in a namespace of that name (FASTPROTO_ISA); the choice falls at run time.
+// instruction set, in a namespace of that name (FASTPROTO_ISA); the choice falls at run time. What few instructions beyond
+// AVX-512's core are worth having (VNNI's integer products, bfloat16's) stand as assembly behind has_vnni and has_bf16.
 #pragma once
 
 #include <stdexcept>
@@ -8,10 +9,12 @@
 
 namespace fastproto {
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, avx512_vnni, avx512_bf16 };
 
 inline const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::avx512_bf16: return "avx512_bf16";
+    case Isa::avx512_vnni: return "avx512_vnni";
     case Isa::avx512: return "avx512";
     case Isa::avx2: return "avx2";
     default: return "baseline";
@@ -28,6 +31,10 @@ inline std::vector<Isa> supported_isas() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd")) {
       isas.push_back(Isa::avx512);
+      if (__builtin_cpu_supports("avx512vnni")) {
+        isas.push_back(Isa::avx512_vnni);
+        if (__builtin_cpu_supports("avx512bf16")) isas.push_back(Isa::avx512_bf16);
+      }
     }
   }
 #endif
@@ -39,6 +46,9 @@ inline Isa& current_isa() {
   static Isa isa = supported_isas().back();
   return isa;
 }
+
+inline bool has_vnni() { return current_isa() >= Isa::avx512_vnni; }
+inline bool has_bf16() { return current_isa() >= Isa::avx512_bf16; }
 
 inline void set_isa(const std::string& name) {
   for (Isa isa : supported_isas()) {
@@ -56,6 +66,8 @@ inline void set_isa(const std::string& name) {
 #if defined(__x86_64__)
 #define FASTPROTO_DISPATCH_TO(RESULT, FUNCTION, ...)                                         \
   switch (::fastproto::current_isa()) {                                                      \
+    case ::fastproto::Isa::avx512_bf16:                                                      \
+    case ::fastproto::Isa::avx512_vnni:                                                      \
     case ::fastproto::Isa::avx512: RESULT ::fastproto::avx512::FUNCTION(__VA_ARGS__); break; \
     case ::fastproto::Isa::avx2: RESULT ::fastproto::avx2::FUNCTION(__VA_ARGS__); break;     \
     default: RESULT ::fastproto::baseline::FUNCTION(__VA_ARGS__);                            \

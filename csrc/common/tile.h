@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <utility>
 
 #if defined(__SSE__)
 #include <xmmintrin.h>
@@ -44,15 +45,24 @@ inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 // Not Vec{} + x, which the compiler must compute for the sake of −0; x − 0 is x.
 inline Vec splat(float x) { return x - Vec{}; }
 
-inline float sum(Vec v) {
-  float total = 0;
-  for (int l = 0; l < LANES; ++l) total += v[l];
-  return total;
+// Every lane l combined with lane l ^ HALF, then with ever smaller halves: log2(LANES) steps, and the same in every lane.
+template <int... L> inline Vec swap_lanes(Vec v, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(v, v, L...);
 }
+template <int HALF, int... L> inline Vec swap_halves(Vec v, std::integer_sequence<int, L...>) {
+  return swap_lanes(v, std::integer_sequence<int, (L ^ HALF)...>{});
+}
+template <int HALF = LANES / 2, typename Step> inline float fold(Vec v, Step step) {
+  v = step(v, swap_halves<HALF>(v, std::make_integer_sequence<int, LANES>{}));
+  if constexpr (HALF > 1) return fold<HALF / 2>(v, step);
+  else return v[0];
+}
+inline float sum(Vec v) {
+  return fold(v, [](Vec a, Vec b) { return a + b; });
+}
+// NaN where any lane is.
 inline float largest(Vec v) {
-  float best = v[0];
-  for (int l = 1; l < LANES; ++l) best = v[l] > best || v[l] != v[l] ? v[l] : best;
-  return best;
+  return fold(v, [](Vec a, Vec b) { return (b > a) | (b != b) ? b : a; });
 }
 
 // exp to about 1 ulp. x = n·ln 2 + r, |r| ≤ ln 2 / 2; e^r by the polynomial 1 + r + r² q(r) of degree 6 with the least

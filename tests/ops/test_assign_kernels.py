@@ -1,4 +1,4 @@
-"""The C++ assign: every instruction set and number of threads, and data that the 16-bit screen finds hard."""
+"""The C++ assign: every instruction set and number of threads, and data that a screen in 16 or 8 bits finds hard."""
 
 from __future__ import annotations
 
@@ -110,6 +110,21 @@ def test_same_bits_for_any_threads_and_batch(isa: str) -> None:
             parts = [assign(part, centers) for part in x.split(rows)]
             assert torch.equal(torch.cat([part[0] for part in parts]), labels)
             assert torch.equal(torch.cat([part[1] for part in parts]), distance)
+
+
+@pytest.mark.parametrize("kind", ["crowd", "heavy dimensions", "half of it crowded"])
+def test_eight_bits_give_way_to_sixteen(isa: str, kind: str) -> None:
+    """Rows enough that only some of them are tried in 8 bits, and centres too near to each other for those."""
+    x, centers = torch.randn(3000, 40), torch.randn(300, 40)
+    if kind == "heavy dimensions":
+        scale = torch.rand(40) ** -2
+        x, centers = x * scale, centers * scale
+    else:
+        centers = centers[:1] + 1e-3 * centers
+        crowded = 3000 if kind == "crowd" else 1500
+        x[:crowded] = centers[torch.randint(300, (crowded,))] + 1e-4 * x[:crowded]
+    for metric in ("l2", "ip"):
+        check(x, centers, metric)
 
 
 def test_more_ties_than_a_row_can_have_waiting(isa: str) -> None:
