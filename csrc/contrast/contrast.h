@@ -18,7 +18,7 @@ struct Contrast {
   int64_t stride_x, stride_y;
   int x_dtype, y_dtype;
   bool normalize;
-  bool symmetric;           // backward only: y is x, a is one number, b is null, no row is ignored; dy is of both roles
+  bool symmetric;           // y is x, a is one number, b is null, no row is ignored; forward no dx, dy is of both roles
   const int64_t* target;    // (N,)
   const float* a;           // (K,) inverse temperatures
   const float* b;           // (K,) biases; null: 0
@@ -42,6 +42,10 @@ struct Contrast {
   namespace ISA {                                            \
   void contrast_fwd(const Contrast& args, int threads);      \
   void contrast_bwd_keys(const Contrast& args, int threads); \
+  /* What the two above turn to where contrast_is_bounded. */ \
+  bool contrast_is_bounded(const Contrast& args);             \
+  void contrast_fwd_symmetric(const Contrast& args, int threads); \
+  void contrast_bwd_symmetric(const Contrast& args, int threads); \
   }
 FASTPROTO_DECLARE(baseline)
 FASTPROTO_DECLARE(avx2)

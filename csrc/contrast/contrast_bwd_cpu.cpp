@@ -173,6 +173,7 @@ void task(const Contrast& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void contrast_bwd_keys(const Contrast& args, int threads) {
+  if (contrast_is_bounded(args)) return contrast_bwd_symmetric(args, threads);
   const int64_t even = (args.K + threads - 1) / threads;
   const int64_t keys = std::max<int64_t>(MR, std::min(MAX_KEYS, round_up(even, MR)));
   parallel_for((args.K + keys - 1) / keys, threads,

@@ -200,6 +200,7 @@ void finish_row(const Contrast& args, const std::vector<Segment>& segments, int6
 
 void contrast_fwd(const Contrast& args, int threads) {
   if (args.N == 0) return;
+  if (contrast_is_bounded(args) && !args.dx && !args.entropy) return contrast_fwd_symmetric(args, threads);
   // Few rows are little work for every key that is packed: split the keys, into no more segments than hold the
   // accumulators of 1024 rows.
   const int64_t blocks = (args.K + KEYS - 1) / KEYS;

@@ -65,7 +65,7 @@ def _launch(
     groups: Tensor | None,
     key_groups: Tensor | None,
     normalize: bool,
-    symmetric: bool = False,
+    symmetric: bool,
 ) -> None:
     """Calls the C++ kernel of that name with addresses in the order of csrc/contrast/bind.h."""
     features, keys = contiguous_rows(features), contiguous_rows(keys)
@@ -84,7 +84,7 @@ def _triton_fwd(features: Tensor, keys: Tensor, targets: Tensor, scale: Tensor, 
         return reference.contrast_fwd(features, keys, targets, scale, *rest)
     from fastproto.kernels.contrast_fwd import contrast_fwd
 
-    *options, normalize, need_dx, need_stats = rest
+    *options, normalize, _, need_dx, need_stats = rest
     out = outputs(features, need_dx, need_stats)
     x, ys, a = unit_inputs(features, (keys,), scale) if normalize else (features, (keys,), scale)
     contrast_fwd(x, ys, targets, a, *options, need_dx, need_stats, out)
@@ -129,7 +129,7 @@ def unit_inputs(features: Tensor, keys: Sequence[Tensor], scale: Tensor) -> tupl
 
 _ARGUMENTS = (
     "Tensor features, Tensor keys, Tensor targets, Tensor scale, Tensor? bias, Tensor? groups, Tensor? key_groups, "
-    "bool normalize, "
+    "bool normalize, bool symmetric, "
 )
 _fwd = Op(
     "contrast_fwd",
@@ -140,7 +140,7 @@ _fwd = Op(
 )
 _bwd_keys = Op(
     "contrast_bwd_keys",
-    f"({_ARGUMENTS} bool symmetric, Tensor lse, Tensor grad) -> (Tensor, Tensor, Tensor)",
+    f"({_ARGUMENTS} Tensor lse, Tensor grad) -> (Tensor, Tensor, Tensor)",
     reference=reference.contrast_bwd_keys,
     cpp=_cpp_bwd_keys,
     triton=_triton_bwd_keys,
@@ -181,7 +181,7 @@ class _Contrast(torch.autograd.Function):
         # Symmetric, the backward pass has the gradient of both roles in two products, and the forward one.
         need_dx, need_backward = need_x and not symmetric, need_y or need_a or need_b or (need_x and symmetric)
         args = (features, keys, targets, scale, bias, groups, key_groups)
-        loss, lse, dx, *stats = _fwd(*args, normalize, need_dx, need_stats)
+        loss, lse, dx, *stats = _fwd(*args, normalize, symmetric, need_dx, need_stats)
         if divisor is not None:
             loss = loss.sum() / divisor
         ctx.normalize, ctx.symmetric, ctx.dtype = normalize, symmetric, features.dtype

@@ -32,7 +32,7 @@ def _one_by_one(backend: str) -> Callable[..., tuple[Tensor, ...]]:
         need_dx: bool,
     ) -> tuple[Tensor, ...]:
         sets = zip(keys, targets, *_by_set(keys, scale, bias), strict=True)
-        results = [forward(features, *one, None, None, normalize, need_dx, False)[:3] for one in sets]
+        results = [forward(features, *one, None, None, normalize, False, need_dx, False)[:3] for one in sets]
         loss, lse, dx = (torch.stack(values) for values in zip(*results, strict=True))
         return loss, lse, dx if need_dx else dx.new_empty(0)
 

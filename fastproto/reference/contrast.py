@@ -25,10 +25,14 @@ def contrast_fwd(
     groups: Tensor | None,  # (N,) int64
     key_groups: Tensor | None,  # (K,) int64
     normalize: bool,
+    symmetric: bool,
     need_dx: bool,
     need_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss (N,), lse (N,), dx (N, D), entropy (N,), top1 (N,), positive logit (N,); what is not needed has size 0."""
+    """Loss (N,), lse (N,), dx (N, D), entropy (N,), top1 (N,), positive logit (N,); what is not needed has size 0.
+
+    ``symmetric`` promises what it does to ``contrast_bwd_keys``, and saves a kernel work, not this.
+    """
     x_nd, y_kd, length_n1, _, logits_nk = _logits(features, keys, targets, scale, bias, groups, key_groups, normalize)
     counted_n, target_n1 = targets >= 0, targets.clamp(min=0)[:, None]
     # log_softmax and not lse - s: the difference of two large numbers would lose the digits of a small loss.

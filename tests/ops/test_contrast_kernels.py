@@ -203,9 +203,56 @@ def test_every_instruction_set_is_right_and_threads_change_no_bit(shape: tuple[i
             assert all(map(torch.equal, run("cpp", arguments, torch.float32), single)), (isa, threads, repeat)
 
 
+@needs_cpp
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize(("n", "d", "temperature"), [(2, 3, 0.5), (57, 24, -0.3), (300, 130, 0.06), (1100, 40, 0.1)])
+def test_pairs_of_blocks_of_rows(n: int, d: int, temperature: float) -> None:
+    """Rows against themselves, whose scores are bounded: any number of blocks, instruction set and number of threads."""
+    generator = torch.Generator().manual_seed(n)
+    features = torch.randn(n, d, generator=generator) * torch.linspace(0.1, 9, n)[:, None]
+    targets = torch.randint(n, (n,), generator=generator)
+    groups = torch.where(torch.arange(n) < n // 2, torch.arange(n), torch.randint(-3, 0, (n,), generator=generator))
+
+    def run_symmetric(backend: str, dtype: torch.dtype, symmetric: bool = True) -> tuple[Tensor, ...]:
+        x = features.to(dtype).requires_grad_()
+        with fastproto.backend(backend):
+            rows = contrast_unchecked(
+                x, x, targets, 1 / temperature, None, groups, groups, normalize=True, symmetric=symmetric
+            )
+            upstream = torch.linspace(-1, 2, n, dtype=dtype)
+            return rows.loss.detach(), rows.lse, torch.autograd.grad(rows.loss, x, upstream)[0]
+
+    exact = run_symmetric("reference", torch.float64, symmetric=False)
+    for isa in _native.cpp.supported_isas():
+        _native.cpp.set_isa(isa)
+        torch.set_num_threads(1)
+        single = run_symmetric("cpp", torch.float32)
+        for a, b in zip(single, exact, strict=True):
+            assert (a.double() - b).abs().max() <= 4e-6 * b.abs().max()
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, run_symmetric("cpp", torch.float32), single)), (isa, threads)
+
+
+@needs_cpp
+def test_a_small_loss_of_rows_against_themselves_keeps_its_digits() -> None:
+    """Views that are nearly the same, at a low temperature: the loss is that of few and far negatives."""
+    half = torch.nn.functional.normalize(torch.eye(16, 24) + 1e-3, dim=1)
+    rows, targets = torch.arange(32), torch.arange(32).roll(16)
+    x = torch.cat([half, half])
+
+    def loss(backend: str, dtype: torch.dtype) -> Tensor:
+        with fastproto.backend(backend):
+            return contrast_unchecked(
+                x.to(dtype), x.to(dtype), targets, 18.0, None, rows, rows, normalize=True, symmetric=True
+            ).loss
+
+    assert (loss("cpp", torch.float32) - loss("reference", torch.float64)).abs().max() <= 2e-7
+
+
 def test_ops_are_sound() -> None:
     arguments = tuple(problem(9, 11, 5, normalize=True).values())
-    torch.library.opcheck(torch.ops.fastproto.contrast_fwd.default, (*arguments, True, True))
+    torch.library.opcheck(torch.ops.fastproto.contrast_fwd.default, (*arguments, False, True, True))
     lse, grad = torch.rand(9), torch.rand(9)
     torch.library.opcheck(torch.ops.fastproto.contrast_bwd_keys.default, (*arguments, False, lse, grad))
 

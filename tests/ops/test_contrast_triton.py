@@ -119,7 +119,7 @@ def test_small_float16_gradients_do_not_vanish() -> None:
         cast = [value.to(dtype) if value.is_floating_point() else value for value in tensors]
         options = (scale.to(dtype), bias.to(dtype), None, None, False)
         with fastproto.backend(backend):
-            _, lse, *_ = torch.ops.fastproto.contrast_fwd(*cast, *options, False, False)
+            _, lse, *_ = torch.ops.fastproto.contrast_fwd(*cast, *options, False, False, False)
             return torch.ops.fastproto.contrast_bwd_keys(*cast, *options, False, lse, grad.to(lse.dtype))
 
     pairs = zip(keys_gradient("triton", torch.float16), keys_gradient("reference", torch.double), strict=True)
@@ -283,7 +283,7 @@ def test_ops_are_sound() -> None:
     tensors = tuple(problem(9, 11, 5, normalize=True, device=DEVICE).values())
     rest = torch.rand(9, device=DEVICE), torch.rand(9, device=DEVICE)
     with fastproto.backend("triton"):
-        torch.library.opcheck(torch.ops.fastproto.contrast_fwd.default, (*tensors, True, True))
+        torch.library.opcheck(torch.ops.fastproto.contrast_fwd.default, (*tensors, False, True, True))
         torch.library.opcheck(torch.ops.fastproto.contrast_bwd_keys.default, (*tensors, False, *rest))
         several = test_contrast_sets.sets_problem(9, (11, 3), 5, DEVICE)
         several["features"].nan_to_num_(1.0)

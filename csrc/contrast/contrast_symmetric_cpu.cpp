@@ -1,0 +1,249 @@
+// Rows against themselves, of length 1 (NT-Xent): s_ij = a <x_i, x_j> = s_ji, so that a pair of rows needs one score and one
+// exponential for both. Forward half a product, backward one and a half, where rows and keys that differ take two each. docs/math/contrast.md derives the gradients.
+//
+//   e_ij = exp(s_ij − |a|)   Z_i = Σ_{j ∈ A(i)} e_ij   L_i = log(Z_i / e_{i,t(i)})   lse_i = |a| + log Z_i
+//   dx_j = a Σ_i (q_ij + q_ji) x_i    q_ij = e_ij w_i − g_i [j = t(i)]    w_i = g_i exp(|a| − lse_i)
+//
+// |s| ≤ |a| ≤ MAX_SCALE takes the place of a running maximum: no e_ij leaves float32.
+//
+// Rows stand in blocks. A task takes a pair of blocks and adds to the sums or gradients of both; a round is a set of pairs
+// that share no block, as in a tournament, so no two tasks of a round write the same place. Blocks and rounds depend on N
+// alone: the same bits for any number of threads.
+#include "contrast.h"
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+#include <vector>
+
+#include "../common/parallel.h"
+#include "rows.h"
+
+namespace fastproto {
+namespace FASTPROTO_ISA {
+namespace {
+
+constexpr float MAX_SCALE = 20;
+// Columns of a pair of blocks: full panels of NR, and nearly full tiles of MR rows (126 of 128, 56 or 60 of 64). Small
+// batches take small blocks, for enough pairs to share among threads.
+constexpr int64_t WIDE = 128, NARROW = 64;
+constexpr int64_t LD = WIDE + LANES;  // of W: a power of two would map a column to few of the L1's sets
+
+struct Blocks {
+  int64_t N, D, rows, columns, count, width;
+  Buffer tall, across, along;  // per block: a x̂ as left factor, x̂ as right factor of scores, and of gradients
+  std::vector<int64_t> lowest_group, highest_group;  // (count,)
+  std::vector<int64_t> by_target, first_by_target;   // rows ordered by their target, and where those of a target begin
+
+  int64_t begin(int64_t block) const { return block * rows; }
+  int64_t size(int64_t block) const { return std::min(N, begin(block) + rows) - begin(block); }
+  const float* tall_of(int64_t block) const { return tall.data() + block * rows * D; }
+  const float* across_of(int64_t block) const { return across.data() + block * columns * D; }
+  const float* along_of(int64_t block) const { return along.data() + block * columns * width; }
+};
+
+void pack(const Contrast& args, int threads, Blocks& blocks) {
+  blocks.N = args.N, blocks.D = args.D, blocks.width = round_up(args.D, NR);
+  blocks.columns = args.N < 8 * WIDE ? NARROW : WIDE;
+  blocks.rows = blocks.columns / MR * MR;
+  blocks.count = (args.N + blocks.rows - 1) / blocks.rows;
+  blocks.tall.take(blocks.count * blocks.rows * args.D);
+  blocks.across.take(blocks.count * blocks.columns * args.D);
+  blocks.along.take(blocks.count * blocks.columns * blocks.width);
+  blocks.lowest_group.resize(blocks.count), blocks.highest_group.resize(blocks.count);
+  parallel_for(blocks.count, threads, [&](int64_t b) {
+    thread_local Buffer rows;
+    const int64_t begin = blocks.begin(b), size = blocks.size(b);
+    float* x = rows.take(size * args.D);
+    for (int64_t i = 0; i < size; ++i) load_feature(args, begin + i, x + i * args.D);
+    pack_across(x, size, args.D, blocks.across.data() + b * blocks.columns * args.D);
+    pack_along(x, size, args.D, blocks.columns, blocks.along.data() + b * blocks.columns * blocks.width);
+    scale_row(x, size * args.D, args.a[0]);
+    pack_tall(x, size, args.D, blocks.tall.data() + b * blocks.rows * args.D);
+    if (!args.group) return;
+    const auto [low, high] = std::minmax_element(args.group + begin, args.group + begin + size);
+    blocks.lowest_group[b] = *low, blocks.highest_group[b] = *high;
+  });
+  blocks.first_by_target.assign(args.N + 1, 0);
+  for (int64_t i = 0; i < args.N; ++i) ++blocks.first_by_target[args.target[i] + 1];
+  for (int64_t i = 0; i < args.N; ++i) blocks.first_by_target[i + 1] += blocks.first_by_target[i];
+  std::vector<int64_t> next(blocks.first_by_target.begin(), blocks.first_by_target.end() - 1);
+  blocks.by_target.resize(args.N);
+  for (int64_t i = 0; i < args.N; ++i) blocks.by_target[next[args.target[i]]++] = i;
+}
+
+// Every pair of blocks once: in the first round each with itself, then all stand in a circle around the last, turn by one
+// seat a round, and each faces its opposite.
+template <typename Task> void for_pairs(int64_t count, int threads, Task task) {
+  parallel_for(count, threads, [&](int64_t b) { task(b, b); });
+  const int64_t seats = count + count % 2, circle = seats - 1;
+  for (int64_t round = 0; round < circle && count > 1; ++round)
+    parallel_for(seats / 2, threads, [&](int64_t pair) {
+      const int64_t one = (round + pair) % circle, other = pair == 0 ? circle : (round + circle - pair) % circle;
+      if (std::max(one, other) < count) task(std::min(one, other), std::max(one, other));
+    });
+}
+
+// e (M rows of block I from `first` on, columns of block J), LD apart.
+template <int M>
+void exponentials(const Blocks& blocks, float shift, int64_t I, int64_t J, int64_t first, float* e) {
+  for (int64_t column = 0; column < blocks.columns; column += NR)
+    tile_product<M, 1, MR>(blocks.tall_of(I) + first * blocks.D, blocks.across_of(J) + column * blocks.D, blocks.D,
+                           e + column, LD, nullptr);
+  for (int m = 0; m < M; ++m)
+    for (int64_t j = 0; j < blocks.columns; j += LANES) store(e + m * LD + j, exp(load(e + m * LD + j) - shift));
+}
+
+// Calls visit(j, whether i's target is j, whether j's target is i, whether their group hides them) for row i and those rows j
+// of block J that a target or a group sets apart.
+template <typename Visit>
+void for_special(const Contrast& args, const Blocks& blocks, int64_t i, int64_t J, Visit visit) {
+  const int64_t begin = blocks.begin(J), end = begin + blocks.size(J), t = args.target[i];
+  const int64_t mine = args.group ? args.group[i] : 0;
+  const bool near = args.group && mine >= blocks.lowest_group[J] && mine <= blocks.highest_group[J];
+  const auto hidden = [&](int64_t j) { return near && args.group[j] == mine; };
+  for (int64_t j = begin; near && j < end; ++j)
+    if (hidden(j)) visit(j, j == t, args.target[j] == i, true);
+  if (t >= begin && t < end && !hidden(t)) visit(t, true, args.target[t] == i, false);
+  for (int64_t at = blocks.first_by_target[i]; at < blocks.first_by_target[i + 1]; ++at) {
+    const int64_t j = blocks.by_target[at];
+    if (j >= begin && j < end && j != t && !hidden(j)) visit(j, false, true, false);
+  }
+}
+
+struct Sums {
+  std::vector<float> z, positive;  // (N,) Z_i and e_{i,t(i)}
+};
+
+// Adds M rows of block I to the sums of both blocks.
+template <int M>
+void sum_rows(const Contrast& args, const Blocks& blocks, int64_t I, int64_t J, int64_t first, float* e, Sums& sums) {
+  exponentials<M>(blocks, std::abs(args.a[0]), I, J, first, e);
+  const int64_t size = blocks.size(J), at = blocks.begin(J), i = blocks.begin(I) + first;
+  const bool both = I != J;
+  float *z_i = sums.z.data() + i, *z_j = sums.z.data() + at;
+  for (int m = 0; m < M; ++m) {
+    float* row = e + m * LD;
+    std::fill(row + size, row + blocks.columns, 0.f);
+    for_special(args, blocks, i + m, J, [&](int64_t j, bool i_to_j, bool j_to_i, bool hidden) {
+      const float value = row[j - at];
+      if (i_to_j) sums.positive[i + m] = value;
+      if (j_to_i && both) sums.positive[j] = value;
+      if (!hidden) return;
+      if (i_to_j) z_i[m] += value;
+      if (j_to_i && both) z_j[j - at] += value;
+      row[j - at] = 0;
+    });
+    Vec total{};
+    for (int64_t j = 0; j < blocks.columns; j += LANES) total += load(row + j);
+    z_i[m] += sum(total);
+  }
+  for (int64_t j = 0; both && j < size; ++j) {
+    float total = 0;
+    for (int m = 0; m < M; ++m) total += e[m * LD + j];
+    z_j[j] += total;
+  }
+}
+
+// What rows i of block I and j of block J have of each other, q_ij + q_ji = e_ij (w_i + w_j) but for groups and without
+// targets: large terms, which add_target brings last, so that the many small ones are not rounded beside them.
+template <int M>
+void weigh_rows(const Contrast& args, const Blocks& blocks, const float* w, int64_t I, int64_t J, int64_t first, float* e) {
+  exponentials<M>(blocks, std::abs(args.a[0]), I, J, first, e);
+  const int64_t size = blocks.size(J), at = blocks.begin(J);
+  for (int m = 0; m < M; ++m) {
+    struct { int64_t j; float weight; } special[WIDE];
+    int specials = 0;
+    float* row = e + m * LD;
+    const int64_t i = blocks.begin(I) + first + m;
+    for_special(args, blocks, i, J, [&](int64_t j, bool i_to_j, bool j_to_i, bool hidden) {
+      const float seen = (i_to_j || hidden ? 0.f : w[i]) + (j_to_i || hidden ? 0.f : w[j]);
+      special[specials++] = {j - at, row[j - at] * seen};
+    });
+    for (int64_t j = 0; j < blocks.columns; j += LANES) store(row + j, load(row + j) * (w[i] + load(w + at + j)));
+    while (specials--) row[special[specials].j] = special[specials].weight;
+    std::fill(row + size, row + blocks.columns, 0.f);
+  }
+}
+
+// C (M rows from `first` on) += left · along.
+template <int M, int STRIDE_M, int STRIDE_K>
+void add_product(const Blocks& blocks, const float* left, int64_t block, int64_t depth, float* C) {
+  float keep[M];
+  std::fill(keep, keep + M, 1.f);
+  for (int64_t column = 0; column < blocks.width; column += NR)
+    tile_product<M, STRIDE_M, STRIDE_K>(left, blocks.along_of(block) + column * blocks.columns, depth, C + column,
+                                        blocks.width, keep);
+}
+
+// dx_i += q x̂_j, of whom one is row and the other its target: q = g (p − 1).
+void add_target(const Contrast& args, int64_t row, const float* unit, int64_t other, float* other_unit, float* dx) {
+  load_feature(args, other, other_unit);
+  const float q = args.grad[row] * std::expm1(args.a[0] * dot(unit, other_unit, args.D) - args.lse[row]);
+  for (int64_t d = 0; d < args.D; ++d) dx[d] += q * other_unit[d];
+}
+
+// Calls run<M>(first) for tiles of MR rows, and for the rest.
+template <int M = MR, typename Run> void for_tiles(int64_t count, Run run, int64_t first = 0) {
+  for (; first + M <= count; first += M) run(std::integral_constant<int, M>{}, first);
+  if constexpr (M > 1) for_tiles<M - 1>(count, run, first);
+}
+
+}  // namespace
+
+bool contrast_is_bounded(const Contrast& args) {
+  return args.symmetric && args.normalize && args.N > 0 && std::abs(args.a[0]) <= MAX_SCALE;
+}
+
+void contrast_fwd_symmetric(const Contrast& args, int threads) {
+  Blocks blocks;
+  pack(args, threads, blocks);
+  Sums sums{std::vector<float>(args.N, 0.f), std::vector<float>(args.N, 0.f)};
+  for_pairs(blocks.count, threads, [&](int64_t I, int64_t J) {
+    thread_local Buffer scratch;
+    float* e = scratch.take(MR * LD);
+    for_tiles(blocks.size(I), [&](auto M, int64_t first) { sum_rows<M.value>(args, blocks, I, J, first, e, sums); });
+  });
+  for (int64_t i = 0; i < args.N; ++i) {
+    args.loss[i] = std::log(sums.z[i] / sums.positive[i]);
+    args.lse[i] = std::abs(args.a[0]) + std::log(sums.z[i]);
+  }
+}
+
+void contrast_bwd_symmetric(const Contrast& args, int threads) {
+  Blocks blocks;
+  pack(args, threads, blocks);
+  std::vector<float> w(args.N + WIDE, 0.f), dx(args.N * blocks.width, 0.f);
+  for (int64_t i = 0; i < args.N; ++i) w[i] = args.grad[i] * std::exp(std::abs(args.a[0]) - args.lse[i]);
+  for_pairs(blocks.count, threads, [&](int64_t I, int64_t J) {
+    thread_local Buffer scratch;
+    float* weights = scratch.take(blocks.rows * LD);
+    float *dx_i = dx.data() + blocks.begin(I) * blocks.width, *dx_j = dx.data() + blocks.begin(J) * blocks.width;
+    for_tiles(blocks.size(I), [&](auto M, int64_t first) {
+      float* tile = weights + first * LD;
+      weigh_rows<M.value>(args, blocks, w.data(), I, J, first, tile);
+      add_product<M.value, LD, 1>(blocks, tile, J, blocks.columns, dx_i + first * blocks.width);
+    });
+    if (I == J) return;
+    for_tiles(blocks.size(J), [&](auto M, int64_t first) {
+      add_product<M.value, 1, LD>(blocks, weights + first, I, blocks.size(I), dx_j + first * blocks.width);
+    });
+  });
+  parallel_for(blocks.count, threads, [&](int64_t b) {
+    std::vector<float> unit(args.D), other(args.D);
+    for (int64_t i = blocks.begin(b); i < blocks.begin(b) + blocks.size(b); ++i) {
+      const float inverse = load_feature(args, i, unit.data());
+      float *from = dx.data() + i * blocks.width, *to = args.dy + i * args.D;
+      add_target(args, i, unit.data(), args.target[i], other.data(), from);
+      for (int64_t at = blocks.first_by_target[i]; at < blocks.first_by_target[i + 1]; ++at)
+        add_target(args, blocks.by_target[at], unit.data(), blocks.by_target[at], other.data(), from);
+      args.da[i] = dot(from, unit.data(), args.D);
+      args.db[i] = 0;
+      for (int64_t d = 0; d < args.D; ++d) to[d] = args.a[0] * from[d];
+      through_length(args.D, unit.data(), inverse, to);
+    }
+  });
+}
+
+}  // namespace FASTPROTO_ISA
+}  // namespace fastproto
