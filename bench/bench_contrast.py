@@ -35,9 +35,11 @@ def backward(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
 
 
 def compare_proto_nce(suite: Suite, benchmark, name: str, n: int, k: int, **options) -> None:
+    """``autocast``: features and prototypes in bfloat16, as a network under autocast gives them."""
     learnt, autocast, peers = (options.get(key) for key in ("learnt", "autocast", "peers"))
     d = 128
-    x, y = torch.randn(n, d, requires_grad=True), torch.randn(k, d, requires_grad=bool(learnt))
+    x, y = (torch.randn(size, d, dtype=torch.bfloat16 if autocast else torch.float32) for size in (n, k))
+    x.requires_grad_(), y.requires_grad_(bool(learnt))
     t = torch.randint(k, (n,))
 
     def run(loss_fn: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...]]:
@@ -65,9 +67,11 @@ def test_learnt(suite: Suite, benchmark) -> None:
     compare_proto_nce(suite, benchmark, "ProtoNCE learnt", 1024, 16384, learnt=True)
 
 
-def test_bfloat16(suite: Suite, benchmark) -> None:
+@pytest.mark.parametrize("learnt", [False, True])
+def test_bfloat16(suite: Suite, benchmark, learnt: bool) -> None:
     """Without bfloat16 instructions the peers take seconds a step."""
-    compare_proto_nce(suite, benchmark, "ProtoNCE frozen", 1024, 16384, autocast=True, peers=["torch.compile"])
+    name = "ProtoNCE learnt" if learnt else "ProtoNCE frozen"
+    compare_proto_nce(suite, benchmark, name, 1024, 16384, learnt=learnt, autocast=True, peers=["torch.compile"])
 
 
 def test_small(suite: Suite, benchmark) -> None:

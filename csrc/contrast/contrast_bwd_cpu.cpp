@@ -31,11 +31,12 @@ struct Block {
   std::vector<Hit> hits;  // by key, then row
   alignas(64) float lse[ROWS];
   alignas(64) float grad[ROWS];
+  alignas(64) float scale[ROWS];  // of the scores, where the rows have it not
   const float *across, *along;
 };
 
 struct Scratch {
-  Buffer y, rows, across, along, scores;
+  Buffer y, scale, rows, across, along, scores;
   std::vector<float> dy, db;
 };
 
@@ -84,36 +85,41 @@ inline void symmetric_row(const Contrast& args, const Block& block, int64_t j, c
   if (has_mine) scores[mine] += again;
 }
 
-template <int M>
-void key_tile(const Contrast& args, const Block& block, int64_t first, const float* y, float* scores, float* dy,
-              float* db) {
+template <typename Number, int M>
+void key_tile(const Contrast& args, const Block& block, int64_t first, const float* y, const float* scale, float* scores,
+              float* dy, float* db) {
+  const int64_t depth = words_of<Number>(args.D), rows = words_of<Number>(block.padded);
   for (int64_t panel = 0; panel < block.padded / NR; ++panel)
-    tile_product<M, 1, MR>(y, block.across + panel * args.D * NR, args.D, scores + panel * NR, ROWS, nullptr);
+    tile_product<M, 1, MR, Number>(y, block.across + panel * depth * NR, depth, scores + panel * NR, ROWS, nullptr);
   float keep[M];
   const Hit *hit = block.hits.data(), *const last = hit + block.hits.size();
   while (hit < last && hit->key < first) ++hit;
   for (int m = 0; m < M; ++m) {
     const Hit* end = hit;
     while (end < last && end->key == first + m) ++end;
+    float* row = scores + m * ROWS;
+    scale_scores<Number>(row, block.scale, scale[m], block.padded);
     if (args.symmetric)
-      symmetric_row(args, block, first + m, hit, end, scores + m * ROWS);
+      symmetric_row(args, block, first + m, hit, end, row);
     else
-      db[m] += gradient_row(args, block, first + m, hit, end, scores + m * ROWS);
+      db[m] += gradient_row(args, block, first + m, hit, end, row);
+    weights_to_words<Number>(row, block.scale, block.padded);
     hit = end;
     keep[m] = 1.f;
   }
   const int64_t width = round_up(args.D, NR);
   for (int64_t panel = 0; panel < width / NR; ++panel)
-    tile_product<M, ROWS, 1>(scores, block.along + panel * block.padded * NR, block.padded, dy + panel * NR, width, keep);
+    tile_product<M, ROWS, 1, Number>(scores, block.along + panel * rows * NR, rows, dy + panel * NR, width, keep);
 }
 
-template <int M = MR>
-void keys_left(int count, const Contrast& args, const Block& block, int64_t first, const float* y, float* scores,
-               float* dy, float* db) {
-  if (count == M) return key_tile<M>(args, block, first, y, scores, dy, db);
-  if constexpr (M > 1) keys_left<M - 1>(count, args, block, first, y, scores, dy, db);
+template <typename Number, int M = MR>
+void keys_left(int count, const Contrast& args, const Block& block, int64_t first, const float* y, const float* scale,
+               float* scores, float* dy, float* db) {
+  if (count == M) return key_tile<Number, M>(args, block, first, y, scale, scores, dy, db);
+  if constexpr (M > 1) keys_left<Number, M - 1>(count, args, block, first, y, scale, scores, dy, db);
 }
 
+template <typename Number>
 void task(const Contrast& args, int64_t begin, int64_t end) {
   thread_local Scratch scratch;
   const int64_t width = round_up(args.D, NR), keys = end - begin;
@@ -125,8 +131,11 @@ void task(const Contrast& args, int64_t begin, int64_t end) {
   scratch.dy.assign(keys * width, 0.f);
   scratch.db.assign(keys, 0.f);
   float *dy = scratch.dy.data(), *db = scratch.db.data();
-  for (int64_t j = 0; j < keys; ++j) load_key(args, begin + j, loaded + j * args.D);
-  pack_tall(loaded, keys, args.D, y);
+  float* scale = scratch.scale.take(keys);
+  for (int64_t j = 0; j < keys; ++j) scale[j] = load_factor_y<Number>(args, begin + j, loaded + j * args.D);
+  const int64_t depth = words_of<Number>(args.D);
+  to_words<Number>(loaded, keys, args.D);
+  pack_tall(loaded, keys, depth, y);
   for (int64_t first = 0; first < args.N; first += ROWS) {
     Block block;
     block.first = first;
@@ -147,16 +156,17 @@ void task(const Contrast& args, int64_t begin, int64_t end) {
       block.grad[i] = counted ? args.grad[first + i] : 0.f;
       float* row = loaded + i * args.D;
       // An ignored row is emptied, so that not even a NaN in it reaches the keys.
-      if (counted) load_feature(args, first + i, row);
-      else if (i < block.count) std::fill(row, row + args.D, 0.f);
+      block.scale[i] = counted ? load_factor_x<Number>(args, first + i, row) : 0.f;
+      if (!counted && i < block.count) std::fill(row, row + args.D, 0.f);
     }
-    pack_across(loaded, block.count, args.D, across);
-    pack_along(loaded, block.count, args.D, block.padded, along);
+    to_words<Number>(loaded, block.count, args.D);
+    pack_across(loaded, block.count, depth, across);
+    pack_pairs_along<Number>(loaded, block.count, args.D, block.padded, along);
     block.across = across;
     block.along = along;
     for (int64_t j = 0; j < keys; j += MR)
-      keys_left(static_cast<int>(std::min<int64_t>(MR, keys - j)), args, block, begin + j, y + j * args.D, scores,
-                dy + j * width, db + j);
+      keys_left<Number>(static_cast<int>(std::min<int64_t>(MR, keys - j)), args, block, begin + j, y + j * depth,
+                        scale + j, scores, dy + j * width, db + j);
   }
   for (int64_t j = begin; j < end; ++j) {
     float *from = dy + (j - begin) * width, *to = args.dy + j * args.D;
@@ -176,8 +186,9 @@ void contrast_bwd_keys(const Contrast& args, int threads) {
   if (contrast_is_bounded(args)) return contrast_bwd_symmetric(args, threads);
   const int64_t even = (args.K + threads - 1) / threads;
   const int64_t keys = std::max<int64_t>(MR, std::min(MAX_KEYS, round_up(even, MR)));
+  const auto run = in_bfloat16(args) ? task<Product16> : task<float>;
   parallel_for((args.K + keys - 1) / keys, threads,
-               [&](int64_t t) { task(args, t * keys, std::min(args.K, t * keys + keys)); });
+               [&](int64_t t) { run(args, t * keys, std::min(args.K, t * keys + keys)); });
 }
 
 }  // namespace FASTPROTO_ISA

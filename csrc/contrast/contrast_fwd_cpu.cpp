@@ -27,20 +27,21 @@ constexpr float LOWEST = std::numeric_limits<float>::lowest();
 struct Segment {
   float *max, *sum, *positive, *weighted, *best;  // (N,) weighted: Σ e^{s−max} s, for the entropy
   int64_t* top1;
-  float* acc;                                     // (N, D) Σ e^{s−max} a y
+  float* acc;                                     // (N, D) Σ e^{s−max} a y, without the target
 };
 
-// A block of keys a_j y_j in both layouts, padded to whole vectors with keys that no row may see.
+// A block of keys a_j y_j, or in bfloat16 of y_j, in both layouts, padded to whole vectors with keys that no row may see.
 struct Block {
   int64_t first, count, padded;
   int64_t lowest_group, highest_group;
   bool biased;                // some b is not 0, be it of the padding
-  alignas(64) float b[KEYS];  // −∞ for the padding
+  alignas(64) float b[KEYS];      // −∞ for the padding
+  alignas(64) float scale[KEYS];  // of the scores, where the keys have it not
   const float *across, *along;
 };
 
 struct Scratch {
-  Buffer x, rows, across, along, scores;
+  Buffer x, inverse, rows, across, along, scores;
 };
 
 // −∞ where the row may not see a key. Most blocks of NT-Xent or a queue hold no key of the row's group.
@@ -81,13 +82,14 @@ inline void add_stats(const Block& block, const float* scores, float max, float 
   segment.weighted[i] = weighted;
 }
 
-// Takes one row's scores of a block into its state: scores become e^{s−max}. Returns by what to shrink what was
-// there.
+// Takes one row's scores of a block into its state: scores become e^{s−max}, the target's 0: its term of dx, p_t − 1, comes
+// last and keeps its digits where p_t is nearly 1. Returns by what to shrink what was there.
 inline float add_row(const Contrast& args, const Block& block, int64_t i, float* scores, Segment& segment) {
   const float before = segment.max[i];
   const float max = std::max(before, finish_scores(args, block, i, scores));
   const int64_t target = args.target[i] - block.first;
-  if (target >= 0 && target < block.count) segment.positive[i] = scores[target];
+  const bool has_target = target >= 0 && target < block.count;
+  if (has_target) segment.positive[i] = scores[target];
   const float shrink = before == max ? 1.f : std::exp(before - max);
   if (segment.weighted) add_stats(block, scores, max, shrink, i, segment);
   Vec total{};
@@ -98,30 +100,39 @@ inline float add_row(const Contrast& args, const Block& block, int64_t i, float*
   }
   segment.sum[i] = segment.sum[i] * shrink + sum(total);
   segment.max[i] = max;
+  if (has_target) scores[target] = 0;
   return shrink;
 }
 
 // MR or fewer rows of a chunk through one block.
-template <int M>
-void row_tile(const Contrast& args, const Block& block, int64_t first, const float* x, float* scores, Segment& segment) {
+template <typename Number, int M>
+void row_tile(const Contrast& args, const Block& block, int64_t first, const float* x, const float* inverse, float* scores,
+              Segment& segment) {
+  const int64_t depth = words_of<Number>(args.D), keys = words_of<Number>(block.padded);
   for (int64_t panel = 0; panel < block.padded / NR; ++panel)
-    tile_product<M, 1, MR>(x, block.across + panel * args.D * NR, args.D, scores + panel * NR, KEYS, nullptr);
+    tile_product<M, 1, MR, Number>(x, block.across + panel * depth * NR, depth, scores + panel * NR, KEYS, nullptr);
   float shrink[M];
-  for (int m = 0; m < M; ++m) shrink[m] = add_row(args, block, first + m, scores + m * KEYS, segment);
+  for (int m = 0; m < M; ++m) {
+    float* row = scores + m * KEYS;
+    scale_scores<Number>(row, block.scale, inverse[m], block.padded);
+    shrink[m] = add_row(args, block, first + m, row, segment);
+    if (segment.acc) weights_to_words<Number>(row, block.scale, block.padded);
+  }
   if (!segment.acc) return;
   const int64_t width = round_up(args.D, NR);
   for (int64_t panel = 0; panel < width / NR; ++panel)
-    tile_product<M, KEYS, 1>(scores, block.along + panel * block.padded * NR, block.padded,
-                             segment.acc + first * width + panel * NR, width, shrink);
+    tile_product<M, KEYS, 1, Number>(scores, block.along + panel * keys * NR, keys,
+                                     segment.acc + first * width + panel * NR, width, shrink);
 }
 
-template <int M = MR>
-void rows_left(int count, const Contrast& args, const Block& block, int64_t first, const float* x, float* scores,
-               Segment& segment) {
-  if (count == M) return row_tile<M>(args, block, first, x, scores, segment);
-  if constexpr (M > 1) rows_left<M - 1>(count, args, block, first, x, scores, segment);
+template <typename Number, int M = MR>
+void rows_left(int count, const Contrast& args, const Block& block, int64_t first, const float* x, const float* inverse,
+               float* scores, Segment& segment) {
+  if (count == M) return row_tile<Number, M>(args, block, first, x, inverse, scores, segment);
+  if constexpr (M > 1) rows_left<Number, M - 1>(count, args, block, first, x, inverse, scores, segment);
 }
 
+template <typename Number>
 void task(const Contrast& args, int64_t row_begin, int64_t row_end, int64_t key_begin, int64_t key_end,
           Segment segment) {
   thread_local Scratch scratch;
@@ -131,8 +142,11 @@ void task(const Contrast& args, int64_t row_begin, int64_t row_end, int64_t key_
   float* across = scratch.across.take(KEYS * args.D);
   float* along = segment.acc ? scratch.along.take(KEYS * round_up(args.D, NR)) : nullptr;
   float* scores = scratch.scores.take(MR * KEYS);
-  for (int64_t i = 0; i < rows; ++i) load_feature(args, row_begin + i, loaded + i * args.D);
-  pack_tall(loaded, rows, args.D, x);
+  float* inverse = scratch.inverse.take(rows);
+  for (int64_t i = 0; i < rows; ++i) inverse[i] = load_factor_x<Number>(args, row_begin + i, loaded + i * args.D);
+  const int64_t depth = words_of<Number>(args.D);
+  to_words<Number>(loaded, rows, args.D);
+  pack_tall(loaded, rows, depth, x);
   for (int64_t first = key_begin; first < key_end; first += KEYS) {
     Block block;
     block.first = first;
@@ -141,20 +155,22 @@ void task(const Contrast& args, int64_t row_begin, int64_t row_end, int64_t key_
     block.biased = args.b || block.count < block.padded;
     for (int64_t j = 0; j < block.count; ++j) {
       block.b[j] = args.b ? args.b[first + j] : 0.f;
-      load_key(args, first + j, loaded + j * args.D);
+      block.scale[j] = load_factor_y<Number>(args, first + j, loaded + j * args.D);
     }
     std::fill(block.b + block.count, block.b + block.padded, -INF);
+    std::fill(block.scale + block.count, block.scale + block.padded, 0.f);
     if (args.group) {
       const auto [low, high] = std::minmax_element(args.key_group + first, args.key_group + first + block.count);
       block.lowest_group = *low, block.highest_group = *high;
     }
-    pack_across(loaded, block.count, args.D, across);
-    if (along) pack_along(loaded, block.count, args.D, block.padded, along);
+    to_words<Number>(loaded, block.count, args.D);
+    pack_across(loaded, block.count, depth, across);
+    if (along) pack_pairs_along<Number>(loaded, block.count, args.D, block.padded, along);
     block.across = across;
     block.along = along;
     for (int64_t i = 0; i < rows; i += MR)
-      rows_left(static_cast<int>(std::min<int64_t>(MR, rows - i)), args, block, row_begin + i, x + i * args.D, scores,
-                segment);
+      rows_left<Number>(static_cast<int>(std::min<int64_t>(MR, rows - i)), args, block, row_begin + i, x + i * depth,
+                        inverse + i, scores, segment);
   }
 }
 
@@ -192,7 +208,8 @@ void finish_row(const Contrast& args, const std::vector<Segment>& segments, int6
   thread_local std::vector<float> row;
   row.resize(args.D);
   load_key(args, target, row.data());
-  for (int64_t d = 0; d < args.D; ++d) dx[d] -= row[d];
+  const float q = std::expm1(-args.loss[i]);
+  for (int64_t d = 0; d < args.D; ++d) dx[d] += q * row[d];
   if (args.normalize) through_length(args.D, row.data(), load_feature(args, i, row.data()), dx);
 }
 
@@ -232,9 +249,10 @@ void contrast_fwd(const Contrast& args, int threads) {
     }
     if (args.dx) segments[s].acc = take(args.N * width);
   }
+  const auto run = in_bfloat16(args) ? task<Product16> : task<float>;
   parallel_for(chunks * splits, threads, [&](int64_t t) {
     const int64_t row = t / splits * rows, key = t % splits * keys;
-    task(args, row, std::min(row + rows, args.N), key, std::min(key + keys, args.K), segments[t % splits]);
+    run(args, row, std::min(row + rows, args.N), key, std::min(key + keys, args.K), segments[t % splits]);
   });
   parallel_for((args.N + 63) / 64, threads, [&](int64_t block) {
     for (int64_t i = block * 64; i < std::min(args.N, block * 64 + 64); ++i) finish_row(args, segments, i);

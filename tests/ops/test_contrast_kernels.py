@@ -235,6 +235,43 @@ def test_pairs_of_blocks_of_rows(n: int, d: int, temperature: float) -> None:
 
 
 @needs_cpp
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 1), (33, 507, 130), (64, 2100, 33)])
+def test_bfloat16_products_lose_no_digit_of_the_loss(n: int, k: int, d: int, normalize: bool) -> None:
+    """On every instruction set the losses are those of the rows as they came; gradients beat eager PyTorch's in bfloat16."""
+    arguments = problem(n, k, d, normalize=normalize, grouped=False)
+    arguments["targets"] = arguments["targets"].clamp(min=0)
+    arguments |= {name: arguments[name].bfloat16() for name in ("features", "keys")}
+
+    def gradients(loss: Tensor, leaves: tuple[Tensor, ...]) -> list[Tensor]:
+        return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.linspace(-1, 1, n).to(loss.dtype))]
+
+    def leaves_in(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        x, y = (arguments[name].to(dtype).requires_grad_() for name in ("features", "keys"))
+        return x, y
+
+    def eager(x: Tensor, y: Tensor) -> Tensor:
+        if normalize:
+            x, y = torch.nn.functional.normalize(x, dim=1), torch.nn.functional.normalize(y, dim=1)
+        logits = (x @ y.T) * arguments["scale"].to(x.dtype) + arguments["bias"].to(x.dtype)
+        return torch.nn.functional.cross_entropy(logits, arguments["targets"], reduction="none")
+
+    x, y = leaves_in(torch.float64)
+    exact = gradients(eager(x, y), (x, y))
+    x, y = leaves_in(torch.bfloat16)
+    theirs = gradients(eager(x, y), (x, y))
+    for isa in _native.cpp.supported_isas():
+        _native.cpp.set_isa(isa)
+        x, y = leaves_in(torch.bfloat16)
+        with fastproto.backend("cpp"):
+            ours = gradients(contrast(**arguments | {"features": x, "keys": y}).loss, (x, y))
+        assert (ours[0] - exact[0]).abs().max() <= 2e-6 * exact[0].abs().max() + 1e-7
+        for a, b, c in zip(ours[1:], theirs[1:], exact[1:], strict=True):
+            assert (a.double() - c).norm() <= (b.double() - c).norm() + 1e-6
+
+
+@needs_cpp
 def test_a_small_loss_of_rows_against_themselves_keeps_its_digits() -> None:
     """Views that are nearly the same, at a low temperature: the loss is that of few and far negatives."""
     half = torch.nn.functional.normalize(torch.eye(16, 24) + 1e-3, dim=1)
