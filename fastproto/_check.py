@@ -13,6 +13,8 @@ from fastproto import _settings
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32)
+# Python looks at so many integers in the time that two small ops take to be called.
+FEW = 256
 LONGEST = 200  # characters of a value that an error shows
 
 
@@ -78,6 +80,30 @@ def expect_tensor(
     if not fits or (device is not None and value.device != device):
         where = f" on {device}" if device is not None else ""
         raise ValueError(f"{op}: {argument} expected {_shape_name(shape)}{where}, got {describe(value)}")
+
+
+def expect_index(index: Tensor, op: str, argument: str, size: int | None, ignore_index: int) -> int | None:
+    """Raises ValueError where an entry is neither ``ignore_index`` nor in 0…size-1, if its data may be read now.
+
+    ``size`` None sets no upper end. Returns how many entries are not ``ignore_index`` where it has counted them.
+    """
+    if not index.numel() or not reads_data(index):
+        return None
+    count = None
+    if index.numel() <= FEW:
+        entries = index.tolist()
+        count = len(entries) - entries.count(ignore_index)
+        if count < len(entries):
+            entries = [0 if entry == ignore_index else entry for entry in entries]
+        low, high = min(entries), max(entries)
+    else:
+        low, high = map(int, index.aminmax())
+        if low < 0 or low == ignore_index or high == ignore_index:
+            low, high = map(int, torch.where(index == ignore_index, 0, index).aminmax())
+    if low < 0 or (size is not None and high >= size):
+        expected = f"{ignore_index} or at least 0" if size is None else f"{ignore_index} or 0 to {size - 1}"
+        expect(False, op, argument, expected, f"values from {low} to {high}")
+    return count
 
 
 def reads_data(tensor: Tensor) -> bool:

@@ -10,14 +10,17 @@
 
 namespace fastproto {
 
-// (N, K, D, stride_x, stride_y, x dtype, y dtype, normalize, symmetric), then the addresses in the struct's order, then the threads.
+// (N, K, D, stride_x, stride_y, grad_stride, x dtype, y dtype, normalize, symmetric, reduced), (a_all, divisor), then the
+// addresses in the struct's order, then the threads.
 template <typename Run> auto contrast_binding(Run run) {
-  return [run](std::array<int64_t, 9> sizes, std::array<uintptr_t, 17> at, int threads) {
+  return [run](std::array<int64_t, 11> sizes, std::array<double, 2> numbers, std::array<uintptr_t, 17> at, int threads) {
     Contrast args{};
     args.N = sizes[0], args.K = sizes[1], args.D = sizes[2];
     args.stride_x = sizes[3], args.stride_y = sizes[4];
-    args.x_dtype = static_cast<int>(sizes[5]), args.y_dtype = static_cast<int>(sizes[6]);
-    args.normalize = sizes[7] != 0, args.symmetric = sizes[8] != 0;
+    args.grad_stride = sizes[5];
+    args.x_dtype = static_cast<int>(sizes[6]), args.y_dtype = static_cast<int>(sizes[7]);
+    args.normalize = sizes[8] != 0, args.symmetric = sizes[9] != 0, args.reduced = sizes[10] != 0;
+    args.a_all = static_cast<float>(numbers[0]), args.divisor = numbers[1];
     args.x = reinterpret_cast<const void*>(at[0]);
     args.y = reinterpret_cast<const void*>(at[1]);
     args.target = reinterpret_cast<const int64_t*>(at[2]);

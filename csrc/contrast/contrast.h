@@ -20,22 +20,26 @@ struct Contrast {
   bool normalize;
   bool symmetric;           // y is x, a is one number, b is null, no row is ignored; forward no dx, dy is of both roles
   const int64_t* target;    // (N,)
-  const float* a;           // (K,) inverse temperatures
+  const float* a;           // (K,) inverse temperatures; null: a_all for every key
+  float a_all;
   const float* b;           // (K,) biases; null: 0
   const int64_t* group;     // (N,) and (K,); null: no key is hidden
   const int64_t* key_group;
-  float* loss;              // (N,)
+  bool reduced;             // one loss: the rows' by the divisor, summed
+  double divisor;           // of all losses and gradients; 1 where not reduced
+  float* loss;              // (N,), reduced ()
   float* lse;               // (N,)
-  // Forward. Each may be null.
-  float* dx;                // (N, D) Σ_j p_ij a_j y_j − a_t y_t
+  // Forward. Each may be null, as may lse there.
+  float* dx;                // (N, D) Σ_j p_ij a_j y_j − a_t y_t, by the divisor
   float* entropy;           // (N,), with top1 and positive: all or none
   int64_t* top1;            // (N,)
   float* positive;          // (N,) s_{i,t(i)}
   // Backward into the keys.
-  const float* grad;        // (N,) dL / dL_i
+  const float* grad;        // dL / dL_i for row i at i · grad_stride
+  int64_t grad_stride;      // 0: one for all rows
   float* dy;                // (K, D) Σ_i q_ij a_j x_i, with q_ij = g_i (p_ij − [j = t(i)])
-  float* da;                // (K,)   Σ_i q_ij <x_i, y_j>
-  float* db;                // (K,)   Σ_i q_ij
+  float* da;                // (K,)   Σ_i q_ij <x_i, y_j>; null: not wanted
+  float* db;                // (K,)   Σ_i q_ij; null: not wanted
 };
 
 #define FASTPROTO_DECLARE(ISA)                               \

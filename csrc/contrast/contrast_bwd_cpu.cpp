@@ -62,7 +62,7 @@ inline float gradient_row(const Contrast& args, const Block& block, int64_t j, c
 // Rows and keys are the same: scores[i] become q_ij + q_ji, what row j has from i as its key and as one of its own keys.
 inline void symmetric_row(const Contrast& args, const Block& block, int64_t j, const Hit* hit, const Hit* end,
                           float* scores) {
-  const float lse_j = args.lse[j], grad_j = args.grad[j];
+  const float lse_j = args.lse[j], grad_j = row_grad(args, j);
   const auto share = [&](float score, int64_t i) { return std::exp(score - block.lse[i]) * block.grad[i]; };
   // A group hides both ways, except where one is the other's target.
   const bool grouped = args.group && args.group[j] >= block.lowest_group && args.group[j] <= block.highest_group;
@@ -153,7 +153,7 @@ void task(const Contrast& args, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < block.padded; ++i) {
       const bool counted = i < block.count && args.target[first + i] >= 0;
       block.lse[i] = counted ? args.lse[first + i] : INF;
-      block.grad[i] = counted ? args.grad[first + i] : 0.f;
+      block.grad[i] = counted ? row_grad(args, first + i) : 0.f;
       float* row = loaded + i * args.D;
       // An ignored row is emptied, so that not even a NaN in it reaches the keys.
       block.scale[i] = counted ? load_factor_x<Number>(args, first + i, row) : 0.f;
@@ -173,9 +173,10 @@ void task(const Contrast& args, int64_t begin, int64_t end) {
     load_row(args.y, args.y_dtype, j * args.stride_y, args.D, loaded);
     const float inverse = args.normalize ? inverse_length(loaded, args.D) : 1.f;
     scale_row(loaded, args.D, inverse);
-    args.da[j] = dot(from, loaded, args.D);
-    args.db[j] = db[j - begin];
-    for (int64_t d = 0; d < args.D; ++d) to[d] = args.a[j] * from[d];
+    if (args.da) args.da[j] = dot(from, loaded, args.D);
+    if (args.db) args.db[j] = db[j - begin];
+    const float a = inverse_temperature(args, j);
+    for (int64_t d = 0; d < args.D; ++d) to[d] = a * from[d];
     if (args.normalize) through_length(args.D, loaded, inverse, to);
   }
 }

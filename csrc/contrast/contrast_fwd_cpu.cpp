@@ -8,6 +8,7 @@
 #include "contrast.h"
 
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "../common/parallel.h"
@@ -191,33 +192,32 @@ void finish_row(const Contrast& args, const std::vector<Segment>& segments, int6
   const bool counted = target >= 0;
   // (max − s) + log sum, not lse − s: the difference of two large numbers would lose the digits of a small loss.
   args.loss[i] = counted ? (max - positive) + std::log(sum) : 0.f;
-  args.lse[i] = counted ? max + std::log(sum) : 0.f;
+  const float lse = counted ? max + std::log(sum) : 0.f;
+  if (args.lse) args.lse[i] = lse;
   if (args.entropy) {
-    args.entropy[i] = counted ? args.lse[i] - weighted / sum : 0.f;
+    args.entropy[i] = counted ? lse - weighted / sum : 0.f;
     args.top1[i] = counted ? top1 : target;
     args.positive[i] = counted ? positive : 0.f;
   }
   if (!args.dx) return;
+  const float weight = static_cast<float>(1 / args.divisor);
   float* dx = args.dx + i * args.D;
   std::fill(dx, dx + args.D, 0.f);
   if (!counted) return;
   for (const Segment& segment : segments) {
-    const float share = std::exp(segment.max[i] - max) / sum;
+    const float share = std::exp(segment.max[i] - max) / sum * weight;
     for (int64_t d = 0; d < args.D; ++d) dx[d] += segment.acc[i * width + d] * share;
   }
   thread_local std::vector<float> row;
   row.resize(args.D);
   load_key(args, target, row.data());
-  const float q = std::expm1(-args.loss[i]);
+  const float q = std::expm1(-args.loss[i]) * weight;
   for (int64_t d = 0; d < args.D; ++d) dx[d] += q * row[d];
   if (args.normalize) through_length(args.D, row.data(), load_feature(args, i, row.data()), dx);
 }
 
-}  // namespace
-
-void contrast_fwd(const Contrast& args, int threads) {
+void every_row(const Contrast& args, int threads) {
   if (args.N == 0) return;
-  if (contrast_is_bounded(args) && !args.dx && !args.entropy) return contrast_fwd_symmetric(args, threads);
   // Few rows are little work for every key that is packed: split the keys, into no more segments than hold the
   // accumulators of 1024 rows.
   const int64_t blocks = (args.K + KEYS - 1) / KEYS;
@@ -257,6 +257,17 @@ void contrast_fwd(const Contrast& args, int threads) {
   parallel_for((args.N + 63) / 64, threads, [&](int64_t block) {
     for (int64_t i = block * 64; i < std::min(args.N, block * 64 + 64); ++i) finish_row(args, segments, i);
   });
+}
+
+}  // namespace
+
+void contrast_fwd(const Contrast& given, int threads) {
+  Contrast args = given;
+  std::vector<float> losses(given.reduced ? given.N : 0);
+  if (given.reduced) args.loss = losses.data();
+  if (contrast_is_bounded(args) && !args.dx && !args.entropy) contrast_fwd_symmetric(args, threads);
+  else every_row(args, threads);
+  if (given.reduced) *given.loss = static_cast<float>(std::accumulate(losses.begin(), losses.end(), 0.0) / given.divisor);
 }
 
 }  // namespace FASTPROTO_ISA

@@ -58,7 +58,7 @@ void pack(const Contrast& args, int threads, Blocks& blocks) {
     for (int64_t i = 0; i < size; ++i) load_feature(args, begin + i, x + i * args.D);
     pack_across(x, size, args.D, blocks.across.data() + b * blocks.columns * args.D);
     pack_along(x, size, args.D, blocks.columns, blocks.along.data() + b * blocks.columns * blocks.width);
-    scale_row(x, size * args.D, args.a[0]);
+    scale_row(x, size * args.D, inverse_temperature(args, 0));
     pack_tall(x, size, args.D, blocks.tall.data() + b * blocks.rows * args.D);
     if (!args.group) return;
     const auto [low, high] = std::minmax_element(args.group + begin, args.group + begin + size);
@@ -118,7 +118,7 @@ struct Sums {
 // Adds M rows of block I to the sums of both blocks.
 template <int M>
 void sum_rows(const Contrast& args, const Blocks& blocks, int64_t I, int64_t J, int64_t first, float* e, Sums& sums) {
-  exponentials<M>(blocks, std::abs(args.a[0]), I, J, first, e);
+  exponentials<M>(blocks, std::abs(inverse_temperature(args, 0)), I, J, first, e);
   const int64_t size = blocks.size(J), at = blocks.begin(J), i = blocks.begin(I) + first;
   const bool both = I != J;
   float *z_i = sums.z.data() + i, *z_j = sums.z.data() + at;
@@ -149,7 +149,7 @@ void sum_rows(const Contrast& args, const Blocks& blocks, int64_t I, int64_t J, 
 // targets: large terms, which add_target brings last, so that the many small ones are not rounded beside them.
 template <int M>
 void weigh_rows(const Contrast& args, const Blocks& blocks, const float* w, int64_t I, int64_t J, int64_t first, float* e) {
-  exponentials<M>(blocks, std::abs(args.a[0]), I, J, first, e);
+  exponentials<M>(blocks, std::abs(inverse_temperature(args, 0)), I, J, first, e);
   const int64_t size = blocks.size(J), at = blocks.begin(J);
   for (int m = 0; m < M; ++m) {
     struct { int64_t j; float weight; } special[WIDE];
@@ -179,7 +179,8 @@ void add_product(const Blocks& blocks, const float* left, int64_t block, int64_t
 // dx_i += q x̂_j, of whom one is row and the other its target: q = g (p − 1).
 void add_target(const Contrast& args, int64_t row, const float* unit, int64_t other, float* other_unit, float* dx) {
   load_feature(args, other, other_unit);
-  const float q = args.grad[row] * std::expm1(args.a[0] * dot(unit, other_unit, args.D) - args.lse[row]);
+  const float score = inverse_temperature(args, 0) * dot(unit, other_unit, args.D);
+  const float q = row_grad(args, row) * std::expm1(score - args.lse[row]);
   for (int64_t d = 0; d < args.D; ++d) dx[d] += q * other_unit[d];
 }
 
@@ -192,7 +193,7 @@ template <int M = MR, typename Run> void for_tiles(int64_t count, Run run, int64
 }  // namespace
 
 bool contrast_is_bounded(const Contrast& args) {
-  return args.symmetric && args.normalize && args.N > 0 && std::abs(args.a[0]) <= MAX_SCALE;
+  return args.symmetric && args.normalize && args.N > 0 && std::abs(inverse_temperature(args, 0)) <= MAX_SCALE;
 }
 
 void contrast_fwd_symmetric(const Contrast& args, int threads) {
@@ -206,7 +207,7 @@ void contrast_fwd_symmetric(const Contrast& args, int threads) {
   });
   for (int64_t i = 0; i < args.N; ++i) {
     args.loss[i] = std::log(sums.z[i] / sums.positive[i]);
-    args.lse[i] = std::abs(args.a[0]) + std::log(sums.z[i]);
+    args.lse[i] = std::abs(inverse_temperature(args, 0)) + std::log(sums.z[i]);
   }
 }
 
@@ -214,7 +215,8 @@ void contrast_bwd_symmetric(const Contrast& args, int threads) {
   Blocks blocks;
   pack(args, threads, blocks);
   std::vector<float> w(args.N + WIDE, 0.f), dx(args.N * blocks.width, 0.f);
-  for (int64_t i = 0; i < args.N; ++i) w[i] = args.grad[i] * std::exp(std::abs(args.a[0]) - args.lse[i]);
+  const float bound = std::abs(inverse_temperature(args, 0));
+  for (int64_t i = 0; i < args.N; ++i) w[i] = row_grad(args, i) * std::exp(bound - args.lse[i]);
   for_pairs(blocks.count, threads, [&](int64_t I, int64_t J) {
     thread_local Buffer scratch;
     float* weights = scratch.take(blocks.rows * LD);
@@ -237,9 +239,8 @@ void contrast_bwd_symmetric(const Contrast& args, int threads) {
       add_target(args, i, unit.data(), args.target[i], other.data(), from);
       for (int64_t at = blocks.first_by_target[i]; at < blocks.first_by_target[i + 1]; ++at)
         add_target(args, blocks.by_target[at], unit.data(), blocks.by_target[at], other.data(), from);
-      args.da[i] = dot(from, unit.data(), args.D);
-      args.db[i] = 0;
-      for (int64_t d = 0; d < args.D; ++d) to[d] = args.a[0] * from[d];
+      if (args.da) args.da[i] = dot(from, unit.data(), args.D);
+      for (int64_t d = 0; d < args.D; ++d) to[d] = inverse_temperature(args, 0) * from[d];
       through_length(args.D, unit.data(), inverse, to);
     }
   });

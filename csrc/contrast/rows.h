@@ -27,10 +27,18 @@ inline float load_feature(const Contrast& args, int64_t i, float* out) {
   return inverse;
 }
 
+inline float inverse_temperature(const Contrast& args, int64_t j) { return args.a ? args.a[j] : args.a_all; }
+
+// The upstream gradient of row i's own loss.
+inline float row_grad(const Contrast& args, int64_t i) {
+  return static_cast<float>(args.grad[i * args.grad_stride] / args.divisor);
+}
+
 // Key j times a_j: the scale is paid once per key, not once per score.
 inline void load_key(const Contrast& args, int64_t j, float* out) {
   load_row(args.y, args.y_dtype, j * args.stride_y, args.D, out);
-  scale_row(out, args.D, args.normalize ? args.a[j] * inverse_length(out, args.D) : args.a[j]);
+  const float a = inverse_temperature(args, j);
+  scale_row(out, args.D, args.normalize ? a * inverse_length(out, args.D) : a);
 }
 
 // Row i of x, and key j, as the product in Number takes them. Return what is left to scale their scores with.
@@ -48,7 +56,8 @@ template <typename Number> inline float load_factor_y(const Contrast& args, int6
     return 1.f;
   }
   load_row(args.y, args.y_dtype, j * args.stride_y, args.D, out);
-  return args.normalize ? args.a[j] * inverse_length(out, args.D) : args.a[j];
+  const float a = inverse_temperature(args, j);
+  return args.normalize ? a * inverse_length(out, args.D) : a;
 }
 
 // row[j] · scale[j] · factor for `count` floats, a multiple of 2 LANES; nothing where factors were scaled themselves.

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastproto._check import FLOATS, INTEGERS, expect, expect_tensor, expect_type
+from fastproto._check import FLOATS, INTEGERS, expect, expect_index, expect_tensor, expect_type
 from fastproto.losses._common import expect_reduction, expect_temperature, expect_views, join_rows, reduce_rows, unit
 from fastproto.losses._gather import from_first_rank, gather_rows, rank_and_world
-from fastproto.ops.contrast import contrast_unchecked, expect_index
+from fastproto.ops.contrast import contrast_unchecked
 
 
 def nt_xent(
@@ -78,17 +78,16 @@ def nt_xent(
             prototypes = gather_rows(prototypes)
         # A row without a prototype is alone in a group of its own, below all prototypes.
         key_groups = torch.where(prototypes == ignore_index, -1 - key_groups, prototypes)
-    loss = contrast_unchecked(
+    (loss,) = contrast_unchecked(
         features,
-        keys,
+        None if keys is features else keys,
         rows.roll(n),
         1 / temperature,
         groups=key_groups[first : first + 2 * n],
         key_groups=key_groups,
         normalize=True,
         divisor=max(2 * n, 1) if reduction == "mean" else None,
-        symmetric=keys is features,
-    ).loss
+    )
     return loss.sum() if reduction == "sum" else loss
 
 
@@ -136,7 +135,7 @@ def info_nce(
     divisor = max(n, 1) if reduction == "mean" else None
     if queue is None:
         rows = torch.arange(n, device=query.device)
-        loss = contrast_unchecked(query, key.detach(), rows, 1 / temperature, normalize=True, divisor=divisor).loss
+        (loss,) = contrast_unchecked(query, key.detach(), rows, 1 / temperature, normalize=True, divisor=divisor)
     else:
         expect_tensor(queue, "info_nce", "queue", ("M", query.shape[1]), FLOATS, query.device)
         loss = _against_queue(query, key.detach(), queue.detach(), temperature, divisor)
@@ -153,9 +152,9 @@ def _against_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: float
     in_queue = (torch.arange(keys.shape[0], device=device) >= n).long()
     rows = torch.arange(n, device=device)
     groups = torch.zeros_like(rows)
-    loss = contrast_unchecked(
+    (loss,) = contrast_unchecked(
         query, keys, rows, 1 / temperature, groups=groups, key_groups=in_queue, normalize=True, divisor=divisor
-    ).loss
+    )
     if key.requires_grad:
         # Of all keys only the N own ones take a gradient, p_ii - 1 = exp(-L_i) - 1 per logit: a term of value 0 brings
         # it.

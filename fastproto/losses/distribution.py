@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastproto._check import INTEGERS, expect, expect_tensor, expect_type
+from fastproto._check import INTEGERS, expect, expect_index, expect_tensor, expect_type
 from fastproto.losses._common import expect_reduction, expect_views, reduce_rows, unit, widen
-from fastproto.ops.contrast import contrast_unchecked, expect_index
+from fastproto.ops.contrast import contrast_unchecked
 
 # Barlow Twins' weight of the off-diagonal entries, arXiv 2103.03230.
 OFF_DIAGONAL = 0.0051
@@ -152,7 +152,7 @@ def uniformity(x: Tensor, *, t: float = 2, mask: Tensor | None = None) -> Tensor
     is_second = mask & (mask.cumsum(0) == 2)
     first, second = (rows * is_first).sum(), (rows * is_second).sum()
     targets = torch.where(mask & (pairs > 0), torch.where(is_first, second, first), -1)
-    contrasted = contrast_unchecked(x_nd, x_nd, targets, 2 * t, bias, rows, rows).loss
+    (contrasted,) = contrast_unchecked(x_nd, x_nd, targets, 2 * t, bias, rows, rows)
     with torch.autocast(x.device.type, enabled=False):
         first_d, second_d = is_first.to(x_nd.dtype) @ x_nd, is_second.to(x_nd.dtype) @ x_nd
         partner_n = torch.where(is_first, (first_d * second_d).sum(), x_nd @ first_d)

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastproto._check import FLOATS, INTEGERS, expect, expect_tensor, expect_type, reads_data
+from fastproto._check import FLOATS, INTEGERS, expect, expect_index, expect_tensor, expect_type, reads_data
 from fastproto.losses._common import expect_reduction, widen
 from fastproto.losses._gather import from_first_rank, gather_rows, rank_and_world, sum_over_ranks
-from fastproto.ops.contrast import Contrast, contrast_unchecked, expect_index
+from fastproto.ops.contrast import Contrast, contrast_unchecked
 from fastproto.ops.contrast_sets import contrast_sets
 
 # One prototype set, or one entry per set.
@@ -104,17 +104,18 @@ def proto_nce(
         elif reduction == "mean":
             divisor = _divisor(targets, gather_distributed)
         if num_negatives is None:
-            rows = contrast_unchecked(
+            loss, *rest = contrast_unchecked(
                 features, keys, targets, _inverse(phi), b, normalize=normalize, divisor=divisor, stats=return_stats
             )
         else:
             batch = gather_rows(targets) if gather_distributed else targets
             sample = _sample_keys(batch, keys.shape[0], num_negatives, generator, gather_distributed)
-            rows = _contrast_sample(features, keys, targets, phi, b, normalize, divisor, *sample)
-        losses.append(rows.loss.sum() if reduction == "sum" else rows.loss)
+            loss, *rest = _contrast_sample(features, keys, targets, phi, b, normalize, divisor, *sample)
+        losses.append(loss.sum() if reduction == "sum" else loss)
         if return_stats:
-            top1 = rows.top1 if ignore_index == -1 else torch.where(targets < 0, ignore_index, rows.top1)
-            stats.append(ProtoNCEStats(rows.lse, rows.entropy, top1, rows.positive_logit))
+            of_rows = ProtoNCEStats(*rest)
+            top1 = of_rows.top1 if ignore_index == -1 else torch.where(targets < 0, ignore_index, of_rows.top1)
+            stats.append(of_rows._replace(top1=top1))
     loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean(0)
     if not return_stats:
         return loss
@@ -236,8 +237,10 @@ def _contrast_sample(
     kept_targets = torch.where(targets < 0, -1, position[targets.clamp(min=0)])
     scale = _inverse(phi[kept] if isinstance(phi, Tensor) else phi)
     bias = kept_bias if bias is None else bias[kept] + kept_bias
-    rows = contrast_unchecked(
-        features, keys[kept], kept_targets, scale, bias, normalize=normalize, divisor=divisor, stats=True
+    rows = Contrast(
+        *contrast_unchecked(
+            features, keys[kept], kept_targets, scale, bias, normalize=normalize, divisor=divisor, stats=True
+        )
     )
     return rows._replace(top1=torch.where(targets < 0, -1, kept[rows.top1.clamp(min=0)]))
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastproto._check import FLOATS, INTEGERS, expect, expect_tensor
+from fastproto._check import FLOATS, INTEGERS, expect, expect_index, expect_tensor
 from fastproto.losses._common import expect_reduction, expect_views, reduce_rows, widen
-from fastproto.ops.contrast import expect_index
 from fastproto.ops.siamese import siamese_all_pairs, siamese_pairs
 
 

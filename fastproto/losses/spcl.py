@@ -6,13 +6,12 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fastproto._check import FLOATS, INTEGERS, expect_tensor
+from fastproto._check import FLOATS, INTEGERS, expect_index, expect_tensor
 from fastproto.losses._common import expect_temperature, expect_views
 from fastproto.losses._gather import gather_rows
 from fastproto.losses.contrast import NTXentLoss
 from fastproto.losses.proto_nce import proto_nce
 from fastproto.losses.siamese import SiameseMetricLoss
-from fastproto.ops.contrast import expect_index
 
 
 class SPCLTerms(NamedTuple):

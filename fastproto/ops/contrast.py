@@ -13,45 +13,57 @@ import torch
 from torch import Tensor
 
 from fastproto import _native
-from fastproto._check import FLOATS, INTEGERS, expect, expect_tensor, expect_type, reads_data
+from fastproto._check import FLOATS, INTEGERS, expect, expect_index, expect_tensor, expect_type
 from fastproto.ops._dispatch import DTYPE_CODES, Op, contiguous_rows, once_differentiable
 from fastproto.reference import contrast as reference
 
-# Python looks at so many integers in the time that two small ops take to be called.
-FEW = 256
 
-
-def _cpp_fwd(features: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _cpp_fwd(features: Tensor, keys: Tensor, *rest: Any) -> list[Tensor]:
     if torch.float64 in (features.dtype, keys.dtype):
         return reference.contrast_fwd(features, keys, *rest)
-    *options, need_dx, need_stats = rest
-    out = outputs(features, need_dx, need_stats)
-    _launch("contrast_fwd", (*out, None, None, None, None), features, keys, *options)
-    return out
+    *_, divisor, _, need_dx, need_stats = rest
+    out = outputs(features, need_dx, need_stats, reduced=divisor is not None)
+    _launch("contrast_fwd", (*out, None, None, None, None), features, keys, *rest[:-2])
+    return present(out)
 
 
-def _cpp_bwd_keys(features: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _cpp_bwd_keys(features: Tensor, keys: Tensor, targets: Tensor, *rest: Any) -> list[Tensor]:
     if torch.float64 in (features.dtype, keys.dtype):
-        return reference.contrast_bwd_keys(features, keys, *rest)
-    *options, lse, grad = rest
-    dy, da, db = (torch.empty(shape, dtype=torch.float32) for shape in (keys.shape, len(keys), len(keys)))
-    grad = grad.contiguous()
-    _launch("contrast_bwd_keys", (None, lse, None, None, None, None, grad, dy, da, db), features, keys, *options)
-    return dy, da, db
+        return reference.contrast_bwd_keys(features, keys, targets, *rest)
+    scale, _, bias, *_, lse, grad = rest
+    out = _key_gradients(keys, scale, bias, torch.float32)
+    _launch("contrast_bwd_keys", (None, lse, None, None, None, None, grad, *out), features, keys, targets, *rest[:-2])
+    return present(out)
 
 
-def outputs(features: Tensor, need_dx: bool, need_stats: bool, sets: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
-    """Loss, lse, dx, entropy, top1 and positive logit to be written, of size 0 where they are not needed.
+def outputs(
+    features: Tensor, need_dx: bool, need_stats: bool, *, reduced: bool = False, sets: tuple[int, ...] = ()
+) -> tuple[Tensor | None, ...]:
+    """Loss, lse, dx, entropy, top1 and positive logit to be written; None for those that are not needed.
 
-    Each (N,) or (N, D), with (G,) in front where there are that many sets of keys.
+    Each (N,) or (N, D), with (G,) in front where there are that many sets of keys; one loss () where it is reduced.
     """
-    rows, d = (*sets, features.shape[0]), features.shape[1]
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    dx = features.new_empty((*rows, d) if need_dx else 0, dtype=dtype)
-    loss, lse = features.new_empty(rows, dtype=dtype), features.new_empty(rows, dtype=dtype)
-    stats = rows if need_stats else 0
-    entropy, positive = features.new_empty(stats, dtype=dtype), features.new_empty(stats, dtype=dtype)
-    return loss, lse, dx, entropy, features.new_empty(stats, dtype=torch.int64), positive
+    n, d = features.shape
+    device, dtype = features.device, torch.float64 if features.dtype == torch.float64 else torch.float32
+    loss = torch.empty(() if reduced else (*sets, n), dtype=dtype, device=device)
+    lse = torch.empty(*sets, n, dtype=dtype, device=device)
+    dx = torch.empty(*sets, n, d, dtype=dtype, device=device) if need_dx else None
+    if not need_stats:
+        return loss, lse, dx, None, None, None
+    entropy, positive = torch.empty_like(lse), torch.empty_like(lse)
+    return loss, lse, dx, entropy, torch.empty_like(lse, dtype=torch.int64), positive
+
+
+def _key_gradients(
+    keys: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    """Gradients of keys, scale and bias, to be written; None for those that are not there."""
+    return tuple(None if x is None else torch.empty(x.shape, dtype=dtype, device=x.device) for x in (keys, scale, bias))
+
+
+def present(out: Sequence[Tensor | None]) -> list[Tensor]:
+    """What an op returns of its outputs."""
+    return [tensor for tensor in out if tensor is not None]
 
 
 def _launch(
@@ -60,57 +72,83 @@ def _launch(
     features: Tensor,
     keys: Tensor,
     targets: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
+    scale_all: float,
     bias: Tensor | None,
     groups: Tensor | None,
     key_groups: Tensor | None,
     normalize: bool,
+    divisor: float | None,
     symmetric: bool,
 ) -> None:
     """Calls the C++ kernel of that name with addresses in the order of csrc/contrast/bind.h."""
     features, keys = contiguous_rows(features), contiguous_rows(keys)
-    vectors = (targets, scale.float(), None if bias is None else bias.float(), groups, key_groups)
+    scale, bias = None if scale is None else scale.float(), None if bias is None else bias.float()
+    vectors = (targets, scale, bias, groups, key_groups)
     tensors = (features, keys, *(None if vector is None else vector.contiguous() for vector in vectors), *results)
-    sizes = (len(features), *keys.shape, features.stride(0), keys.stride(0))
+    grad = results[6]
+    sizes = (
+        *(features.shape[0], *keys.shape, features.stride(0), keys.stride(0)),
+        0 if grad is None or grad.ndim == 0 else grad.stride(0),
+        *(DTYPE_CODES[features.dtype], DTYPE_CODES[keys.dtype], normalize, symmetric, divisor is not None),
+    )
     getattr(_native.cpp, name)(
-        (*sizes, DTYPE_CODES[features.dtype], DTYPE_CODES[keys.dtype], normalize, symmetric),
+        sizes,
+        (scale_all, 1.0 if divisor is None else divisor),
         [0 if t is None else t.data_ptr() for t in tensors],
         torch.get_num_threads(),
     )
 
 
-def _triton_fwd(features: Tensor, keys: Tensor, targets: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _triton_fwd(
+    features: Tensor, keys: Tensor, targets: Tensor, scale: Tensor | None, scale_all: float, *rest: Any
+) -> list[Tensor]:
     if torch.float64 in (features.dtype, keys.dtype):
-        return reference.contrast_fwd(features, keys, targets, scale, *rest)
+        return reference.contrast_fwd(features, keys, targets, scale, scale_all, *rest)
     from fastproto.kernels.contrast_fwd import contrast_fwd
 
-    *options, normalize, _, need_dx, need_stats = rest
-    out = outputs(features, need_dx, need_stats)
-    x, ys, a = unit_inputs(features, (keys,), scale) if normalize else (features, (keys,), scale)
+    *options, normalize, divisor, _, need_dx, need_stats = rest
+    loss, lse, dx, *stats = outputs(features, need_dx, need_stats)
+    a = _scale_of(keys, scale, scale_all)
+    x, ys, a = unit_inputs(features, (keys,), a) if normalize else (features, (keys,), a)
+    none = features.new_empty(0)
+    out = tuple(none if t is None else t for t in (loss, lse, dx, *stats))
     contrast_fwd(x, ys, targets, a, *options, need_dx, need_stats, out)
-    if normalize and need_dx:
+    if dx is not None and normalize:
         counted = (targets >= 0)[:, None]
-        out[2].copy_(reference.through_length(out[2], *reference.unit_rows(torch.where(counted, features, 0))))
-    return out
+        dx = reference.through_length(dx, *reference.unit_rows(torch.where(counted, features, 0)))
+    if divisor is not None:
+        assert loss is not None
+        loss, dx = loss.sum() / divisor, None if dx is None else dx / divisor
+    return present((loss, lse, dx, *stats))
 
 
-def _triton_bwd_keys(features: Tensor, keys: Tensor, targets: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _triton_bwd_keys(
+    features: Tensor, keys: Tensor, targets: Tensor, scale: Tensor | None, scale_all: float, *rest: Any
+) -> list[Tensor]:
     if torch.float64 in (features.dtype, keys.dtype):
-        return reference.contrast_bwd_keys(features, keys, targets, scale, *rest)
+        return reference.contrast_bwd_keys(features, keys, targets, scale, scale_all, *rest)
     from fastproto.kernels.contrast_bwd import contrast_bwd_keys
 
-    *options, normalize, symmetric, lse, grad = rest
-    x, (y,), a = unit_inputs(features, (keys,), scale) if normalize else (features, (keys,), scale)
+    *options, normalize, divisor, symmetric, lse, grad = rest
+    grad = (grad if divisor is None else grad / divisor).expand(lse.shape)
+    given = _scale_of(keys, scale, scale_all)
+    x, (y,), a = unit_inputs(features, (keys,), given) if normalize else (features, (keys,), given)
     dy, db = contrast_bwd_keys(x, y, targets, a, *options, symmetric, lse, grad)
     wide = keys.float()
     if normalize:
         length = torch.linalg.vector_norm(wide, dim=1).clamp(min=1e-12)
-        dy = dy if a is not scale else dy / length[:, None]
+        dy = dy if a is not given else dy / length[:, None]
     # dy is a_j / |y_j| Σ_i q_ij x_i here.
     along = (wide * dy).sum(1)
     if normalize:
         dy = dy - wide * (along / length.square())[:, None]
-    return dy, along / scale.float(), db
+    return present((dy, None if scale is None else along / scale.float(), None if options[0] is None else db))
+
+
+def _scale_of(keys: Tensor, scale: Tensor | None, scale_all: float) -> Tensor:
+    """The scale of each key, for a kernel that takes no number for all."""
+    return keys.new_full((len(keys),), scale_all, dtype=torch.float32) if scale is None else scale
 
 
 def unit_inputs(features: Tensor, keys: Sequence[Tensor], scale: Tensor) -> tuple[Tensor, Sequence[Tensor], Tensor]:
@@ -128,19 +166,19 @@ def unit_inputs(features: Tensor, keys: Sequence[Tensor], scale: Tensor) -> tupl
 
 
 _ARGUMENTS = (
-    "Tensor features, Tensor keys, Tensor targets, Tensor scale, Tensor? bias, Tensor? groups, Tensor? key_groups, "
-    "bool normalize, bool symmetric, "
+    "Tensor features, Tensor keys, Tensor targets, Tensor? scale, float scale_all, Tensor? bias, Tensor? groups, "
+    "Tensor? key_groups, bool normalize, float? divisor, bool symmetric, "
 )
 _fwd = Op(
     "contrast_fwd",
-    f"({_ARGUMENTS} bool need_dx, bool need_stats) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_ARGUMENTS} bool need_dx, bool need_stats) -> Tensor[]",
     reference=reference.contrast_fwd,
     cpp=_cpp_fwd,
     triton=_triton_fwd,
 )
 _bwd_keys = Op(
     "contrast_bwd_keys",
-    f"({_ARGUMENTS} Tensor lse, Tensor grad) -> (Tensor, Tensor, Tensor)",
+    f"({_ARGUMENTS} Tensor lse, Tensor grad) -> Tensor[]",
     reference=reference.contrast_bwd_keys,
     cpp=_cpp_bwd_keys,
     triton=_triton_bwd_keys,
@@ -148,71 +186,82 @@ _bwd_keys = Op(
 
 
 @_fwd.fake
-def _fake_fwd(features: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return outputs(features.to(torch.promote_types(features.dtype, keys.dtype)), *rest[-2:])
+def _fake_fwd(features: Tensor, keys: Tensor, *rest: Any) -> list[Tensor]:
+    *_, divisor, _, need_dx, need_stats = rest
+    wide = features.to(torch.promote_types(features.dtype, keys.dtype))
+    return present(outputs(wide, need_dx, need_stats, reduced=divisor is not None))
 
 
 @_bwd_keys.fake
-def _fake_bwd_keys(features: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _fake_bwd_keys(features: Tensor, keys: Tensor, targets: Tensor, *rest: Any) -> list[Tensor]:
+    scale, _, bias, *_ = rest
     dtype = torch.promote_types(torch.promote_types(features.dtype, keys.dtype), torch.float32)
-    k = len(keys)
-    return keys.new_empty(keys.shape, dtype=dtype), keys.new_empty(k, dtype=dtype), keys.new_empty(k, dtype=dtype)
+    return present(_key_gradients(keys, scale, bias, dtype))
 
 
 class _Contrast(torch.autograd.Function):
-    """The two ops tied together. dx waits from forward to backward, where the upstream gradient scales its rows."""
+    """The two ops tied together. dx waits from forward to backward, where the upstream gradient scales its rows.
+
+    Without keys they are the rows themselves, and the pass is symmetric.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         features: Tensor,
-        keys: Tensor,
+        keys: Tensor | None,
         targets: Tensor,
-        scale: Tensor,
+        scale: Tensor | float,
         bias: Tensor | None,
         groups: Tensor | None,
         key_groups: Tensor | None,
         normalize: bool,
         divisor: Tensor | float | None,
-        symmetric: bool,
         need_stats: bool,
     ) -> tuple[Tensor, ...]:
         need_x, need_y, _, need_a, need_b, *_ = ctx.needs_input_grad
         # Symmetric, the backward pass has the gradient of both roles in two products, and the forward one.
+        symmetric, y = keys is None, features if keys is None else keys
         need_dx, need_backward = need_x and not symmetric, need_y or need_a or need_b or (need_x and symmetric)
-        args = (features, keys, targets, scale, bias, groups, key_groups)
-        loss, lse, dx, *stats = _fwd(*args, normalize, symmetric, need_dx, need_stats)
-        if divisor is not None:
-            loss = loss.sum() / divisor
-        ctx.normalize, ctx.symmetric, ctx.dtype = normalize, symmetric, features.dtype
         # A tensor is for autograd to keep, a number is not.
-        ctx.divisor = None if isinstance(divisor, Tensor) else divisor
-        for_keys = (lse, *args) if need_backward else ()
-        ctx.save_for_backward(dx, divisor if isinstance(divisor, Tensor) else None, *for_keys)
-        ctx.mark_non_differentiable(lse, *stats)
+        a, ctx.scale_all = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
+        count, ctx.divisor = (divisor, None) if isinstance(divisor, Tensor) else (None, divisor)
+        ctx.normalize, ctx.dtype = normalize, features.dtype
+        vectors, numbers = (bias, groups, key_groups), (normalize, ctx.divisor, symmetric)
+        loss, lse, *rest = _fwd(features, y, targets, a, ctx.scale_all, *vectors, *numbers, need_dx, need_stats)
+        dx, *stats = rest if need_dx else (None, *rest)
+        loss = loss if count is None else loss.sum() / count
+        for_keys = (lse, features, keys, targets, a, *vectors) if need_backward else ()
+        ctx.save_for_backward(dx, count, *for_keys)
         # No zeros as upstream gradients of what has none. The compiler makes none, and does not know the method.
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)
+        if not need_stats:
+            return (loss,)
+        ctx.mark_non_differentiable(lse, *stats)
         return loss, lse, *stats
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        gradients: list[Tensor | None] = [None] * 11
+        gradients: list[Tensor | None] = [None] * 10
         if grad is None:
             return tuple(gradients)
-        dx, divisor, *for_keys = ctx.saved_tensors
-        divisor = ctx.divisor if divisor is None else divisor
-        grad = grad if divisor is None else grad / divisor
-        if ctx.needs_input_grad[0] and not ctx.symmetric:
+        dx, count, *for_keys = ctx.saved_tensors
+        grad = grad if count is None else grad / count
+        if dx is not None:
             gradients[0] = ((grad[:, None] if grad.ndim else grad) * dx).to(ctx.dtype)
         if for_keys:
-            lse, *args = for_keys
+            lse, features, keys, targets, scale, bias, *groups = for_keys
+            symmetric, y = keys is None, features if keys is None else keys
+            numbers = (ctx.normalize, ctx.divisor, symmetric)
+            results = _bwd_keys(features, y, targets, scale, ctx.scale_all, bias, *groups, *numbers, lse, grad)
             # Of keys, or the rows that they are, scale and bias: arguments 1 or 0, 3 and 4.
-            results = _bwd_keys(*args, ctx.normalize, ctx.symmetric, lse, grad.expand(lse.shape).contiguous())
-            for i, gradient in zip((0 if ctx.symmetric else 1, 3, 4), results, strict=True):
+            leaves = ((0 if symmetric else 1, y), (3, scale), (4, bias))
+            there = [(i, leaf) for i, leaf in leaves if leaf is not None]
+            for (i, leaf), gradient in zip(there, results, strict=True):
                 if ctx.needs_input_grad[i]:
-                    gradients[i] = gradient.to(args[i].dtype)
+                    gradients[i] = gradient.to(leaf.dtype)
         return tuple(gradients)
 
 
@@ -258,7 +307,7 @@ def contrast(
         normalize: scale rows and keys to length 1 first; a zero row stays zero. No copy of the keys is made.
         divisor: the loss is the sum over the rows divided by it; None leaves the rows.
         ignore_index: the target of rows that do not count.
-        stats: whether entropy, top1 and positive_logit are wanted; without, they are empty.
+        stats: whether lse, entropy, top1 and positive_logit are wanted; without, they are empty.
 
     Returns:
         Contrast(loss, lse, entropy, top1, positive_logit), each (N,): the loss, the log-sum-exp over A(i), the entropy
@@ -298,15 +347,16 @@ def contrast(
         expect_tensor(groups, "contrast", "groups", (n,), INTEGERS, device)
         expect_tensor(key_groups, "contrast", "key_groups", (k,), INTEGERS, device)
     expect_index(targets, "contrast", "targets", k, ignore_index)
-    return contrast_unchecked(
+    loss, *rest = contrast_unchecked(
         features, keys, targets, scale, bias, groups, key_groups, normalize=normalize, divisor=divisor,
         ignore_index=ignore_index, stats=stats,
     )  # fmt: skip
+    return Contrast(loss, *(rest if stats else [loss.new_empty(0)] * 4))
 
 
 def contrast_unchecked(
     features: Tensor,
-    keys: Tensor,
+    keys: Tensor | None,
     targets: Tensor,
     scale: float | Tensor,
     bias: Tensor | None = None,
@@ -317,47 +367,21 @@ def contrast_unchecked(
     divisor: float | Tensor | None = None,
     ignore_index: int = -1,
     stats: bool = False,
-    symmetric: bool = False,
-) -> Contrast:
+) -> tuple[Tensor, ...]:
     """:func:`contrast` for callers that have checked the arguments themselves: a small batch would feel it twice.
 
-    ``symmetric`` promises that keys and groups are those of the rows, the scale is a number, there is no bias and no
-    row is ignored. s_ij = s_ji then saves one of four matrix products.
+    Without ``stats`` it gives the loss alone. Keys that are None promise that they and their groups are those of the
+    rows, the scale is a number, there is no bias and no row is ignored. s_ij = s_ji then saves one of four products.
     """
     targets = targets.long() if ignore_index == -1 else torch.where(targets == ignore_index, -1, targets.long())
-    if not isinstance(scale, Tensor):
-        dtype = torch.promote_types(keys.dtype, torch.float32)
-        scale = keys.new_full((len(keys),), float(scale), dtype=dtype)
     if groups is not None and key_groups is not None:
-        groups, key_groups = groups.long().contiguous(), key_groups.long().contiguous()
-        key_groups = key_groups.view_as(key_groups) if key_groups is groups else key_groups
-    # The compiler cannot trace an autograd.Function that is given one tensor twice.
-    keys = keys.detach() if symmetric else keys.view_as(keys) if keys is features else keys
-    rows = Contrast(
-        *_Contrast.apply(features, keys, targets, scale, bias, groups, key_groups, normalize, divisor, symmetric, stats)
-    )
-    return rows if ignore_index == -1 else rows._replace(top1=torch.where(targets < 0, ignore_index, rows.top1))
-
-
-def expect_index(index: Tensor, op: str, argument: str, size: int | None, ignore_index: int) -> int | None:
-    """Raises ValueError where an entry is neither ``ignore_index`` nor in 0…size-1, if its data may be read now.
-
-    ``size`` None sets no upper end. Returns how many entries are not ``ignore_index`` where it has counted them.
-    """
-    if not index.numel() or not reads_data(index):
-        return None
-    count = None
-    if index.numel() <= FEW:
-        entries = index.tolist()
-        count = len(entries) - entries.count(ignore_index)
-        if count < len(entries):
-            entries = [0 if entry == ignore_index else entry for entry in entries]
-        low, high = min(entries), max(entries)
-    else:
-        low, high = map(int, index.aminmax())
-        if low < 0 or low == ignore_index or high == ignore_index:
-            low, high = map(int, torch.where(index == ignore_index, 0, index).aminmax())
-    if low < 0 or (size is not None and high >= size):
-        expected = f"{ignore_index} or at least 0" if size is None else f"{ignore_index} or 0 to {size - 1}"
-        expect(False, op, argument, expected, f"values from {low} to {high}")
-    return count
+        groups, key_groups = groups.long(), key_groups.long()
+    if torch.compiler.is_compiling():
+        # The compiler cannot trace an autograd.Function that is given one tensor twice.
+        keys = keys.view_as(keys) if keys is not None and keys is features else keys
+        key_groups = key_groups.view_as(key_groups) if key_groups is not None and key_groups is groups else key_groups
+    out = _Contrast.apply(features, keys, targets, scale, bias, groups, key_groups, normalize, divisor, stats)
+    if stats and ignore_index != -1:
+        rows = Contrast(*out)
+        return rows._replace(top1=torch.where(targets < 0, ignore_index, rows.top1))
+    return out

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastproto.ops._dispatch import OPS, Op, once_differentiable
-from fastproto.ops.contrast import outputs, unit_inputs
+from fastproto.ops.contrast import outputs, present, unit_inputs
 from fastproto.reference import contrast as reference
 
 
@@ -32,9 +32,12 @@ def _one_by_one(backend: str) -> Callable[..., tuple[Tensor, ...]]:
         need_dx: bool,
     ) -> tuple[Tensor, ...]:
         sets = zip(keys, targets, *_by_set(keys, scale, bias), strict=True)
-        results = [forward(features, *one, None, None, normalize, False, need_dx, False)[:3] for one in sets]
-        loss, lse, dx = (torch.stack(values) for values in zip(*results, strict=True))
-        return loss, lse, dx if need_dx else dx.new_empty(0)
+        results = [
+            forward(features, y, t, a, 1.0, b, None, None, normalize, None, False, need_dx, False)
+            for y, t, a, b in sets
+        ]
+        loss, lse, *dx = (torch.stack(values) for values in zip(*results, strict=True))
+        return loss, lse, *(dx or [loss.new_empty(0)])
 
     return run
 
@@ -55,14 +58,15 @@ def _triton_fwd(
         return _reference_fwd(features, keys, targets, scale, bias, normalize, need_dx)
     from fastproto.kernels.contrast_fwd import MAX_SETS, contrast_fwd
 
-    loss, lse, dx, *stats = outputs(features, need_dx, False, (len(keys),))
+    loss, lse, dx = _outputs(features, keys, need_dx)
+    none = loss.new_empty(0)
     x, ys, a = unit_inputs(features, keys, scale) if normalize else (features, keys, scale)
     start_k = 0
     for first in range(0, len(ys), MAX_SETS):
         sets = slice(first, first + MAX_SETS)
         here_k = slice(start_k, start_k + sum(map(len, ys[sets])))
         b = None if bias is None else bias[here_k]
-        out = (loss[sets], lse[sets], dx[sets], *stats)
+        out = (loss[sets], lse[sets], dx[sets], none, none, none)
         contrast_fwd(x, ys[sets], targets[sets], a[here_k], b, None, None, need_dx, False, out)
         start_k = here_k.stop
     if normalize and need_dx:
@@ -70,6 +74,12 @@ def _triton_fwd(
         counted = (targets >= 0).any(0)[:, None]
         dx = reference.through_length(dx, *reference.unit_rows(torch.where(counted, features, 0)))
     return loss, lse, dx
+
+
+def _outputs(features: Tensor, keys: Sequence[Tensor], need_dx: bool) -> tuple[Tensor, ...]:
+    """Loss (G, N), lse (G, N) and dx (G, N, D) to be written; dx of size 0 where it is not needed."""
+    out = present(outputs(features, need_dx, False, sets=(len(keys),)))
+    return tuple(out if need_dx else [*out, out[0].new_empty(0)])
 
 
 def _by_set(keys: Sequence[Tensor], scale: Tensor, bias: Tensor | None) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -91,7 +101,7 @@ _fwd = Op(
 @_fwd.fake
 def _fake_fwd(features: Tensor, keys: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
     wide = features.to(torch.promote_types(features.dtype, keys[0].dtype))
-    return outputs(wide, rest[-1], False, (len(keys),))[:3]
+    return _outputs(wide, keys, rest[-1])
 
 
 class _ContrastSets(torch.autograd.Function):
@@ -130,7 +140,7 @@ class _ContrastSets(torch.autograd.Function):
             of_vectors: list[tuple[Tensor, Tensor]] = []
             for i, (y, t, a, b, *of_rows) in enumerate(sets):
                 if need_a or need_b or need_keys[i]:
-                    args = (features, y, t, a, b, None, None, ctx.normalize, False, *of_rows)
+                    args = (features, y, t, a, 1.0, b, None, None, ctx.normalize, None, False, *of_rows)
                     dy, *of_set = OPS["contrast_bwd_keys"](*args)
                     of_vectors.append(tuple(of_set))
                     gradients[6 + i] = dy.to(y.dtype) if need_keys[i] else None

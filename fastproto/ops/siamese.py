@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from fastproto import _native
-from fastproto._check import FLOATS, INTEGERS, expect_tensor
+from fastproto._check import FLOATS, INTEGERS, expect_index, expect_tensor
 from fastproto.ops._dispatch import DTYPE_CODES, Op, contiguous_rows, once_differentiable
-from fastproto.ops.contrast import expect_index
 from fastproto.reference import siamese as reference
 
 

@@ -20,20 +20,24 @@ def contrast_fwd(
     features: Tensor,  # (N, D) float
     keys: Tensor,  # (K, D) float
     targets: Tensor,  # (N,) int64, -1 for an ignored row
-    scale: Tensor,  # (K,) float
+    scale: Tensor | None,  # (K,) float; None: scale_all for every key
+    scale_all: float,
     bias: Tensor | None,  # (K,) float
     groups: Tensor | None,  # (N,) int64
     key_groups: Tensor | None,  # (K,) int64
     normalize: bool,
+    divisor: float | None,
     symmetric: bool,
     need_dx: bool,
     need_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss (N,), lse (N,), dx (N, D), entropy (N,), top1 (N,), positive logit (N,); what is not needed has size 0.
+) -> list[Tensor]:
+    """Loss (N,), lse (N,), and where needed dx (N, D), and entropy (N,), top1 (N,) and positive logit (N,).
 
-    ``symmetric`` promises what it does to ``contrast_bwd_keys``, and saves a kernel work, not this.
+    With a divisor the loss is the rows' sum by it, and dx is of that. ``symmetric`` promises what it does to
+    ``contrast_bwd_keys``, and saves a kernel work, not this.
     """
-    x_nd, y_kd, length_n1, _, logits_nk = _logits(features, keys, targets, scale, bias, groups, key_groups, normalize)
+    a_k = scale_all if scale is None else scale
+    x_nd, y_kd, length_n1, _, logits_nk = _logits(features, keys, targets, a_k, bias, groups, key_groups, normalize)
     counted_n, target_n1 = targets >= 0, targets.clamp(min=0)[:, None]
     # log_softmax and not lse - s: the difference of two large numbers would lose the digits of a small loss.
     log_p_nk = logits_nk.log_softmax(1)
@@ -41,48 +45,57 @@ def contrast_fwd(
     loss_n = torch.where(counted_n, -log_p_nk.gather(1, target_n1).squeeze(1), 0)
     lse_n = torch.where(counted_n, logits_nk.logsumexp(1), 0)
 
-    dx_nd = entropy_n = positive_n = x_nd.new_empty(0)
-    top1_n = targets.new_empty(0)
+    out = [loss_n if divisor is None else loss_n.sum() / divisor, lse_n]
     if need_dx:
         q_nk = p_nk - torch.zeros_like(p_nk).scatter_(1, target_n1, 1.0)
-        dx_nd = (q_nk * scale.to(x_nd.dtype)) @ y_kd
+        dx_nd = (q_nk * a_k).to(x_nd.dtype) @ y_kd
         dx_nd = through_length(dx_nd, x_nd, length_n1) if normalize else dx_nd
         dx_nd = torch.where(counted_n[:, None], dx_nd, 0)
+        out.append(dx_nd if divisor is None else dx_nd / divisor)
     if need_stats:
         entropy_n = torch.where(counted_n, torch.special.entr(p_nk).sum(1), 0)
         # argmax refuses a (0, 0) matrix.
         top1_n = torch.where(counted_n, logits_nk.argmax(1), -1) if logits_nk.numel() else targets.clone()
         positive_n = torch.where(counted_n, logits_nk.gather(1, target_n1).squeeze(1), 0)
-    return loss_n, lse_n, dx_nd, entropy_n, top1_n, positive_n
+        out += [entropy_n, top1_n, positive_n]
+    return out
 
 
 def contrast_bwd_keys(
     features: Tensor,  # (N, D) float
     keys: Tensor,  # (K, D) float
     targets: Tensor,  # (N,) int64
-    scale: Tensor,  # (K,) float
+    scale: Tensor | None,  # (K,) float; None: scale_all for every key
+    scale_all: float,
     bias: Tensor | None,  # (K,) float
     groups: Tensor | None,  # (N,) int64
     key_groups: Tensor | None,  # (K,) int64
     normalize: bool,
+    divisor: float | None,
     symmetric: bool,
     lse: Tensor,  # (N,)
-    grad: Tensor,  # (N,) dL / dL_i
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dL/dy (K, D), dL/da (K,) and dL/db (K,), from q_ij = g_i (p_ij - 1[j = t(i)]).
+    grad: Tensor,  # () or (N,), of the forward's loss
+) -> list[Tensor]:
+    """dL/dy (K, D), and dL/da (K,) and dL/db (K,) where scale and bias are tensors; q_ij = g_i (p_ij - 1[j = t(i)]).
 
     Symmetric, keys and groups are those of the rows, the scale is one number, there is no bias and no ignored row, and
     the first result is the gradient of the rows in both roles, from q_ij + q_ji.
     """
-    x_nd, y_kd, _, length_k1, logits_nk = _logits(features, keys, targets, scale, bias, groups, key_groups, normalize)
+    a_k = scale_all if scale is None else scale
+    x_nd, y_kd, _, length_k1, logits_nk = _logits(features, keys, targets, a_k, bias, groups, key_groups, normalize)
     counted_n1, target_n1 = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]
     p_nk = (logits_nk - lse[:, None]).exp()
-    q_nk = grad[:, None] * (p_nk - torch.zeros_like(p_nk).scatter_(1, target_n1, 1.0))
+    grad_n1 = grad.expand(lse.shape)[:, None] / (1 if divisor is None else divisor)
+    q_nk = grad_n1 * (p_nk - torch.zeros_like(p_nk).scatter_(1, target_n1, 1.0))
     q_nk = torch.where(counted_n1, q_nk, 0)
     sum_kd = (q_nk.T + q_nk if symmetric else q_nk.T) @ x_nd
-    dy_kd = scale.to(x_nd.dtype)[:, None] * sum_kd
-    dy_kd = through_length(dy_kd, y_kd, length_k1) if normalize else dy_kd
-    return dy_kd, (sum_kd * y_kd).sum(1), q_nk.sum(0)
+    dy_kd = sum_kd * (scale_all if scale is None else scale.to(x_nd.dtype)[:, None])
+    out = [through_length(dy_kd, y_kd, length_k1) if normalize else dy_kd]
+    if scale is not None:
+        out.append((sum_kd * y_kd).sum(1))
+    if bias is not None:
+        out.append(q_nk.sum(0))
+    return out
 
 
 def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +114,7 @@ def _logits(
     features: Tensor,
     keys: Tensor,
     targets: Tensor,
-    scale: Tensor,
+    scale: Tensor | float,
     bias: Tensor | None,
     groups: Tensor | None,
     key_groups: Tensor | None,
@@ -115,7 +128,7 @@ def _logits(
     length_n1 = length_k1 = x_nd.new_ones(1)
     if normalize:
         (x_nd, length_n1), (y_kd, length_k1) = unit_rows(x_nd), unit_rows(y_kd)
-    logits_nk = (x_nd @ y_kd.T) * scale.to(dtype)
+    logits_nk = (x_nd @ y_kd.T) * (scale.to(dtype) if isinstance(scale, Tensor) else scale)
     if bias is not None:
         logits_nk = logits_nk + bias.to(dtype)
     if groups is not None and key_groups is not None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastproto
-from fastproto.ops.contrast import FEW, Contrast, contrast, expect_index
+from fastproto._check import FEW, expect_index
+from fastproto.ops.contrast import Contrast, contrast
 
 SHAPES = [(1, 1, 24), (33, 507, 130), (1, 507, 96), (33, 1, 1), (5, 7, 24)]
 

@@ -60,6 +60,18 @@ def run(backend: str, arguments: dict[str, Any], dtype: torch.dtype) -> list[Ten
         return [*(row.detach() for row in rows), *torch.autograd.grad(rows.loss, leaves, upstream)]
 
 
+def op_arguments(arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """As the op's schema has them, up to normalize."""
+    features, keys, targets, scale, *rest = arguments.values()
+    return (features, keys, targets, scale, 1.0, *rest, *([] if "normalize" in arguments else [False]))
+
+
+def one_scale(arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """Likewise, with one number as scale and no bias."""
+    features, keys, targets, _, _, groups, key_groups = arguments.values()
+    return features, keys, targets, None, 2.5, None, groups, key_groups, False
+
+
 def assert_close(ours: list[Tensor], exact: list[Tensor], eps: float) -> None:
     names = ("loss", "lse", "entropy", "top1", "positive", *LEAVES)
     for name, a, b in zip(names, ours, exact, strict=True):
@@ -162,11 +174,10 @@ def test_rows_against_themselves(backend: str, device: str, grouped: str | None,
     def run_symmetric(backend: str, dtype: torch.dtype, symmetric: bool) -> tuple[Tensor, Tensor]:
         x = features.detach().to(dtype).requires_grad_()
         with fastproto.backend(backend):
-            rows = contrast_unchecked(
-                x, x, targets, 1 / temperature, None, groups, groups, normalize=True, symmetric=symmetric
-            )
+            keys = None if symmetric else x
+            (loss,) = contrast_unchecked(x, keys, targets, 1 / temperature, None, groups, groups, normalize=True)
             upstream = torch.linspace(-1, 2, n, device=device, dtype=dtype)
-            return rows.loss.detach(), torch.autograd.grad(rows.loss, x, upstream)[0]
+            return loss.detach(), torch.autograd.grad(loss, x, upstream)[0]
 
     exact = run_symmetric("reference", torch.float64, symmetric=False)
     for name, dtype, tolerance in (("reference", torch.float64, 1e-11), (backend, torch.float32, 2e-5)):
@@ -207,7 +218,7 @@ def test_every_instruction_set_is_right_and_threads_change_no_bit(shape: tuple[i
 @pytest.mark.usefixtures("settings")
 @pytest.mark.parametrize(("n", "d", "temperature"), [(2, 3, 0.5), (57, 24, -0.3), (300, 130, 0.06), (1100, 40, 0.1)])
 def test_pairs_of_blocks_of_rows(n: int, d: int, temperature: float) -> None:
-    """Rows against themselves, whose scores are bounded: any number of blocks, instruction set and number of threads."""
+    """Rows against themselves, whose scores are bounded: any number of blocks and threads, any instruction set."""
     generator = torch.Generator().manual_seed(n)
     features = torch.randn(n, d, generator=generator) * torch.linspace(0.1, 9, n)[:, None]
     targets = torch.randint(n, (n,), generator=generator)
@@ -216,11 +227,12 @@ def test_pairs_of_blocks_of_rows(n: int, d: int, temperature: float) -> None:
     def run_symmetric(backend: str, dtype: torch.dtype, symmetric: bool = True) -> tuple[Tensor, ...]:
         x = features.to(dtype).requires_grad_()
         with fastproto.backend(backend):
-            rows = contrast_unchecked(
-                x, x, targets, 1 / temperature, None, groups, groups, normalize=True, symmetric=symmetric
-            )
+            rest = (targets, None, 1 / temperature, None, groups, groups, True, None, symmetric, False, False)
+            _, lse = torch.ops.fastproto.contrast_fwd(x.detach(), x.detach(), *rest)
+            keys = None if symmetric else x
+            (loss,) = contrast_unchecked(x, keys, targets, 1 / temperature, None, groups, groups, normalize=True)
             upstream = torch.linspace(-1, 2, n, dtype=dtype)
-            return rows.loss.detach(), rows.lse, torch.autograd.grad(rows.loss, x, upstream)[0]
+            return loss.detach(), lse, torch.autograd.grad(loss, x, upstream)[0]
 
     exact = run_symmetric("reference", torch.float64, symmetric=False)
     for isa in _native.cpp.supported_isas():
@@ -280,18 +292,23 @@ def test_a_small_loss_of_rows_against_themselves_keeps_its_digits() -> None:
 
     def loss(backend: str, dtype: torch.dtype) -> Tensor:
         with fastproto.backend(backend):
-            return contrast_unchecked(
-                x.to(dtype), x.to(dtype), targets, 18.0, None, rows, rows, normalize=True, symmetric=True
-            ).loss
+            return contrast_unchecked(x.to(dtype), None, targets, 18.0, None, rows, rows, normalize=True)[0]
 
     assert (loss("cpp", torch.float32) - loss("reference", torch.float64)).abs().max() <= 2e-7
 
 
 def test_ops_are_sound() -> None:
-    arguments = tuple(problem(9, 11, 5, normalize=True).values())
-    torch.library.opcheck(torch.ops.fastproto.contrast_fwd.default, (*arguments, False, True, True))
-    lse, grad = torch.rand(9), torch.rand(9)
-    torch.library.opcheck(torch.ops.fastproto.contrast_bwd_keys.default, (*arguments, False, lse, grad))
+    lse, of_rows, of_mean = torch.rand(9), torch.rand(9), torch.rand(())
+    for arguments in (op_arguments(problem(9, 11, 5, normalize=True)), one_scale(problem(9, 11, 5))):
+        for need_dx, need_stats in itertools.product((False, True), repeat=2):
+            torch.library.opcheck(
+                torch.ops.fastproto.contrast_fwd.default, (*arguments, None, False, need_dx, need_stats)
+            )
+        torch.library.opcheck(torch.ops.fastproto.contrast_fwd.default, (*arguments, 9.0, False, True, False))
+        for divisor, grad in ((None, of_rows), (9.0, of_mean)):
+            torch.library.opcheck(
+                torch.ops.fastproto.contrast_bwd_keys.default, (*arguments, divisor, False, lse, grad)
+            )
 
 
 def test_what_is_frozen_costs_nothing() -> None:
@@ -303,3 +320,45 @@ def test_what_is_frozen_costs_nothing() -> None:
     arguments["features"].requires_grad_()
     saved = contrast(**arguments, stats=False).loss.grad_fn.saved_tensors
     assert [tensor.numel() for tensor in saved if tensor is not None] == [45]
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_one_number_is_a_scale_for_every_key(backend: str, device: str, normalize: bool) -> None:
+    """The same bits as from a tensor of it."""
+    arguments = problem(33, 507, 130, normalize=normalize, device=device)
+    leaves = [arguments[name].requires_grad_() for name in ("features", "keys", "bias")]
+
+    def results(scale: float | Tensor) -> list[Tensor]:
+        with fastproto.backend(backend):
+            rows = contrast(**arguments | {"scale": scale})
+            return [*rows, *torch.autograd.grad(rows.loss, leaves, torch.linspace(-1, 1, 33, device=device))]
+
+    assert all(map(torch.equal, results(7.3), results(torch.full((507,), 7.3, device=device))))
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("n", [0, 1, 1000])
+def test_a_divisor_is_the_sum_by_it(backend: str, device: str, n: int) -> None:
+    arguments = problem(n, 50, 24, normalize=True, device=device)
+
+    def results(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        cast = arguments | {name: arguments[name].to(dtype).requires_grad_() for name in LEAVES}
+        with fastproto.backend(backend):
+            loss = contrast(**cast, divisor=n + 1, stats=False).loss
+            return [loss.detach(), *torch.autograd.grad(loss * 3, [cast[name] for name in LEAVES])]
+
+    for ours, exact in zip(results(backend, torch.float32), results("reference", torch.float64), strict=True):
+        assert ours.shape == exact.shape
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_the_upstream_gradient_may_have_any_stride(backend: str, device: str) -> None:
+    arguments = problem(20, 50, 24, device=device)
+    leaves = [arguments[name].requires_grad_() for name in LEAVES]
+    with fastproto.backend(backend):
+        loss = contrast(**arguments, stats=False).loss
+        for upstream in (torch.rand(20, 2, device=device)[:, 1], torch.rand((), device=device).expand(20)):
+            loose = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
+            assert all(map(torch.equal, loose, torch.autograd.grad(loss, leaves, upstream.clone(), retain_graph=True)))

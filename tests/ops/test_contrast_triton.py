@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from interpreter import run_interpreted
 from ops import test_contrast_sets
-from ops.test_contrast_kernels import LEAVES, assert_close, problem, run
+from ops.test_contrast_kernels import LEAVES, assert_close, op_arguments, problem, run
 from torch import Tensor
 
 import fastproto
@@ -99,8 +99,9 @@ def test_rows_against_themselves(grouped: bool) -> None:
     def gradient(backend: str, dtype: torch.dtype, symmetric: bool) -> Tensor:
         x = features.to(dtype).requires_grad_()
         with fastproto.backend(backend):
-            rows = contrast_unchecked(x, x, targets, 10.0, None, groups, groups, normalize=True, symmetric=symmetric)
-            return torch.autograd.grad(rows.loss, x, upstream.to(dtype))[0]
+            keys = None if symmetric else x
+            (loss,) = contrast_unchecked(x, keys, targets, 10.0, None, groups, groups, normalize=True)
+            return torch.autograd.grad(loss, x, upstream.to(dtype))[0]
 
     exact = gradient("reference", torch.float64, symmetric=False)
     error = (gradient("triton", torch.float32, symmetric=True) - exact).abs().max()
@@ -115,11 +116,11 @@ def test_small_float16_gradients_do_not_vanish() -> None:
     *tensors, scale, bias = (arguments[name] for name in ("features", "keys", "targets", "scale", "bias"))
     grad = torch.linspace(1e-8, 3e-8, 40, device=DEVICE)
 
-    def keys_gradient(backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def keys_gradient(backend: str, dtype: torch.dtype) -> list[Tensor]:
         cast = [value.to(dtype) if value.is_floating_point() else value for value in tensors]
-        options = (scale.to(dtype), bias.to(dtype), None, None, False)
+        options = (scale.to(dtype), 1.0, bias.to(dtype), None, None, False, None)
         with fastproto.backend(backend):
-            _, lse, *_ = torch.ops.fastproto.contrast_fwd(*cast, *options, False, False, False)
+            _, lse = torch.ops.fastproto.contrast_fwd(*cast, *options, False, False, False)
             return torch.ops.fastproto.contrast_bwd_keys(*cast, *options, False, lse, grad.to(lse.dtype))
 
     pairs = zip(keys_gradient("triton", torch.float16), keys_gradient("reference", torch.double), strict=True)
@@ -204,14 +205,14 @@ def test_parts_and_repeats() -> None:
     """However many parts, the same result; with as many, the same bits."""
     from fastproto.kernels import contrast_bwd, contrast_fwd
 
-    from fastproto.ops.contrast import outputs
+    from fastproto.ops.contrast import outputs, present
 
     arguments = problem(70, 300, 24, device=DEVICE)
     features, keys, *rest = arguments.values()
     grad = torch.linspace(-1, 1, 70, device=DEVICE)
 
     def results(parts: int) -> list[Tensor]:
-        out = outputs(features, True, True)
+        out = present(outputs(features, True, True))
         contrast_fwd.contrast_fwd(features, [keys], *rest, True, True, out, splits=parts)
         return [*out, *contrast_bwd.contrast_bwd_keys(features, keys, *rest, False, out[1], grad, splits=parts)]
 
@@ -280,11 +281,11 @@ def test_only_ignored_rows_give_nothing() -> None:
 
 @on_gpu
 def test_ops_are_sound() -> None:
-    tensors = tuple(problem(9, 11, 5, normalize=True, device=DEVICE).values())
+    tensors = op_arguments(problem(9, 11, 5, normalize=True, device=DEVICE))
     rest = torch.rand(9, device=DEVICE), torch.rand(9, device=DEVICE)
     with fastproto.backend("triton"):
-        torch.library.opcheck(torch.ops.fastproto.contrast_fwd.default, (*tensors, False, True, True))
-        torch.library.opcheck(torch.ops.fastproto.contrast_bwd_keys.default, (*tensors, False, *rest))
+        torch.library.opcheck(torch.ops.fastproto.contrast_fwd.default, (*tensors, None, False, True, True))
+        torch.library.opcheck(torch.ops.fastproto.contrast_bwd_keys.default, (*tensors, None, False, *rest))
         several = test_contrast_sets.sets_problem(9, (11, 3), 5, DEVICE)
         several["features"].nan_to_num_(1.0)
         torch.library.opcheck(torch.ops.fastproto.contrast_sets_fwd.default, (*several.values(), True, True))
