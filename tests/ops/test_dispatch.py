@@ -1,0 +1,93 @@
+"""A call on plain CPU tensors goes past PyTorch's dispatcher, and only where nobody could tell."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastproto.ops import _dispatch
+from fastproto.ops.contrast import contrast
+from fastproto.ops.contrast_sets import contrast_sets
+
+
+class Named(Tensor):
+    pass
+
+
+class Seen(TorchDispatchMode):
+    """Keeps the names of fastproto's ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastproto":
+            self.names.append(func._opname)
+        return func(*args, **kwargs or {})
+
+
+class SeenFunctions(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **kwargs or {})
+
+
+def goes_straight(*args: Any) -> bool:
+    return _dispatch._goes_straight_to_the_cpu(args)
+
+
+def test_plain_tensors_go_straight() -> None:
+    x = torch.ones(3, 2, requires_grad=True)
+    assert goes_straight(x, None, 1.5, x.detach()[:, 1], torch.nn.Parameter(x), torch.arange(3))
+    for context in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        with context:
+            assert goes_straight(x)
+
+
+def test_what_the_dispatcher_handles_does_not() -> None:
+    negated = torch.view_as_complex(torch.ones(3, 2)).conj().imag
+    with FakeTensorMode():
+        fake = torch.ones(3)
+    others = [negated, fake, torch.ones(3, device="meta"), torch.ones(3).as_subclass(Named)]
+    for other in [*others, torch._efficientzerotensor(3)]:
+        assert not goes_straight(torch.ones(3), other)
+    for mode in (Seen(), SeenFunctions(), FakeTensorMode(), torch.profiler.profile()):
+        with mode:
+            assert not goes_straight(torch.ones(3))
+    seen = []
+    torch.func.grad(lambda x: seen.append(goes_straight(x)) or x.sum())(torch.ones(3))
+    torch.vmap(lambda x: seen.append(goes_straight(x)) or x)(torch.ones(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch.jit.trace is deprecated
+        torch.jit.trace(lambda x: seen.append(goes_straight(x)) or x, torch.ones(3), check_trace=False)
+    assert seen == [False, False, False]
+
+
+def test_both_ways_give_the_same_and_a_mode_sees_the_ops() -> None:
+    x, y = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+
+    def results() -> list[Tensor]:
+        loss = contrast(x, y, torch.tensor([0, 3, -1, 6, 2]), scale=3.0, divisor=4, stats=False).loss
+        return [loss.detach(), *torch.autograd.grad(loss, [x, y])]
+
+    with Seen() as seen:
+        through = results()
+    assert seen.names == ["contrast_fwd", "contrast_bwd_keys"]
+    assert all(map(torch.equal, results(), through))
+
+
+def test_a_lazily_negated_input_is_negated() -> None:
+    x = torch.view_as_complex(torch.randn(5, 4, 2)).conj().imag
+    keys, targets = torch.randn(7, 4), torch.tensor([0, 3, -1, 6, 2])
+    assert x.is_neg()
+    assert torch.equal(contrast(x, keys, targets).loss, contrast(x.clone(), keys, targets).loss)
+    # An op that takes a list of tensors, where one hides.
+    keys, scale, targets = torch.randn(5, 4), torch.ones(10), torch.zeros(2, 5).long()
+    ours, expected = (contrast_sets(keys, [keys, y], targets, scale) for y in (x, x.clone()))
+    assert torch.equal(ours, expected)
