@@ -11,7 +11,7 @@ from fastproto._check import FLOATS, expect, expect_tensor, expect_type
 
 def widen(x: Tensor) -> Tensor:
     """At least float32: where sums and norms of half precision inputs are taken."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def unit(x: Tensor) -> Tensor:

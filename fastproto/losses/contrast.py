@@ -68,8 +68,7 @@ def nt_xent(
     features = join_rows(out0, out1)
     keys = gather_rows(features) if gather_distributed else features
     first = rank_and_world()[0] * 2 * n if gather_distributed else 0
-    rows = torch.arange(first, first + 2 * n, device=device)
-    key_groups = torch.arange(keys.shape[0], device=device)
+    index = key_groups = torch.arange(keys.shape[0], device=device)
     if assignments is not None:
         expect_tensor(assignments, "nt_xent", "assignments", (n,), INTEGERS, device)
         expect_index(assignments, "nt_xent", "assignments", None, ignore_index)
@@ -77,13 +76,16 @@ def nt_xent(
         if gather_distributed:
             prototypes = gather_rows(prototypes)
         # A row without a prototype is alone in a group of its own, below all prototypes.
-        key_groups = torch.where(prototypes == ignore_index, -1 - key_groups, prototypes)
+        key_groups = torch.where(prototypes == ignore_index, -1 - index, prototypes)
+    rows, groups = index, key_groups
+    if keys is not features:
+        rows, groups = index[first : first + 2 * n], key_groups[first : first + 2 * n]
     (loss,) = contrast_unchecked(
         features,
         None if keys is features else keys,
         rows.roll(n),
         1 / temperature,
-        groups=key_groups[first : first + 2 * n],
+        groups=groups,
         key_groups=key_groups,
         normalize=True,
         divisor=max(2 * n, 1) if reduction == "mean" else None,

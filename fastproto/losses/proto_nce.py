@@ -178,7 +178,7 @@ def _contrast_of_sets(
     targets = torch.stack([one.long() for one in labels])
     targets = targets if ignore_index == -1 else torch.where(targets == ignore_index, -1, targets)
     divisor = _divisor(targets, gather_distributed) if reduction == "mean" else None
-    scale = 1 / _concatenated(concentrations, prototypes)
+    scale = _concatenated(concentrations, prototypes).reciprocal()
     has_bias = any(b is not None for b in biases)
     bias = _concatenated([0.0 if b is None else b for b in biases], prototypes) if has_bias else None
     loss = contrast_sets(features, prototypes, targets, scale, bias, normalize=normalize, divisor=divisor)
@@ -197,7 +197,7 @@ def _concatenated(values: Sequence[float | Tensor], prototypes: Sequence[Tensor]
 
 
 def _inverse(phi: float | Tensor) -> float | Tensor:
-    return 1 / (widen(phi) if isinstance(phi, Tensor) else phi)
+    return widen(phi).reciprocal() if isinstance(phi, Tensor) else 1 / phi
 
 
 def _sample_keys(
