@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "assign/bind.h"
+#include "common/index_range.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "contrast/bind.h"
@@ -65,6 +66,10 @@ PYBIND11_MODULE(_fastproto_C, m) {
     return result;
   });
   m.def("update", update_binding([](const Update& args, int threads) { FASTPROTO_DISPATCH(update, args, threads); }));
+  m.def("index_range", [](uintptr_t at, int64_t count, int64_t stride, bool is_int64, int64_t ignored) {
+    if (is_int64) return index_range(reinterpret_cast<const int64_t*>(at), count, stride, ignored);
+    return index_range(reinterpret_cast<const int32_t*>(at), count, stride, ignored);
+  });
   m.def("contrast_fwd", contrast_binding([](const Contrast& args, int threads) {
           FASTPROTO_DISPATCH(contrast_fwd, args, threads);
         }));

@@ -9,12 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastproto import _settings
+from fastproto import _native, _settings
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32)
-# Python looks at so many integers in the time that two small ops take to be called.
-FEW = 256
 LONGEST = 200  # characters of a value that an error shows
 
 
@@ -89,21 +87,22 @@ def expect_index(index: Tensor, op: str, argument: str, size: int | None, ignore
     """
     if not index.numel() or not reads_data(index):
         return None
-    count = None
-    if index.numel() <= FEW:
-        entries = index.tolist()
-        count = len(entries) - entries.count(ignore_index)
-        if count < len(entries):
-            entries = [0 if entry == ignore_index else entry for entry in entries]
-        low, high = min(entries), max(entries)
-    else:
-        low, high = map(int, index.aminmax())
-        if low < 0 or low == ignore_index or high == ignore_index:
-            low, high = map(int, torch.where(index == ignore_index, 0, index).aminmax())
+    low, high, count = _range_of(index, ignore_index)
     if low < 0 or (size is not None and high >= size):
         expected = f"{ignore_index} or at least 0" if size is None else f"{ignore_index} or 0 to {size - 1}"
         expect(False, op, argument, expected, f"values from {low} to {high}")
     return count
+
+
+def _range_of(index: Tensor, ignore_index: int) -> tuple[int, int, int | None]:
+    """Lowest and highest entry, with 0 for the ignored ones, and how many are not, where that comes for free."""
+    if _native.cpp is not None and index.is_cpu:
+        where = index.data_ptr(), len(index), index.stride(0)
+        return _native.cpp.index_range(*where, index.dtype == torch.int64, ignore_index)
+    low, high = map(int, index.aminmax())
+    if low < 0 or low == ignore_index or high == ignore_index:
+        low, high = map(int, torch.where(index == ignore_index, 0, index).aminmax())
+    return low, high, None
 
 
 def reads_data(tensor: Tensor) -> bool:

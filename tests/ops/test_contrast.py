@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastproto
-from fastproto._check import FEW, expect_index
+from fastproto import _native
+from fastproto._check import expect_index
 from fastproto.ops.contrast import Contrast, contrast
 
 SHAPES = [(1, 1, 24), (33, 507, 130), (1, 507, 96), (33, 1, 1), (5, 7, 24)]
@@ -329,7 +330,8 @@ def test_bad_input_is_refused_by_name(changes: dict[str, Any], error: type[Excep
         contrast(**arguments)
 
 
-@pytest.mark.parametrize("repeats", [1, FEW])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(
     ("entries", "ignore_index", "message"),
     [
@@ -341,16 +343,24 @@ def test_bad_input_is_refused_by_name(changes: dict[str, Any], error: type[Excep
         ([-1, -1, -1], -1, ""),
     ],
 )
-def test_few_and_many_indices_are_checked_alike(
-    repeats: int, entries: list[int], ignore_index: int, message: str
+def test_indices_are_checked_alike_by_kernel_and_torch(
+    monkeypatch: pytest.MonkeyPatch,
+    compiled: bool,
+    dtype: torch.dtype,
+    entries: list[int],
+    ignore_index: int,
+    message: str,
 ) -> None:
-    index = torch.tensor(entries).repeat(repeats)
+    if not compiled:
+        monkeypatch.setattr(_native, "cpp", None)
+    counted = len(entries) - entries.count(ignore_index) if _native.cpp is not None else None
+    column = torch.tensor([[entry, 9] for entry in entries], dtype=dtype)[:, 0]
     if message:
         with pytest.raises(ValueError, match=message):
-            expect_index(index, "op", "index", 3, ignore_index)
+            expect_index(column, "op", "index", 3, ignore_index)
     else:
-        count = expect_index(index, "op", "index", 3, ignore_index)
-        assert count == (3 - entries.count(ignore_index) if repeats == 1 else None)
+        assert expect_index(column, "op", "index", 3, ignore_index) == counted
+    expect_index(column[:0], "op", "index", 3, ignore_index)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
