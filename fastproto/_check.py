@@ -109,7 +109,7 @@ def reads_data(tensor: Tensor) -> bool:
     """Whether checks that read this tensor's data run now: always on the CPU, on CUDA in debug, never in a compiler."""
     if torch.compiler.is_compiling():
         return False
-    return tensor.device.type == "cpu" or _settings.debug
+    return tensor.is_cpu or _settings.debug
 
 
 def _name(kind: torch.dtype | torch.layout) -> str:

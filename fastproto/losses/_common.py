@@ -21,7 +21,7 @@ def unit(x: Tensor) -> Tensor:
 
 def join_rows(x0: Tensor, x1: Tensor) -> Tensor:
     """The rows of both. Outside of autocast, whose concatenation refuses half precision of the other kind."""
-    if not torch.is_autocast_enabled(x0.device.type):
+    if x0.dtype == x1.dtype == torch.float32 or not torch.is_autocast_enabled(x0.device.type):
         return torch.cat([x0, x1])
     with torch.autocast(x0.device.type, enabled=False):
         return torch.cat([x0, x1])
