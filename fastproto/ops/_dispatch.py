@@ -22,8 +22,13 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloa
 LIBRARY = torch.library.Library("fastproto", "DEF")
 OPS: dict[str, Op] = {}
 
-_in_functorch, _tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
-_is_profiled, _is_like_a_subclass = torch._C._autograd._profiler_enabled, torch._C._dispatch_isTensorSubclassLike
+# Not public: a PyTorch without one of them has its dispatcher called every time.
+try:
+    _in_functorch, _tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+    _is_profiled, _is_like_a_subclass = torch._C._autograd._profiler_enabled, torch._C._dispatch_isTensorSubclassLike
+    _CAN_ASK = True
+except AttributeError:
+    _CAN_ASK = False
 
 
 def unavailable(backend: str, device_type: str) -> str:
@@ -53,7 +58,7 @@ class Op:
     def __init__(self, name: str, schema: str | None = None, **implementations: Callable[..., Any]) -> None:
         self.name = name
         self.implementations = implementations
-        self._takes_no_list = schema is not None and "Tensor[]" not in schema.partition("->")[0]
+        self._may_go_straight = _CAN_ASK and schema is not None and "Tensor[]" not in schema.partition("->")[0]
         OPS[name] = self
         if schema is None:
             self._call = self._run
@@ -70,7 +75,7 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         # PyTorch's dispatcher costs 15 µs a call on few rows.
-        if self._takes_no_list and _goes_straight_to_the_cpu(args):
+        if self._may_go_straight and _goes_straight_to_the_cpu(args):
             return self.implementations[self.choose("cpu")](*args)
         return self._call(*args)
 
