@@ -15,7 +15,9 @@ struct Contrast {
   int64_t N, K, D;
   const void* x;            // (N, D), row stride stride_x
   const void* y;            // (K, D), row stride stride_y
-  int64_t stride_x, stride_y;
+  const void* more;         // forward, frozen: the keys from K_first on, row stride stride_more; null where y holds all
+  int64_t K_first;
+  int64_t stride_x, stride_y, stride_more;
   int x_dtype, y_dtype;
   bool normalize;
   bool symmetric;           // y is x, a is one number, b is null, no row is ignored; forward no dx, dy is of both roles

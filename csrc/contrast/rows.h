@@ -34,9 +34,15 @@ inline float row_grad(const Contrast& args, int64_t i) {
   return static_cast<float>(args.grad[i * args.grad_stride] / args.divisor);
 }
 
+// Key j as it came, from either of the two places.
+inline void load_raw_key(const Contrast& args, int64_t j, float* out) {
+  if (args.more && j >= args.K_first) load_row(args.more, args.y_dtype, (j - args.K_first) * args.stride_more, args.D, out);
+  else load_row(args.y, args.y_dtype, j * args.stride_y, args.D, out);
+}
+
 // Key j times a_j: the scale is paid once per key, not once per score.
 inline void load_key(const Contrast& args, int64_t j, float* out) {
-  load_row(args.y, args.y_dtype, j * args.stride_y, args.D, out);
+  load_raw_key(args, j, out);
   const float a = inverse_temperature(args, j);
   scale_row(out, args.D, args.normalize ? a * inverse_length(out, args.D) : a);
 }
@@ -55,7 +61,7 @@ template <typename Number> inline float load_factor_y(const Contrast& args, int6
     load_key(args, j, out);
     return 1.f;
   }
-  load_row(args.y, args.y_dtype, j * args.stride_y, args.D, out);
+  load_raw_key(args, j, out);
   const float a = inverse_temperature(args, j);
   return args.normalize ? a * inverse_length(out, args.D) : a;
 }

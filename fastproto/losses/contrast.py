@@ -120,8 +120,8 @@ def info_nce(
         TypeError: something is no tensor, or of another dtype.
         ValueError: shapes or devices do not fit, τ < 1e-8, or an unknown reduction.
 
-    Memory: grows with (N + M) · D: own keys and queue are joined. The (N, M) logits exist in the reference backend
-    only.
+    Memory: grows with N · D; on a GPU, where own keys and queue are joined, with (N + M) · D. The (N, M) logits exist
+    in the reference backend only.
 
     Example:
         >>> query, queue = torch.eye(2), torch.tensor([[0.0, -1.0]])
@@ -150,13 +150,14 @@ def _against_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: float
     With a divisor, their sum by it; then the keys are constants.
     """
     n, device = query.shape[0], query.device
-    keys = join_rows(key.detach(), queue)
-    in_queue = (torch.arange(keys.shape[0], device=device) >= n).long()
+    one_dtype = key.dtype == queue.dtype
+    keys, more = (key.detach(), queue) if one_dtype else (join_rows(key.detach(), queue), None)
+    in_queue = (torch.arange(n + queue.shape[0], device=device) >= n).long()
     rows = torch.arange(n, device=device)
-    groups = torch.zeros_like(rows)
     (loss,) = contrast_unchecked(
-        query, keys, rows, 1 / temperature, groups=groups, key_groups=in_queue, normalize=True, divisor=divisor
-    )
+        query, keys, rows, 1 / temperature, groups=torch.zeros_like(rows), key_groups=in_queue, normalize=True,
+        divisor=divisor, more_keys=more,
+    )  # fmt: skip
     if key.requires_grad:
         # Of all keys only the N own ones take a gradient, p_ii - 1 = exp(-L_i) - 1 per logit: a term of value 0 brings
         # it.

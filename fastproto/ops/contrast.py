@@ -21,9 +21,10 @@ from fastproto.reference import contrast as reference
 def _cpp_fwd(features: Tensor, keys: Tensor, *rest: Any) -> list[Tensor]:
     if torch.float64 in (features.dtype, keys.dtype):
         return reference.contrast_fwd(features, keys, *rest)
-    *_, divisor, _, need_dx, need_stats = rest
+    *options, more_keys, need_dx, need_stats = rest
+    *_, divisor, _ = options
     out = outputs(features, need_dx, need_stats, reduced=divisor is not None)
-    _launch("contrast_fwd", (*out, None, None, None, None), features, keys, *rest[:-2])
+    _launch("contrast_fwd", (*out, None, None, None, None), more_keys, features, keys, *options)
     return present(out)
 
 
@@ -32,7 +33,8 @@ def _cpp_bwd_keys(features: Tensor, keys: Tensor, targets: Tensor, *rest: Any) -
         return reference.contrast_bwd_keys(features, keys, targets, *rest)
     scale, _, bias, *_, lse, grad = rest
     out = _key_gradients(keys, scale, bias, torch.float32)
-    _launch("contrast_bwd_keys", (None, lse, None, None, None, None, grad, *out), features, keys, targets, *rest[:-2])
+    results = (None, lse, None, None, None, None, grad, *out)
+    _launch("contrast_bwd_keys", results, None, features, keys, targets, *rest[:-2])
     return present(out)
 
 
@@ -69,6 +71,7 @@ def present(out: Sequence[Tensor | None]) -> list[Tensor]:
 def _launch(
     name: str,
     results: tuple[Tensor | None, ...],
+    more_keys: Tensor | None,
     features: Tensor,
     keys: Tensor,
     targets: Tensor,
@@ -83,14 +86,17 @@ def _launch(
 ) -> None:
     """Calls the C++ kernel of that name with addresses in the order of csrc/contrast/bind.h."""
     features, keys = contiguous_rows(features), contiguous_rows(keys)
+    more_keys = None if more_keys is None else more_keys.contiguous()
     scale, bias = None if scale is None else scale.float(), None if bias is None else bias.float()
     vectors = (targets, scale, bias, groups, key_groups)
-    tensors = (features, keys, *(None if vector is None else vector.contiguous() for vector in vectors), *results)
+    vectors = tuple(None if vector is None else vector.contiguous() for vector in vectors)
+    tensors = (features, keys, *vectors, *results, more_keys)
     grad = results[6]
     sizes = (
         *(features.shape[0], *keys.shape, features.stride(0), keys.stride(0)),
         0 if grad is None or grad.ndim == 0 else grad.stride(0),
         *(DTYPE_CODES[features.dtype], DTYPE_CODES[keys.dtype], normalize, symmetric, divisor is not None),
+        0 if more_keys is None else more_keys.shape[0],
     )
     getattr(_native.cpp, name)(
         sizes,
@@ -107,7 +113,8 @@ def _triton_fwd(
         return reference.contrast_fwd(features, keys, targets, scale, scale_all, *rest)
     from fastproto.kernels.contrast_fwd import contrast_fwd
 
-    *options, normalize, divisor, _, need_dx, need_stats = rest
+    *options, normalize, divisor, _, more_keys, need_dx, need_stats = rest
+    keys = keys if more_keys is None else torch.cat([keys, more_keys])
     loss, lse, dx, *stats = outputs(features, need_dx, need_stats)
     a = _scale_of(keys, scale, scale_all)
     x, ys, a = unit_inputs(features, (keys,), a) if normalize else (features, (keys,), a)
@@ -171,7 +178,7 @@ _ARGUMENTS = (
 )
 _fwd = Op(
     "contrast_fwd",
-    f"({_ARGUMENTS} bool need_dx, bool need_stats) -> Tensor[]",
+    f"({_ARGUMENTS} Tensor? more_keys, bool need_dx, bool need_stats) -> Tensor[]",
     reference=reference.contrast_fwd,
     cpp=_cpp_fwd,
     triton=_triton_fwd,
@@ -187,7 +194,7 @@ _bwd_keys = Op(
 
 @_fwd.fake
 def _fake_fwd(features: Tensor, keys: Tensor, *rest: Any) -> list[Tensor]:
-    *_, divisor, _, need_dx, need_stats = rest
+    *_, divisor, _, _, need_dx, need_stats = rest
     wide = features.to(torch.promote_types(features.dtype, keys.dtype))
     return present(outputs(wide, need_dx, need_stats, reduced=divisor is not None))
 
@@ -217,6 +224,7 @@ class _Contrast(torch.autograd.Function):
         key_groups: Tensor | None,
         normalize: bool,
         divisor: Tensor | float | None,
+        more_keys: Tensor | None,
         need_stats: bool,
     ) -> tuple[Tensor, ...]:
         need_x, need_y, _, need_a, need_b, *_ = ctx.needs_input_grad
@@ -228,7 +236,8 @@ class _Contrast(torch.autograd.Function):
         count, ctx.divisor = (divisor, None) if isinstance(divisor, Tensor) else (None, divisor)
         ctx.normalize, ctx.dtype = normalize, features.dtype
         vectors, numbers = (bias, groups, key_groups), (normalize, ctx.divisor, symmetric)
-        loss, lse, *rest = _fwd(features, y, targets, a, ctx.scale_all, *vectors, *numbers, need_dx, need_stats)
+        options = (*vectors, *numbers, more_keys, need_dx, need_stats)
+        loss, lse, *rest = _fwd(features, y, targets, a, ctx.scale_all, *options)
         dx, *stats = rest if need_dx else (None, *rest)
         loss = loss if count is None else loss.sum() / count
         for_keys = (lse, features, keys, targets, a, *vectors) if need_backward else ()
@@ -244,7 +253,7 @@ class _Contrast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        gradients: list[Tensor | None] = [None] * 10
+        gradients: list[Tensor | None] = [None] * 11
         if grad is None:
             return tuple(gradients)
         dx, count, *for_keys = ctx.saved_tensors
@@ -365,6 +374,7 @@ def contrast_unchecked(
     *,
     normalize: bool = False,
     divisor: float | Tensor | None = None,
+    more_keys: Tensor | None = None,
     ignore_index: int = -1,
     stats: bool = False,
 ) -> tuple[Tensor, ...]:
@@ -372,6 +382,7 @@ def contrast_unchecked(
 
     Without ``stats`` it gives the loss alone. Keys that are None promise that they and their groups are those of the
     rows, the scale is a number, there is no bias and no row is ignored. s_ij = s_ji then saves one of four products.
+    ``more_keys`` follow the keys, of their dtype, where none takes a gradient: the two need not be joined.
     """
     targets = targets.long() if ignore_index == -1 else torch.where(targets == ignore_index, -1, targets.long())
     if groups is not None and key_groups is not None:
@@ -380,7 +391,8 @@ def contrast_unchecked(
         # The compiler cannot trace an autograd.Function that is given one tensor twice.
         keys = keys.view_as(keys) if keys is not None and keys is features else keys
         key_groups = key_groups.view_as(key_groups) if key_groups is not None and key_groups is groups else key_groups
-    out = _Contrast.apply(features, keys, targets, scale, bias, groups, key_groups, normalize, divisor, stats)
+    options = (normalize, divisor, more_keys, stats)
+    out = _Contrast.apply(features, keys, targets, scale, bias, groups, key_groups, *options)
     if stats and ignore_index != -1:
         rows = Contrast(*out)
         return rows._replace(top1=torch.where(targets < 0, ignore_index, rows.top1))

@@ -33,7 +33,7 @@ def _one_by_one(backend: str) -> Callable[..., tuple[Tensor, ...]]:
     ) -> tuple[Tensor, ...]:
         sets = zip(keys, targets, *_by_set(keys, scale, bias), strict=True)
         results = [
-            forward(features, y, t, a, 1.0, b, None, None, normalize, None, False, need_dx, False)
+            forward(features, y, t, a, 1.0, b, None, None, normalize, None, False, None, need_dx, False)
             for y, t, a, b in sets
         ]
         loss, lse, *dx = (torch.stack(values) for values in zip(*results, strict=True))

@@ -28,6 +28,7 @@ def contrast_fwd(
     normalize: bool,
     divisor: float | None,
     symmetric: bool,
+    more_keys: Tensor | None,  # (M, D) float, which follow the keys
     need_dx: bool,
     need_stats: bool,
 ) -> list[Tensor]:
@@ -37,6 +38,7 @@ def contrast_fwd(
     ``contrast_bwd_keys``, and saves a kernel work, not this.
     """
     a_k = scale_all if scale is None else scale
+    keys = keys if more_keys is None else torch.cat([keys, more_keys])
     x_nd, y_kd, length_n1, _, logits_nk = _logits(features, keys, targets, a_k, bias, groups, key_groups, normalize)
     counted_n, target_n1 = targets >= 0, targets.clamp(min=0)[:, None]
     # log_softmax and not lse - s: the difference of two large numbers would lose the digits of a small loss.

@@ -227,7 +227,7 @@ def test_pairs_of_blocks_of_rows(n: int, d: int, temperature: float) -> None:
     def run_symmetric(backend: str, dtype: torch.dtype, symmetric: bool = True) -> tuple[Tensor, ...]:
         x = features.to(dtype).requires_grad_()
         with fastproto.backend(backend):
-            rest = (targets, None, 1 / temperature, None, groups, groups, True, None, symmetric, False, False)
+            rest = (targets, None, 1 / temperature, None, groups, groups, True, None, symmetric, None, False, False)
             _, lse = torch.ops.fastproto.contrast_fwd(x.detach(), x.detach(), *rest)
             keys = None if symmetric else x
             (loss,) = contrast_unchecked(x, keys, targets, 1 / temperature, None, groups, groups, normalize=True)
@@ -251,7 +251,7 @@ def test_pairs_of_blocks_of_rows(n: int, d: int, temperature: float) -> None:
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 1), (33, 507, 130), (64, 2100, 33)])
 def test_bfloat16_products_lose_no_digit_of_the_loss(n: int, k: int, d: int, normalize: bool) -> None:
-    """On every instruction set the losses are those of the rows as they came; gradients beat eager PyTorch's in bfloat16."""
+    """On every instruction set the losses are those of the rows as they came; gradients beat eager bfloat16's."""
     arguments = problem(n, k, d, normalize=normalize, grouped=False)
     arguments["targets"] = arguments["targets"].clamp(min=0)
     arguments |= {name: arguments[name].bfloat16() for name in ("features", "keys")}
@@ -297,14 +297,38 @@ def test_a_small_loss_of_rows_against_themselves_keeps_its_digits() -> None:
     assert (loss("cpp", torch.float32) - loss("reference", torch.float64)).abs().max() <= 2e-7
 
 
+@needs_cpp
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_keys_in_two_places_give_the_bits_of_one(dtype: torch.dtype) -> None:
+    features, keys = torch.randn(40, 33).to(dtype), torch.randn(700, 33).to(dtype)
+    targets, groups = torch.randint(-1, 700, (40,)), torch.randint(3, (740,))
+    more = torch.randn(33, 660).to(dtype).T  # of no contiguous rows
+    keys[40:] = more
+    for isa in _native.cpp.supported_isas():
+        _native.cpp.set_isa(isa)
+
+        def run_split(backend: str, keys: Tensor, more: Tensor | None) -> tuple[Tensor, Tensor]:
+            x = features.detach().requires_grad_()
+            with fastproto.backend(backend):
+                (loss,) = contrast_unchecked(
+                    x, keys, targets, 3.0, None, groups[:40], groups[40:], normalize=True, more_keys=more
+                )
+            return loss.detach(), torch.autograd.grad(loss.sum(), x)[0]
+
+        whole = run_split("cpp", keys, None)
+        assert all(map(torch.equal, run_split("cpp", keys[:40], more), whole))
+        assert all(map(torch.equal, run_split("reference", keys[:40], more), run_split("reference", keys, None)))
+
+
 def test_ops_are_sound() -> None:
     lse, of_rows, of_mean = torch.rand(9), torch.rand(9), torch.rand(())
     for arguments in (op_arguments(problem(9, 11, 5, normalize=True)), one_scale(problem(9, 11, 5))):
         for need_dx, need_stats in itertools.product((False, True), repeat=2):
             torch.library.opcheck(
-                torch.ops.fastproto.contrast_fwd.default, (*arguments, None, False, need_dx, need_stats)
+                torch.ops.fastproto.contrast_fwd.default, (*arguments, None, False, None, need_dx, need_stats)
             )
-        torch.library.opcheck(torch.ops.fastproto.contrast_fwd.default, (*arguments, 9.0, False, True, False))
+        torch.library.opcheck(torch.ops.fastproto.contrast_fwd.default, (*arguments, 9.0, False, None, True, False))
         for divisor, grad in ((None, of_rows), (9.0, of_mean)):
             torch.library.opcheck(
                 torch.ops.fastproto.contrast_bwd_keys.default, (*arguments, divisor, False, lse, grad)

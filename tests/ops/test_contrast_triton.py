@@ -120,7 +120,7 @@ def test_small_float16_gradients_do_not_vanish() -> None:
         cast = [value.to(dtype) if value.is_floating_point() else value for value in tensors]
         options = (scale.to(dtype), 1.0, bias.to(dtype), None, None, False, None)
         with fastproto.backend(backend):
-            _, lse = torch.ops.fastproto.contrast_fwd(*cast, *options, False, False, False)
+            _, lse = torch.ops.fastproto.contrast_fwd(*cast, *options, False, None, False, False)
             return torch.ops.fastproto.contrast_bwd_keys(*cast, *options, False, lse, grad.to(lse.dtype))
 
     pairs = zip(keys_gradient("triton", torch.float16), keys_gradient("reference", torch.double), strict=True)
@@ -284,7 +284,7 @@ def test_ops_are_sound() -> None:
     tensors = op_arguments(problem(9, 11, 5, normalize=True, device=DEVICE))
     rest = torch.rand(9, device=DEVICE), torch.rand(9, device=DEVICE)
     with fastproto.backend("triton"):
-        torch.library.opcheck(torch.ops.fastproto.contrast_fwd.default, (*tensors, None, False, True, True))
+        torch.library.opcheck(torch.ops.fastproto.contrast_fwd.default, (*tensors, None, False, None, True, True))
         torch.library.opcheck(torch.ops.fastproto.contrast_bwd_keys.default, (*tensors, None, False, *rest))
         several = test_contrast_sets.sets_problem(9, (11, 3), 5, DEVICE)
         several["features"].nan_to_num_(1.0)
