@@ -89,8 +89,8 @@ def _launch(
     more_keys = None if more_keys is None else more_keys.contiguous()
     scale, bias = None if scale is None else scale.float(), None if bias is None else bias.float()
     vectors = (targets, scale, bias, groups, key_groups)
-    vectors = tuple(None if vector is None else vector.contiguous() for vector in vectors)
-    tensors = (features, keys, *vectors, *results, more_keys)
+    dense = (None if vector is None else vector.contiguous() for vector in vectors)
+    tensors = (features, keys, *dense, *results, more_keys)
     grad = results[6]
     sizes = (
         *(features.shape[0], *keys.shape, features.stride(0), keys.stride(0)),
