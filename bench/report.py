@@ -1,4 +1,4 @@
-"""Renders bench/results/ as Markdown: ``python bench/report.py`` prints, ``--readme`` writes into README.md."""
+"""Renders bench/results/ as Markdown: ``python bench/report.py`` prints all, ``--readme`` writes the newest to README."""
 
 from __future__ import annotations
 
@@ -32,8 +32,15 @@ def load() -> list[dict]:
         for row in content["rows"]:
             if set(row) != KEYS:
                 raise ValueError(f"{path}: row keys differ from the schema: {sorted(set(row) ^ KEYS)}")
-            rows.append({**row, "suite": path.stem, "commit": content["commit"], "torch": content["versions"]["torch"]})
+            of_file = {"suite": path.stem, "date": content["date"], "commit": content["commit"]}
+            rows.append({**row, **of_file, "torch": content["versions"]["torch"]})
     return rows
+
+
+def newest(rows: list[dict]) -> list[dict]:
+    """The rows of the machine that ran each suite last."""
+    last = {row["suite"]: row for row in sorted(rows, key=lambda row: row["date"])}
+    return [row for row in rows if row["device"] == last[row["suite"]]["device"]]
 
 
 def markdown(rows: list[dict]) -> str:
@@ -97,8 +104,9 @@ def runs_markdown() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
-    table = "\n\n".join(filter(None, [markdown(load()), runs_markdown()]))
-    if not parser.parse_args().readme:
+    readme = parser.parse_args().readme
+    table = "\n\n".join(filter(None, [markdown(newest(load()) if readme else load()), runs_markdown()]))
+    if not readme:
         print(table)
         return
     text = README.read_text()

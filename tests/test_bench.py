@@ -14,8 +14,14 @@ import table
 def test_results_load_and_stand_in_the_readme() -> None:
     rows = report.load()
     assert rows
-    assert report.markdown(rows) in report.README.read_text()
+    assert report.markdown(report.newest(rows)) in report.README.read_text()
     assert report.runs_markdown() in report.README.read_text()
+
+
+def test_of_two_machines_the_one_that_ran_a_suite_last_stands_in_the_readme() -> None:
+    days = {("a", "old"): "2026-01-09", ("a", "new"): "2026-01-10", ("b", "old"): "2026-01-08"}
+    rows = [{"suite": suite, "device": device, "date": date} for (suite, device), date in days.items()]
+    assert report.newest(rows) == rows[1:]
 
 
 def test_runs_are_trained_in_slices_and_averaged_over_seeds(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
