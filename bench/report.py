@@ -1,4 +1,4 @@
-"""Renders bench/results/ as Markdown: ``python bench/report.py`` prints all, ``--readme`` writes the newest to README."""
+"""Renders bench/results/ as Markdown: ``python bench/report.py`` prints all, ``--readme`` writes the newest in."""
 
 from __future__ import annotations
 

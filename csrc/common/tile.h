@@ -220,6 +220,33 @@ inline void transpose_four(const float* rows, int64_t D, float* out, int64_t str
     for (int64_t r = 0; r < 4; ++r) out[d * stride + r] = rows[r * D + d];
 }
 
+// Of two vectors, halves of HALF lanes: the lower of each pair of them, of a then of b, and the upper.
+template <int HALF, int... L> inline Vec lower_halves(Vec a, Vec b, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(a, b, (L & HALF ? L - HALF + LANES : L)...);
+}
+template <int HALF, int... L> inline Vec upper_halves(Vec a, Vec b, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(a, b, (L & HALF ? L + LANES : L + HALF)...);
+}
+template <int HALF = LANES / 2> inline void transpose_registers(Vec (&v)[LANES]) {
+  constexpr auto lanes = std::make_integer_sequence<int, LANES>{};
+#pragma GCC unroll 16
+  for (int r = 0; r < LANES; ++r) {
+    if (r & HALF) continue;
+    const Vec a = v[r], b = v[r + HALF];
+    v[r] = lower_halves<HALF>(a, b, lanes), v[r + HALF] = upper_halves<HALF>(a, b, lanes);
+  }
+  if constexpr (HALF > 1) transpose_registers<HALF / 2>(v);
+}
+// out[d, r] = rows[r, d], d, r < LANES: log2(LANES) shuffles a vector.
+inline void transpose_square(const float* rows, int64_t ld, float* out, int64_t out_ld) {
+  Vec v[LANES];
+#pragma GCC unroll 16
+  for (int r = 0; r < LANES; ++r) v[r] = load(rows + r * ld);
+  transpose_registers(v);
+#pragma GCC unroll 16
+  for (int r = 0; r < LANES; ++r) store(out + r * out_ld, v[r]);
+}
+
 // Rows (count × D) of floats become rows of words (count × words_of(D)), in their own place.
 template <typename Number> inline void to_words(float* rows, int64_t count, int64_t D) {
   if constexpr (sizeof(Number) == 2) {

@@ -1,12 +1,16 @@
 // crop_resize on the CPU. One task per crop: tap tables once, then LANES output rows at a time. Their vertical sums run along
 // the crop's width and are turned, so that a vector holds one column of the LANES rows; the horizontal sums then take whole
-// vectors, and are turned back for the store. Turning costs 3 instructions a vector, sums over single pixels would cost 8.
+// vectors, and are turned back for the store. Turning costs a load, log2(LANES) shuffles and a store a vector.
 //
 // Work per crop and channel: h · taps_y · width + h · w · taps_x multiply-adds; output stores bound it from below.
 // Scratch per thread: 2 · LANES lines of floats and the tap tables. Same bits for any number of threads.
 #include "crop_resize.h"
 
 #include <vector>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include "../common/dtype.h"
 #include "../common/parallel.h"
@@ -16,36 +20,48 @@ namespace fastproto {
 namespace FASTPROTO_ISA {
 namespace {
 
-// The window of every output position of one side, and its weights, which sum to 1.
+// The window of every output position of one side, and its weights, which sum to 1. All windows are as wide as the widest,
+// moved inwards at the edge, with weights of 0 for what is not theirs: loops of one length are foreseen by the CPU.
 struct Taps {
   std::vector<Window<float>> windows;
-  std::vector<float> weights;  // (out_side, stride)
-  int stride = 0;
+  std::vector<int> first;      // (out_side,)
+  std::vector<float> weights;  // (out_side, count)
+  int count = 0;
 
   // A window is computed once and kept: another rounding of the same expression could begin one pixel earlier.
   void build(int side, int out_side, bool antialias) {
     windows.clear();
-    stride = 0;
+    count = 0;
     for (int i = 0; i < out_side; ++i) {
       windows.push_back(window<float>(i, side, out_side, antialias));
-      stride = std::max(stride, windows[i].count);
+      count = std::max(count, windows[i].count);
     }
-    weights.resize(static_cast<size_t>(out_side) * stride);
+    first.resize(out_side);
+    weights.assign(static_cast<size_t>(out_side) * count, 0.f);
     for (int i = 0; i < out_side; ++i) {
-      float* row = weights.data() + static_cast<size_t>(i) * stride;
+      first[i] = std::min(windows[i].first, side - count);
+      float* own = weights.data() + static_cast<size_t>(i) * count + (windows[i].first - first[i]);
       float sum = 0;
-      for (int k = 0; k < windows[i].count; ++k) sum += row[k] = window_weight(windows[i], k);
-      for (int k = 0; k < windows[i].count; ++k) row[k] /= sum;
+      for (int k = 0; k < windows[i].count; ++k) sum += own[k] = window_weight(windows[i], k);
+      for (int k = 0; k < windows[i].count; ++k) own[k] /= sum;
     }
   }
 };
 
-typedef uint8_t ByteVec __attribute__((vector_size(LANES)));
-
+// By intrinsics: of __builtin_convertvector g++ 12 makes 40 instructions on single bytes.
 inline Vec load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  const IntVec wide = (IntVec)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return __builtin_convertvector(wide, Vec);
+#elif defined(__AVX2__)
+  const IntVec wide = (IntVec)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return __builtin_convertvector(wide, Vec);
+#else
+  typedef uint8_t ByteVec __attribute__((vector_size(LANES)));
   ByteVec v;
   std::memcpy(&v, p, sizeof v);
   return __builtin_convertvector(__builtin_convertvector(v, IntVec), Vec);
+#endif
 }
 
 // line[x] = Σ_k weights[k] · pixels[k, x], x < span
@@ -66,35 +82,37 @@ inline void vertical(const uint8_t* pixels, int64_t stride_h, int64_t stride_w, 
 
 struct Scratch {
   Taps rows, columns;
-  Buffer lines, turned, out, out_rows;  // (LANES, span), (span, LANES), (w, LANES), (LANES, w)
+  Buffer lines, turned, out, out_rows;  // (LANES, span), (span, LANES), (w, LANES), (LANES, w), sides of whole vectors
 };
 
 // LANES output rows from i on, of `channels` channels that stand side by side in the image's lines.
 template <typename Out>
 void some_rows(const CropResize& args, const uint8_t* origin, const Image& image, int64_t r, int64_t c, int channels,
                int64_t i, int64_t span, bool mirrored, Scratch& scratch) {
-  const int64_t w = round_up(args.w, 4);
-  float *lines = scratch.lines.take(LANES * span), *turned = scratch.turned.take(LANES * span);
+  const int64_t w = round_up(args.w, LANES), line = round_up(span, LANES);
+  float *lines = scratch.lines.take(LANES * line), *turned = scratch.turned.take(LANES * line);
   float *out = scratch.out.take(LANES * w), *out_rows = scratch.out_rows.take(LANES * w);
   for (int l = 0; l < LANES; ++l) {
     const int64_t row = std::min(i + l, args.h - 1);
-    const Window<float>& rows = scratch.rows.windows[row];
-    vertical(origin + rows.first * image.stride_h, image.stride_h, channels > 1 ? 1 : image.stride_w,
-             scratch.rows.weights.data() + row * scratch.rows.stride, rows.count, span, lines + l * span);
+    const Taps& taps = scratch.rows;
+    vertical(origin + taps.first[row] * image.stride_h, image.stride_h, channels > 1 ? 1 : image.stride_w,
+             taps.weights.data() + row * taps.count, taps.count, span, lines + l * line);
   }
-  for (int l = 0; l < LANES; l += 4) transpose_four(lines + l * span, span, turned + l, LANES);
+  for (int64_t x = 0; x < span; x += LANES) transpose_square(lines + x, line, turned + x * LANES, LANES);
+  // Values of their own: the compiler would have to look whether a store of a pixel has changed those in `scratch`.
+  const int count = scratch.columns.count, *first = scratch.columns.first.data();
+  const float* all_weights = scratch.columns.weights.data();
   for (int channel = 0; channel < channels; ++channel) {
-    const Vec offset = splat(args.offset[c + channel]);
+    const Vec scale = splat(args.scale[c + channel]), offset = splat(args.offset[c + channel]);
     for (int64_t j = 0; j < args.w; ++j) {
       const int64_t source = mirrored ? args.w - 1 - j : j;
-      const Window<float>& columns = scratch.columns.windows[source];
-      const float* weights = scratch.columns.weights.data() + source * scratch.columns.stride;
-      const float* pixels = turned + (int64_t(columns.first) * channels + channel) * LANES;
+      const float* weights = all_weights + source * count;
+      const float* pixels = turned + (int64_t(first[source]) * channels + channel) * LANES;
       Vec sum{};
-      for (int k = 0; k < columns.count; ++k) sum += weights[k] * load(pixels + k * channels * LANES);
-      store(out + j * LANES, sum * args.scale[c + channel] + offset);
+      for (int k = 0; k < count; ++k) sum += weights[k] * load(pixels + k * channels * LANES);
+      store(out + j * LANES, sum * scale + offset);
     }
-    for (int64_t j = 0; j < args.w; j += 4) transpose_four(out + j * LANES, LANES, out_rows + j, w);
+    for (int64_t j = 0; j < args.w; j += LANES) transpose_square(out + j * LANES, LANES, out_rows + j, w);
     for (int64_t l = 0; l < std::min<int64_t>(LANES, args.h - i); ++l) {
       Out* row = static_cast<Out*>(args.out) + r * args.stride_r + (c + channel) * args.stride_c + (i + l) * args.stride_h;
       if (args.stride_w == 1) {
