@@ -272,7 +272,7 @@ inline void pack_panels(const float* rows, int64_t count, int64_t D, float* pane
   for (int64_t first = 0; first < count; first += WIDTH, panels += D * WIDTH) {
     const int64_t width = std::min<int64_t>(WIDTH, count - first);
     int64_t r = 0;
-    for (; WIDTH % 4 == 0 && r + 4 <= width; r += 4) transpose_four(rows + (first + r) * D, D, panels + r, WIDTH);
+    for (; r + 4 <= width; r += 4) transpose_four(rows + (first + r) * D, D, panels + r, WIDTH);
     for (; r < width; ++r)
       for (int64_t d = 0; d < D; ++d) panels[d * WIDTH + r] = rows[(first + r) * D + d];
     for (; r < WIDTH; ++r)
