@@ -96,7 +96,9 @@ def expect_index(index: Tensor, op: str, argument: str, size: int | None, ignore
 
 def _range_of(index: Tensor, ignore_index: int) -> tuple[int, int, int | None]:
     """Lowest and highest entry, with 0 for the ignored ones, and how many are not, where that comes for free."""
-    if _native.cpp is not None and index.is_cpu:
+    # Not a subclass, whose memory may be elsewhere, nor one whose memory waits for its sign or its zeros.
+    plain = type(index) is Tensor and not index.is_neg() and not index._is_zerotensor()
+    if _native.cpp is not None and index.is_cpu and plain:
         where = index.data_ptr(), len(index), index.stride(0)
         return _native.cpp.index_range(*where, index.dtype == torch.int64, ignore_index)
     low, high = map(int, index.aminmax())

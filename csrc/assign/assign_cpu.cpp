@@ -4,7 +4,7 @@
 // the L1 holds at D = 128: 8 · 6 · 256 B on AVX2). The screen keeps one number per row and tile, the best score of the
 // tile's centres; with the bound on its error that tells which tiles can hold the nearest centre. Their centres are then
 // compared exactly: one tile per row where centres are apart. 2 · N · K · D operations in integers; no N × K matrix.
-// With VNNI 8 bits are tried first, on chunks from all over the rows; where they leave too much open, 16 bits go on.
+// With VNNI 8 bits are tried first, on panels from all over the rows; where they leave too much open, 16 bits go on.
 // The result of a row does not depend on its chunk, nor on what bounds exclude: the same bits for any number of threads.
 #include "assign.h"
 
@@ -132,24 +132,33 @@ void task(const Assign& args, const Centers& centers, int64_t begin, int64_t end
   effort.looks += chunk.looks;
 }
 
-// Chunks of rows, in which order ever.
+// Rows from `begin` to `end`, of whole panels.
+struct Range {
+  int64_t begin, end;
+};
+
+// Some panels from all over the rows, whose choice depends on N alone, and the rest of the rows in chunks.
 struct Chunks {
-  int64_t rows, count;
+  std::vector<Range> trials, rest;
 
   Chunks(const Assign& args, int threads) {
     // Floats and integers of a chunk take 6 bytes a number: 96 KB at most, so that the L2 holds them beside the scores.
-    rows = std::min(ROWS, std::max<int64_t>(NR, 96 * 1024 / (6 * args.D) / NR * NR));
+    int64_t rows = std::min(ROWS, std::max<int64_t>(NR, 96 * 1024 / (6 * args.D) / NR * NR));
     while (rows > NR && (args.N + rows - 1) / rows < 4 * threads) rows -= NR;
-    count = (args.N + rows - 1) / rows;
+    const int64_t panels = (args.N + NR - 1) / NR, count = std::min<int64_t>(8, (panels + 7) / 8);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const Range here{panel * NR, std::min(args.N, (panel + 1) * NR)};
+      if (panel * count % panels < count) trials.push_back(here);
+      else if (rest.empty() || rest.back().end != here.begin || here.end - rest.back().begin > rows) rest.push_back(here);
+      else rest.back().end = here.end;
+    }
   }
 };
 
 template <typename Number, bool VNNI>
-void run(const Assign& args, const Centers& centers, const Chunks& chunks, const std::vector<int64_t>& which,
-         int threads, Effort& effort) {
-  parallel_for(which.size(), threads, [&](int64_t t) {
-    const int64_t begin = which[t] * chunks.rows;
-    task<Number, VNNI>(args, centers, begin, std::min(args.N, begin + chunks.rows), effort);
+void run(const Assign& args, const Centers& centers, const std::vector<Range>& ranges, int threads, Effort& effort) {
+  parallel_for(ranges.size(), threads, [&](int64_t t) {
+    task<Number, VNNI>(args, centers, ranges[t].begin, ranges[t].end, effort);
   });
 }
 
@@ -168,30 +177,25 @@ void assign(const Assign& args, int threads) {
   if (args.N == 0) return;
   Centers centers;
   order_centers(args, centers);
-  const Chunks chunks(args, threads);
-  // The first TRIALS are from all over the rows.
-  constexpr int64_t TRIALS = 8;
-  std::vector<int64_t> trials, rest;
-  for (int64_t t = 0; t < chunks.count; ++t)
-    (t * TRIALS % chunks.count < TRIALS ? trials : rest).push_back(t);
+  Chunks chunks(args, threads);
   Effort effort;
 #if defined(__AVX512F__)
   if (has_vnni() && args.exact && centers.screened && args.D <= MAX_D_OF_BYTES) {
     pack_centers<int8_t>(args, centers, threads);
-    run<int8_t, true>(args, centers, chunks, trials, threads, effort);
-    const bool pays = bytes_pay(effort, std::min<int64_t>(trials.size() * chunks.rows, args.N));
-    trials.clear();
+    run<int8_t, true>(args, centers, chunks.trials, threads, effort);
+    const bool pays = bytes_pay(effort, std::min<int64_t>(chunks.trials.size() * NR, args.N));
+    chunks.trials.clear();
     if (pays) {
-      run<int8_t, true>(args, centers, chunks, rest, threads, effort);
-      rest.clear();
+      run<int8_t, true>(args, centers, chunks.rest, threads, effort);
+      chunks.rest.clear();
     }
   }
 #endif
-  rest.insert(rest.begin(), trials.begin(), trials.end());
-  if (!rest.empty()) {
+  chunks.rest.insert(chunks.rest.end(), chunks.trials.begin(), chunks.trials.end());
+  if (!chunks.rest.empty()) {
     pack_centers<int16_t>(args, centers, threads);
     const auto run_rest = has_vnni() ? run<int16_t, true> : run<int16_t, false>;
-    run_rest(args, centers, chunks, rest, threads, effort);
+    run_rest(args, centers, chunks.rest, threads, effort);
   }
   if (args.tried) *args.tried = effort.tried;
 }

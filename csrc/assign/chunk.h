@@ -8,7 +8,7 @@
 namespace fastproto {
 namespace FASTPROTO_ISA {
 
-constexpr int64_t STRETCH = 32;    // groups between two looks at the scores: 32 · 4 · 128 rows · 4 B = 64 KB
+constexpr int64_t STRETCH = 32;    // groups between two looks at the scores: 32 · 4 (AVX2: 8) · 128 rows · 4 B = 64 KB
 constexpr int64_t WAITING = 32;    // tiles that a row may have waiting for the exact look
 
 // A chunk of rows: as the screen takes them, in panels of NR, and what is known of each.

@@ -10,10 +10,10 @@
 
 namespace fastproto {
 
-// (N, K, D, stride_x, stride_y, grad_stride, x dtype, y dtype, normalize, symmetric, reduced, rows of more), (a_all,
-// divisor), then the addresses in the struct's order but for more, which is the last, then the threads.
+// (N, K, D, stride_x, stride_y, grad_stride, x dtype, y dtype, normalize, symmetric, reduced, rows of more, stride_more),
+// (a_all, divisor), then the addresses in the struct's order but for more, which is the last, then the threads.
 template <typename Run> auto contrast_binding(Run run) {
-  return [run](std::array<int64_t, 12> sizes, std::array<double, 2> numbers, std::array<uintptr_t, 18> at, int threads) {
+  return [run](std::array<int64_t, 13> sizes, std::array<double, 2> numbers, std::array<uintptr_t, 18> at, int threads) {
     Contrast args{};
     args.N = sizes[0], args.K_first = sizes[1], args.D = sizes[2], args.K = args.K_first + sizes[11];
     args.stride_x = sizes[3], args.stride_y = sizes[4];
@@ -24,7 +24,7 @@ template <typename Run> auto contrast_binding(Run run) {
     args.x = reinterpret_cast<const void*>(at[0]);
     args.y = reinterpret_cast<const void*>(at[1]);
     args.more = reinterpret_cast<const void*>(at[17]);
-    args.stride_more = args.D;
+    args.stride_more = sizes[12];
     args.target = reinterpret_cast<const int64_t*>(at[2]);
     args.a = reinterpret_cast<const float*>(at[3]);
     args.b = reinterpret_cast<const float*>(at[4]);

@@ -24,11 +24,11 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 // Below every score, and finite: no −∞ − (−∞) while a row has seen nothing.
 constexpr float LOWEST = std::numeric_limits<float>::lowest();
 
-// Running state of a chunk's rows over one segment of keys.
+// Running state of a chunk's rows over one segment of keys; sum and acc are without the target.
 struct Segment {
   float *max, *sum, *positive, *weighted, *best;  // (N,) weighted: Σ e^{s−max} s, for the entropy
   int64_t* top1;
-  float* acc;                                     // (N, D) Σ e^{s−max} a y, without the target
+  float* acc;                                     // (N, D) Σ e^{s−max} a y
 };
 
 // A block of keys a_j y_j, or in bfloat16 of y_j, in both layouts, padded to whole vectors with keys that no row may see.
@@ -83,8 +83,8 @@ inline void add_stats(const Block& block, const float* scores, float max, float 
   segment.weighted[i] = weighted;
 }
 
-// Takes one row's scores of a block into its state: scores become e^{s−max}, the target's 0: its term of dx, p_t − 1, comes
-// last and keeps its digits where p_t is nearly 1. Returns by what to shrink what was there.
+// Takes one row's scores of a block into its state: scores become e^{s−max}, the target's 0. It comes last: beside it the
+// sum of the others would lose its digits, and with it a small loss and 1 − p_t. Returns by what to shrink what was there.
 inline float add_row(const Contrast& args, const Block& block, int64_t i, float* scores, Segment& segment) {
   const float before = segment.max[i];
   const float max = std::max(before, finish_scores(args, block, i, scores));
@@ -93,6 +93,7 @@ inline float add_row(const Contrast& args, const Block& block, int64_t i, float*
   if (has_target) segment.positive[i] = scores[target];
   const float shrink = before == max ? 1.f : std::exp(before - max);
   if (segment.weighted) add_stats(block, scores, max, shrink, i, segment);
+  if (has_target) scores[target] = -INF;
   Vec total{};
   for (int64_t j = 0; j < block.padded; j += LANES) {
     const Vec e = exp(load(scores + j) - max);
@@ -101,7 +102,6 @@ inline float add_row(const Contrast& args, const Block& block, int64_t i, float*
   }
   segment.sum[i] = segment.sum[i] * shrink + sum(total);
   segment.max[i] = max;
-  if (has_target) scores[target] = 0;
   return shrink;
 }
 
@@ -190,8 +190,10 @@ void finish_row(const Contrast& args, const std::vector<Segment>& segments, int6
     if (segment.best[i] > best) best = segment.best[i], top1 = segment.top1[i];
   }
   const bool counted = target >= 0;
-  // (max − s) + log sum, not lse − s: the difference of two large numbers would lose the digits of a small loss.
-  args.loss[i] = counted ? (max - positive) + std::log(sum) : 0.f;
+  // Not lse − s: the difference of two large numbers would lose the digits of a small loss.
+  const float rest = sum;
+  sum += std::exp(positive - max);
+  args.loss[i] = !counted ? 0.f : positive == max ? std::log1p(rest) : (max - positive) + std::log(sum);
   const float lse = counted ? max + std::log(sum) : 0.f;
   if (args.lse) args.lse[i] = lse;
   if (args.entropy) {

@@ -1,8 +1,9 @@
 // Rows against themselves, of length 1 (NT-Xent): s_ij = a <x_i, x_j> = s_ji, so that a pair of rows needs one score and one
-// exponential for both. Forward half a product, backward one and a half, where rows and keys that differ take two each. docs/math/contrast.md derives the gradients.
+// exponential for both. Forward half a product, backward one and a half, where rows and keys that differ take two each.
+// docs/math/contrast.md derives the gradients.
 //
-//   e_ij = exp(s_ij − |a|)   Z_i = Σ_{j ∈ A(i)} e_ij   L_i = log(Z_i / e_{i,t(i)})   lse_i = |a| + log Z_i
-//   dx_j = a Σ_i (q_ij + q_ji) x_i    q_ij = e_ij w_i − g_i [j = t(i)]    w_i = g_i exp(|a| − lse_i)
+//   e_ij = exp(s_ij − |a|)   R_i = Σ_{j ∈ A(i), j ≠ t(i)} e_ij   L_i = log1p(R_i / e_it)   lse_i = |a| + log(R_i + e_it)
+//   dx_j = a Σ_i (q_ij + q_ji) x_i    q_ij = e_ij w_i, of the target −R_i w_i    w_i = g_i exp(|a| − lse_i)
 //
 // |s| ≤ |a| ≤ MAX_SCALE takes the place of a running maximum: no e_ij leaves float32.
 //
@@ -111,59 +112,65 @@ void for_special(const Contrast& args, const Blocks& blocks, int64_t i, int64_t 
   }
 }
 
+// Without the targets, which stand apart: beside a target's e the sum of the others would lose its digits, and with it a
+// small loss and 1 − p_t.
 struct Sums {
-  std::vector<float> z, positive;  // (N,) Z_i and e_{i,t(i)}
+  std::vector<float> rest, positive;  // (N,) R_i and e_{i,t(i)}
 };
 
-// Adds M rows of block I to the sums of both blocks.
-template <int M>
-void sum_rows(const Contrast& args, const Blocks& blocks, int64_t I, int64_t J, int64_t first, float* e, Sums& sums) {
-  exponentials<M>(blocks, std::abs(inverse_temperature(args, 0)), I, J, first, e);
+// A pair of rows that a target or a group sets apart: its place in a tile, and what stands there instead of its e.
+struct Special {
+  float* at;
+  float weight;
+};
+
+// Adds e (M rows of block I from `first` on, columns of block J) to the sums of both blocks. Specials become 0, and `keep`
+// is told of each: row i, row j, whether i and j see it among the others, its place.
+template <int M, typename Keep>
+void sum_rows(const Contrast& args, const Blocks& blocks, int64_t I, int64_t J, int64_t first, float* e, Sums& sums,
+              Keep keep) {
   const int64_t size = blocks.size(J), at = blocks.begin(J), i = blocks.begin(I) + first;
   const bool both = I != J;
-  float *z_i = sums.z.data() + i, *z_j = sums.z.data() + at;
+  float *rest_i = sums.rest.data() + i, *rest_j = sums.rest.data() + at;
   for (int m = 0; m < M; ++m) {
     float* row = e + m * LD;
     std::fill(row + size, row + blocks.columns, 0.f);
     for_special(args, blocks, i + m, J, [&](int64_t j, bool i_to_j, bool j_to_i, bool hidden) {
       const float value = row[j - at];
+      const bool i_sees = !i_to_j && !hidden, j_sees = !j_to_i && !hidden;
       if (i_to_j) sums.positive[i + m] = value;
       if (j_to_i && both) sums.positive[j] = value;
-      if (!hidden) return;
-      if (i_to_j) z_i[m] += value;
-      if (j_to_i && both) z_j[j - at] += value;
+      if (i_sees) rest_i[m] += value;
+      if (j_sees && both) rest_j[j - at] += value;
+      keep(i + m, j, i_sees, j_sees, row + j - at);
       row[j - at] = 0;
     });
     Vec total{};
     for (int64_t j = 0; j < blocks.columns; j += LANES) total += load(row + j);
-    z_i[m] += sum(total);
+    rest_i[m] += sum(total);
   }
   for (int64_t j = 0; both && j < size; ++j) {
     float total = 0;
     for (int m = 0; m < M; ++m) total += e[m * LD + j];
-    z_j[j] += total;
+    rest_j[j] += total;
   }
 }
 
 // What rows i of block I and j of block J have of each other, q_ij + q_ji = e_ij (w_i + w_j) but for groups and without
 // targets: large terms, which add_target brings last, so that the many small ones are not rounded beside them.
 template <int M>
-void weigh_rows(const Contrast& args, const Blocks& blocks, const float* w, int64_t I, int64_t J, int64_t first, float* e) {
-  exponentials<M>(blocks, std::abs(inverse_temperature(args, 0)), I, J, first, e);
-  const int64_t size = blocks.size(J), at = blocks.begin(J);
-  for (int m = 0; m < M; ++m) {
-    struct { int64_t j; float weight; } special[WIDE];
-    int specials = 0;
-    float* row = e + m * LD;
-    const int64_t i = blocks.begin(I) + first + m;
-    for_special(args, blocks, i, J, [&](int64_t j, bool i_to_j, bool j_to_i, bool hidden) {
-      const float seen = (i_to_j || hidden ? 0.f : w[i]) + (j_to_i || hidden ? 0.f : w[j]);
-      special[specials++] = {j - at, row[j - at] * seen};
-    });
-    for (int64_t j = 0; j < blocks.columns; j += LANES) store(row + j, load(row + j) * (w[i] + load(w + at + j)));
-    while (specials--) row[special[specials].j] = special[specials].weight;
-    std::fill(row + size, row + blocks.columns, 0.f);
-  }
+void weigh_rows(const Contrast& args, const Blocks& blocks, const float* w, int64_t I, int64_t J, int64_t first, float* e,
+                Sums& sums) {
+  thread_local std::vector<Special> specials;
+  specials.clear();
+  sum_rows<M>(args, blocks, I, J, first, e, sums, [&](int64_t i, int64_t j, bool i_sees, bool j_sees, float* place) {
+    specials.push_back({place, *place * ((i_sees ? w[i] : 0.f) + (j_sees ? w[j] : 0.f))});
+  });
+  const float *w_i = w + blocks.begin(I) + first, *w_j = w + blocks.begin(J);
+  for (int m = 0; m < M; ++m)
+    for (int64_t j = 0; j < blocks.columns; j += LANES)
+      store(e + m * LD + j, load(e + m * LD + j) * (w_i[m] + load(w_j + j)));
+  for (const Special& special : specials) *special.at = special.weight;
 }
 
 // C (M rows from `first` on) += left · along.
@@ -176,12 +183,10 @@ void add_product(const Blocks& blocks, const float* left, int64_t block, int64_t
                                         blocks.width, keep);
 }
 
-// dx_i += q x̂_j, of whom one is row and the other its target: q = g (p − 1).
-void add_target(const Contrast& args, int64_t row, const float* unit, int64_t other, float* other_unit, float* dx) {
-  load_feature(args, other, other_unit);
-  const float score = inverse_temperature(args, 0) * dot(unit, other_unit, args.D);
-  const float q = row_grad(args, row) * std::expm1(score - args.lse[row]);
-  for (int64_t d = 0; d < args.D; ++d) dx[d] += q * other_unit[d];
+// dx_i += q x̂_j.
+void add_target(const Contrast& args, float q, int64_t j, float* unit, float* dx) {
+  load_feature(args, j, unit);
+  for (int64_t d = 0; d < args.D; ++d) dx[d] += q * unit[d];
 }
 
 // Calls run<M>(first) for tiles of MR rows, and for the rest.
@@ -200,14 +205,18 @@ void contrast_fwd_symmetric(const Contrast& args, int threads) {
   Blocks blocks;
   pack(args, threads, blocks);
   Sums sums{std::vector<float>(args.N, 0.f), std::vector<float>(args.N, 0.f)};
+  const float bound = std::abs(inverse_temperature(args, 0));
   for_pairs(blocks.count, threads, [&](int64_t I, int64_t J) {
     thread_local Buffer scratch;
     float* e = scratch.take(MR * LD);
-    for_tiles(blocks.size(I), [&](auto M, int64_t first) { sum_rows<M.value>(args, blocks, I, J, first, e, sums); });
+    for_tiles(blocks.size(I), [&](auto M, int64_t first) {
+      exponentials<M.value>(blocks, bound, I, J, first, e);
+      sum_rows<M.value>(args, blocks, I, J, first, e, sums, [](auto...) {});
+    });
   });
   for (int64_t i = 0; i < args.N; ++i) {
-    args.loss[i] = std::log(sums.z[i] / sums.positive[i]);
-    args.lse[i] = std::abs(inverse_temperature(args, 0)) + std::log(sums.z[i]);
+    args.loss[i] = std::log1p(sums.rest[i] / sums.positive[i]);
+    if (args.lse) args.lse[i] = bound + std::log(sums.rest[i] + sums.positive[i]);
   }
 }
 
@@ -215,6 +224,7 @@ void contrast_bwd_symmetric(const Contrast& args, int threads) {
   Blocks blocks;
   pack(args, threads, blocks);
   std::vector<float> w(args.N + WIDE, 0.f), dx(args.N * blocks.width, 0.f);
+  Sums sums{std::vector<float>(args.N, 0.f), std::vector<float>(args.N, 0.f)};
   const float bound = std::abs(inverse_temperature(args, 0));
   for (int64_t i = 0; i < args.N; ++i) w[i] = row_grad(args, i) * std::exp(bound - args.lse[i]);
   for_pairs(blocks.count, threads, [&](int64_t I, int64_t J) {
@@ -223,7 +233,8 @@ void contrast_bwd_symmetric(const Contrast& args, int threads) {
     float *dx_i = dx.data() + blocks.begin(I) * blocks.width, *dx_j = dx.data() + blocks.begin(J) * blocks.width;
     for_tiles(blocks.size(I), [&](auto M, int64_t first) {
       float* tile = weights + first * LD;
-      weigh_rows<M.value>(args, blocks, w.data(), I, J, first, tile);
+      exponentials<M.value>(blocks, bound, I, J, first, tile);
+      weigh_rows<M.value>(args, blocks, w.data(), I, J, first, tile, sums);
       add_product<M.value, LD, 1>(blocks, tile, J, blocks.columns, dx_i + first * blocks.width);
     });
     if (I == J) return;
@@ -236,10 +247,12 @@ void contrast_bwd_symmetric(const Contrast& args, int threads) {
     for (int64_t i = blocks.begin(b); i < blocks.begin(b) + blocks.size(b); ++i) {
       const float inverse = load_feature(args, i, unit.data());
       float *from = dx.data() + i * blocks.width, *to = args.dy + i * args.D;
-      add_target(args, i, unit.data(), args.target[i], other.data(), from);
-      for (int64_t at = blocks.first_by_target[i]; at < blocks.first_by_target[i + 1]; ++at)
-        add_target(args, blocks.by_target[at], unit.data(), blocks.by_target[at], other.data(), from);
-      if (args.da) args.da[i] = dot(from, unit.data(), args.D);
+      // g (p − 1) = −g R / (R + e), of the row and of those whose target it is.
+      add_target(args, -w[i] * sums.rest[i], args.target[i], other.data(), from);
+      for (int64_t at = blocks.first_by_target[i]; at < blocks.first_by_target[i + 1]; ++at) {
+        const int64_t j = blocks.by_target[at];
+        add_target(args, -w[j] * sums.rest[j], j, other.data(), from);
+      }
       for (int64_t d = 0; d < args.D; ++d) to[d] = inverse_temperature(args, 0) * from[d];
       through_length(args.D, unit.data(), inverse, to);
     }

@@ -120,8 +120,8 @@ def info_nce(
         TypeError: something is no tensor, or of another dtype.
         ValueError: shapes or devices do not fit, τ < 1e-8, or an unknown reduction.
 
-    Memory: grows with N · D; on a GPU, where own keys and queue are joined, with (N + M) · D. The (N, M) logits exist
-    in the reference backend only.
+    Memory: grows with N · D. With (N + M) · D where own keys and queue are joined, on a GPU or if their dtypes differ,
+    and where the rows of the queue are not contiguous. The (N, M) logits exist in the reference backend only.
 
     Example:
         >>> query, queue = torch.eye(2), torch.tensor([[0.0, -1.0]])

@@ -86,7 +86,7 @@ def _launch(
 ) -> None:
     """Calls the C++ kernel of that name with addresses in the order of csrc/contrast/bind.h."""
     features, keys = contiguous_rows(features), contiguous_rows(keys)
-    more_keys = None if more_keys is None else more_keys.contiguous()
+    more_keys = None if more_keys is None else contiguous_rows(more_keys)
     scale, bias = None if scale is None else scale.float(), None if bias is None else bias.float()
     vectors = (targets, scale, bias, groups, key_groups)
     dense = (None if vector is None else vector.contiguous() for vector in vectors)
@@ -96,7 +96,7 @@ def _launch(
         *(features.shape[0], *keys.shape, features.stride(0), keys.stride(0)),
         0 if grad is None or grad.ndim == 0 else grad.stride(0),
         *(DTYPE_CODES[features.dtype], DTYPE_CODES[keys.dtype], normalize, symmetric, divisor is not None),
-        0 if more_keys is None else more_keys.shape[0],
+        *((0, 0) if more_keys is None else (more_keys.shape[0], more_keys.stride(0))),
     )
     getattr(_native.cpp, name)(
         sizes,

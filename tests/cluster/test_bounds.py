@@ -120,3 +120,15 @@ def test_bounds_stay_small_beside_the_rows() -> None:
     for _ in range(3):
         search.nearest(0, x, centers)
     assert not search.bounds
+
+
+def test_how_much_is_searched_does_not_depend_on_the_threads(isa: str) -> None:
+    """Nor which panels are tried in 8 bits, where a heavy dimension makes these give way."""
+    x = torch.randn(2000, 32) * torch.tensor([300.0] + [1.0] * 31)
+    start, threads = x[:100].clone(), torch.get_num_threads()
+    counts = set()
+    for count in (1, 3, 7):
+        torch.set_num_threads(count)
+        counts.add(KMeans(100, n_iter=8, init=start).fit(x).n_distances_)
+    torch.set_num_threads(threads)
+    assert len(counts) == 1

@@ -5,10 +5,13 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.overrides import TorchFunctionMode
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastproto.ops import _dispatch
@@ -91,3 +94,15 @@ def test_a_lazily_negated_input_is_negated() -> None:
     keys, scale, targets = torch.randn(5, 4), torch.ones(10), torch.zeros(2, 5).long()
     ours, expected = (contrast_sets(keys, [keys, y], targets, scale) for y in (x, x.clone()))
     assert torch.equal(ours, expected)
+
+
+def test_an_index_without_memory_of_its_own_is_read_by_pytorch() -> None:
+    """Subclasses, negated views and zero tensors have an address that is not their data's, or none."""
+    features, keys, index = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 3, 1, 4])
+    expected = contrast(features, keys, index).loss
+    assert torch.equal(contrast(features, keys, torch._neg_view(-index)).loss, expected)
+    assert torch.equal(contrast(features, keys, TwoTensor(index, index.clone())).loss.a, expected)
+    zeros = torch._efficientzerotensor(4, dtype=torch.int64)
+    assert torch.equal(contrast(features, keys, zeros).loss, contrast(features, keys, torch.zeros_like(index)).loss)
+    with pytest.raises(DataDependentOutputException), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        contrast(features, keys, mode.from_tensor(index))
