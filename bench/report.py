@@ -15,6 +15,10 @@ KEYS = {
     "share_of_floor", "peak_extra_mib",
 }  # fmt: skip
 
+RUN_COLUMNS = {"minutes": "{:.1f}", "clustering_minutes": "{:.1f}", "loss_ms": "{:.1f} ms", "data_wait": "{:.1%}"}
+
+PARTS = ("draws cifar", "draws imagenet", "localize")  # of the views: the README shows the whole
+
 LINE = ("suite", "work", "shape", "dtype", "device")  # of one line of the table
 
 
@@ -38,9 +42,9 @@ def load() -> list[dict]:
 
 
 def newest(rows: list[dict]) -> list[dict]:
-    """The rows of the machine that ran each suite last."""
+    """The rows of the machine that ran each suite last, without parts of what stands there as a whole."""
     last = {row["suite"]: row for row in sorted(rows, key=lambda row: row["date"])}
-    return [row for row in rows if row["device"] == last[row["suite"]]["device"]]
+    return [row for row in rows if row["device"] == last[row["suite"]]["device"] and row["work"] not in PARTS]
 
 
 def markdown(rows: list[dict]) -> str:
@@ -68,37 +72,39 @@ def markdown(rows: list[dict]) -> str:
 
 
 def runs_markdown() -> str:
-    """One table for each data set on which the methods were trained: means and deviations over the seeds."""
+    """One table for each data set on which the methods were trained: means and deviations over the seeds, by crop."""
     tables = []
     for path in sorted(RESULTS.glob("*/runs/*.json")):
         found = json.loads(path.read_text())
         settings, rows = found["settings"], found["rows"]
+        crops = list(dict.fromkeys(row["crop"] for row in rows))
         lines = [
-            f"{settings['data']}, {settings['encoder.name']}, {settings['epochs']} epochs in batches of "
-            f"{settings['batch_size']}: accuracy in % after the last epoch, mean ± deviation over seeds",
+            f"{settings['data']}, {settings['limit'] or 'all'} images, {settings['encoder.name']}, "
+            f"{settings['epochs']} epochs in batches of {settings['batch_size']}, one set of settings: methods beside "
+            "each other, not beside a paper's figures. Accuracy in % after the last epoch, mean ± deviation over seeds; "
+            f"crops: {', '.join(crops)}.",
             "",
-            "| method | crop | seeds | kNN 20 | kNN 200 | linear | minutes | clustering | loss, a step | views |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| method | seeds | kNN 20 | kNN 200 | linear | minutes | clustering | loss, a step | views |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
-        for method, crop in dict.fromkeys((row["method"], row["crop"]) for row in rows):
-            mine = [row for row in rows if (row["method"], row["crop"]) == (method, crop)]
-            scores = []
+        for method in dict.fromkeys(row["method"] for row in rows):
+            by_crop = [[row for row in rows if (row["method"], row["crop"]) == (method, crop)] for crop in crops]
+            by_crop = [mine for mine in by_crop if mine]
+            cells = [method, ", ".join(dict.fromkeys(str(len(mine)) for mine in by_crop))]
             for metric in ("after/knn20", "after/knn200", "after/linear"):
-                values = [100 * row[metric] for row in mine]
-                deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-                scores.append(f"{statistics.mean(values):.1f}{deviation}")
-            means = {
-                name: statistics.mean(row[name] for row in mine)
-                for name in ("minutes", "clustering_minutes", "loss_ms", "data_wait")
-            }
-            lines.append(
-                f"| {method} | {crop} | {len(mine)} | {' | '.join(scores)} | {means['minutes']:.1f} | "
-                f"{means['clustering_minutes']:.1f} | {means['loss_ms']:.1f} ms | {means['data_wait']:.1%} |"
-            )
+                cells.append(", ".join(_mean_and_deviation([100 * row[metric] for row in mine]) for mine in by_crop))
+            for name, form in RUN_COLUMNS.items():
+                cells.append(", ".join(form.format(statistics.mean(row[name] for row in mine)) for mine in by_crop))
+            lines.append(f"| {' | '.join(cells)} |")
         commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
         lines += ["", f"Trained on {found['device']}, torch {found['versions']['torch']}, commit {commits}."]
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
+
+
+def _mean_and_deviation(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
 
 
 def main() -> None:
