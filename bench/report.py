@@ -81,8 +81,8 @@ def runs_markdown() -> str:
         lines = [
             f"{settings['data']}, {settings['limit'] or 'all'} images, {settings['encoder.name']}, "
             f"{settings['epochs']} epochs in batches of {settings['batch_size']}, one set of settings: methods beside "
-            "each other, not beside a paper's figures. Accuracy in % after the last epoch, mean ± deviation over seeds; "
-            f"crops: {', '.join(crops)}.",
+            "each other, not beside a paper's figures. Accuracy in % after the last epoch, mean ± deviation over "
+            f"seeds; crops: {', '.join(crops)}.",
             "",
             "| method | seeds | kNN 20 | kNN 200 | linear | minutes | clustering | loss, a step | views |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
