@@ -26,8 +26,6 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 // |x| |c| + |c|² / 2; their sum stays below this share of it.
 constexpr float ROUNDING = 1.f / (1 << 20);
 
-// How many numbers of this type a word of 32 bits holds.
-template <typename Number> constexpr int64_t PER_WORD = 4 / sizeof(Number);
 // vpdpbusd takes the rows without a sign: they stand as q + 128, and sums start from −128 Σ r. D · 255 · 127 < 2^31.
 constexpr int UNSIGNED = 128;
 constexpr int64_t MAX_D_OF_BYTES = 1 << 16;

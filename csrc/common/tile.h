@@ -86,8 +86,8 @@ inline Vec exp(Vec x) {
 }
 
 // How many numbers stand in a word of a float's size, and how many words a row of D numbers takes.
-template <typename Number> constexpr int64_t PER_WORD_OF = sizeof(float) / sizeof(Number);
-template <typename Number> inline int64_t words_of(int64_t D) { return (D + PER_WORD_OF<Number> - 1) / PER_WORD_OF<Number>; }
+template <typename Number> constexpr int64_t PER_WORD = sizeof(float) / sizeof(Number);
+template <typename Number> inline int64_t words_of(int64_t D) { return (D + PER_WORD<Number> - 1) / PER_WORD<Number>; }
 
 // acc + a · b in every word.
 template <typename Number> inline Vec multiply_add(Vec acc, Vec a, Vec b) {
