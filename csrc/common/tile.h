@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <type_traits>
 #include <utility>
 
 #if defined(__SSE__)
@@ -124,6 +125,12 @@ inline void tile_product(const float* A, const float* B, int64_t depth, float* C
 #pragma GCC unroll 14
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < NV; ++v) store(C + m * ldc + v * LANES, acc[m][v]);
+}
+
+// Calls run(M, first) for tiles of MR rows, and for the rest.
+template <int M = MR, typename Run> inline void for_tiles(int64_t count, Run run, int64_t first = 0) {
+  for (; first + M <= count; first += M) run(std::integral_constant<int, M>{}, first);
+  if constexpr (M > 1) for_tiles<M - 1>(count, run, first);
 }
 
 // Two vectors of floats as one of bfloat16, first `low`, then `high`; ties to even.

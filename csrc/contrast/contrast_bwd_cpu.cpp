@@ -112,13 +112,6 @@ void key_tile(const Contrast& args, const Block& block, int64_t first, const flo
     tile_product<M, ROWS, 1, Number>(scores, block.along + panel * rows * NR, rows, dy + panel * NR, width, keep);
 }
 
-template <typename Number, int M = MR>
-void keys_left(int count, const Contrast& args, const Block& block, int64_t first, const float* y, const float* scale,
-               float* scores, float* dy, float* db) {
-  if (count == M) return key_tile<Number, M>(args, block, first, y, scale, scores, dy, db);
-  if constexpr (M > 1) keys_left<Number, M - 1>(count, args, block, first, y, scale, scores, dy, db);
-}
-
 template <typename Number>
 void task(const Contrast& args, int64_t begin, int64_t end) {
   thread_local Scratch scratch;
@@ -164,9 +157,9 @@ void task(const Contrast& args, int64_t begin, int64_t end) {
     pack_pairs_along<Number>(loaded, block.count, args.D, block.padded, along);
     block.across = across;
     block.along = along;
-    for (int64_t j = 0; j < keys; j += MR)
-      keys_left<Number>(static_cast<int>(std::min<int64_t>(MR, keys - j)), args, block, begin + j, y + j * depth,
-                        scale + j, scores, dy + j * width, db + j);
+    for_tiles(keys, [&](auto M, int64_t j) {
+      key_tile<Number, M.value>(args, block, begin + j, y + j * depth, scale + j, scores, dy + j * width, db + j);
+    });
   }
   for (int64_t j = begin; j < end; ++j) {
     float *from = dy + (j - begin) * width, *to = args.dy + j * args.D;

@@ -126,13 +126,6 @@ void row_tile(const Contrast& args, const Block& block, int64_t first, const flo
                                      segment.acc + first * width + panel * NR, width, shrink);
 }
 
-template <typename Number, int M = MR>
-void rows_left(int count, const Contrast& args, const Block& block, int64_t first, const float* x, const float* inverse,
-               float* scores, Segment& segment) {
-  if (count == M) return row_tile<Number, M>(args, block, first, x, inverse, scores, segment);
-  if constexpr (M > 1) rows_left<Number, M - 1>(count, args, block, first, x, inverse, scores, segment);
-}
-
 template <typename Number>
 void task(const Contrast& args, int64_t row_begin, int64_t row_end, int64_t key_begin, int64_t key_end,
           Segment segment) {
@@ -169,9 +162,9 @@ void task(const Contrast& args, int64_t row_begin, int64_t row_end, int64_t key_
     if (along) pack_pairs_along<Number>(loaded, block.count, args.D, block.padded, along);
     block.across = across;
     block.along = along;
-    for (int64_t i = 0; i < rows; i += MR)
-      rows_left<Number>(static_cast<int>(std::min<int64_t>(MR, rows - i)), args, block, row_begin + i, x + i * depth,
-                        inverse + i, scores, segment);
+    for_tiles(rows, [&](auto M, int64_t i) {
+      row_tile<Number, M.value>(args, block, row_begin + i, x + i * depth, inverse + i, scores, segment);
+    });
   }
 }
 

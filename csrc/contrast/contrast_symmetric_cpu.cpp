@@ -14,7 +14,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 #include <vector>
 
 #include "../common/parallel.h"
@@ -187,12 +186,6 @@ void add_product(const Blocks& blocks, const float* left, int64_t block, int64_t
 void add_target(const Contrast& args, float q, int64_t j, float* unit, float* dx) {
   load_feature(args, j, unit);
   for (int64_t d = 0; d < args.D; ++d) dx[d] += q * unit[d];
-}
-
-// Calls run<M>(first) for tiles of MR rows, and for the rest.
-template <int M = MR, typename Run> void for_tiles(int64_t count, Run run, int64_t first = 0) {
-  for (; first + M <= count; first += M) run(std::integral_constant<int, M>{}, first);
-  if constexpr (M > 1) for_tiles<M - 1>(count, run, first);
 }
 
 }  // namespace
