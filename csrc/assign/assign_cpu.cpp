@@ -117,7 +117,7 @@ void task(const Assign& args, const Centers& centers, int64_t begin, int64_t end
     look<Number, VNNI>(args, centers, chunk, i);
     Nearest& nearest = chunk.nearest[i];
     for (int64_t tile = 0; tile < centers.tiles && !chunk.screened[i]; ++tile)
-      show(centers, chunk, i, tile, (1u << MR) - 1);
+      show(centers, chunk, i, tile, ALL_OPEN);
     args.distance[n] = static_cast<float>(args.inner ? -nearest.gap() : nearest.gap());
     args.label[n] = nearest.label();
   }

@@ -85,11 +85,12 @@ void load_chunk(const Assign& args, const Centers& centers, Chunk& chunk) {
   chunk.scores.take(STRETCH * GROUP * size);
 }
 
+constexpr unsigned ALL_OPEN = (1u << MR) - 1;
+
 // Which centres of a tile can be a row's nearest, one bit each: the same screen with the centres along the lanes.
 template <typename Number, bool VNNI>
 unsigned open_centers(const Assign& args, const Centers& centers, const Chunk& chunk, int64_t i, int64_t tile) {
-  constexpr unsigned ALL = (1u << MR) - 1;
-  if (MR > LANES || !args.exact || !chunk.screened[i]) return ALL;
+  if (MR > LANES || !args.exact || !chunk.screened[i]) return ALL_OPEN;
   const int64_t words = centers.words;
   const int32_t* packed = reinterpret_cast<const int32_t*>(centers.packed.data()) + tile * words * MR;
   const int32_t* row = reinterpret_cast<const int32_t*>(chunk.packed.data()) + i / NR * words * NR + i % NR;
@@ -102,7 +103,7 @@ unsigned open_centers(const Assign& args, const Centers& centers, const Chunk& c
   const Vec score = product * load(centers.scale.data() + tile * MR) - load(centers.bias.data() + tile * MR);
   const float error = chunk.doubt[i] * centers.length[tile] + chunk.length[i] * centers.residual[tile] +
                       ROUNDING * centers.offset[tile];
-  return bits(score + error >= splat(chunk.certain[i])) & ALL;
+  return bits(score + error >= splat(chunk.certain[i])) & ALL_OPEN;
 }
 
 // Shows a row those centres of a tile whose bits are set.
