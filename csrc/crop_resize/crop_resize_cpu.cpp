@@ -13,6 +13,7 @@
 #endif
 
 #include "../common/dtype.h"
+#include "../common/huge_pages.h"
 #include "../common/parallel.h"
 #include "../common/tile.h"
 
@@ -149,6 +150,7 @@ void crop_resize(const CropResize& args, int threads) {
     if constexpr (std::is_same_v<Out, double>) {
       throw std::invalid_argument("float64 is for the reference");
     } else {
+      huge_pages(args.out, args.R * args.C * args.h * args.w * static_cast<int64_t>(sizeof(Out)));
       parallel_for(args.R, threads, [&](int64_t r) { one_crop<Out>(args, r); });
     }
   });

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../common/dtype.h"
+#include "../common/huge_pages.h"
 #include "../common/parallel.h"
 #include "../common/tile.h"
 #include "pixel.h"
@@ -178,6 +179,7 @@ void photometric(const Photometric& args, int threads) {
   };
   with_half(args.in_dtype, [&](auto in) {
     with_half(args.out_dtype, [&](auto out) {
+      huge_pages(args.out, args.N * args.C * args.H * args.W * static_cast<int64_t>(sizeof(out)));
       const auto task = args.C == 1 ? one_image<1, decltype(in), decltype(out)> : one_image<3, decltype(in), decltype(out)>;
       parallel_for(args.N, threads, [&](int64_t n) { task(args, n); });
     });
