@@ -13,6 +13,7 @@ from fastproto import _native, _settings
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32)
+MAX_SIDE = 2**31 - 1  # of an image: kernels count pixels in int32
 LONGEST = 200  # characters of a value that an error shows
 
 
@@ -34,8 +35,8 @@ def expect(holds: bool, op: str, argument: str, expected: str, got: Any) -> None
 
 
 def expect_type(value: Any, types: type | tuple[type, ...], op: str, argument: str, expected: str) -> None:
-    """Raises TypeError unless ``value`` is one of ``types``."""
-    if not isinstance(value, types):
+    """Raises TypeError unless ``value`` is one of ``types``. True and False are no numbers."""
+    if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
         raise TypeError(f"{op}: {argument} expected {expected}, got {describe(value)}")
 
 
@@ -45,15 +46,19 @@ def expect_size(value: Any, op: str, argument: str) -> tuple[int, int]:
     good = isinstance(sides, (tuple, list)) and len(sides) == 2
     good = good and all(isinstance(side, int) and side > 0 for side in sides)
     expect(good, op, argument, "a positive int or two", value)
+    expect(max(sides) <= MAX_SIDE, op, argument, f"sides below {MAX_SIDE + 1}", value)
     return sides[0], sides[1]
 
 
 def expect_numbers(values: Any, op: str, argument: str, expected: str) -> tuple[float, ...]:
-    """The numbers of a tuple, list, array or tensor; raises TypeError for anything else."""
+    """The numbers of a tuple, list, array or tensor; raises TypeError for anything else, ValueError for huge ones."""
     numbers = values.tolist() if isinstance(values, (Tensor, np.ndarray)) else values
     if not isinstance(numbers, (tuple, list)) or not all(isinstance(n, (int, float, np.number)) for n in numbers):
         raise TypeError(f"{op}: {argument} expected {expected}, got {describe(values)}")
-    return tuple(float(number) for number in numbers)
+    try:
+        return tuple(float(number) for number in numbers)
+    except OverflowError as error:
+        raise ValueError(f"{op}: {argument} expected {expected}, got {describe(values)}") from error
 
 
 def expect_tensor(

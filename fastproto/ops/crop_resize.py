@@ -219,7 +219,8 @@ def expect_std(std: Sequence[float], op: str, expected: str) -> tuple[float, ...
 def expect_layout(op: str, memory_format: torch.memory_format) -> None:
     """Refuses a layout that images do not come in."""
     formats = " or ".join(map(str, FORMATS))
-    expect(memory_format in FORMATS, op, "memory_format", formats, str(memory_format))
+    known = isinstance(memory_format, torch.memory_format) and memory_format in FORMATS
+    expect(known, op, "memory_format", formats, str(memory_format))
 
 
 def _check_crops(batches: list[Tensor], crops: Tensor, index: Tensor | None) -> None:

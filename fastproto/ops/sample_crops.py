@@ -5,20 +5,19 @@ See fastproto/reference/sample_crops.py for the formula. Compiled for the CPU (C
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastproto import _native
-from fastproto._check import INTEGERS, expect, expect_numbers, expect_tensor, expect_type, reads_data
+from fastproto._check import INTEGERS, MAX_SIDE, expect, expect_numbers, expect_tensor, expect_type, reads_data
 from fastproto._random import expect_key, quantile_table
 from fastproto.ops._dispatch import Op
 from fastproto.reference import sample_crops as reference
 
 FULL_BOX = (0.0, 0.0, 1.0, 1.0)
-MAX_SIDE = 2**31 - 1  # the crops are int32
+MAX_ALPHA = torch.finfo(torch.float64).max
 ORDERED = "0 <= h0 <= h1 <= 1 and 0 <= w0 <= w1 <= 1"
 
 
@@ -171,7 +170,7 @@ def sample_crops_and_flips(
     """The crops of ``sample_crops``, and which of them are mirrored, each with probability 1/2: one launch for both."""
     expect_tensor(sample_ids, "sample_crops", "sample_ids", ("N",), INTEGERS)
     expect_key("sample_crops", views, seed, epoch)
-    expect_crop_options("sample_crops", scale, ratio, alpha)
+    scale, ratio = expect_crop_options("sample_crops", scale, ratio, alpha)
     sizes, size = _sizes(image_size, sample_ids)
     box: tuple[float, ...] = FULL_BOX
     if isinstance(boxes, Tensor):
@@ -183,14 +182,19 @@ def sample_crops_and_flips(
     return _op(sample_ids, sizes, size, boxes, box, scale, ratio, alpha, views, seed, epoch)
 
 
-def expect_crop_options(op: str, scale: tuple[float, float], ratio: tuple[float, float], alpha: float) -> None:
-    """Refuses a scale, ratio or alpha from which no crop can be drawn."""
+def expect_crop_options(
+    op: str, scale: tuple[float, float], ratio: tuple[float, float], alpha: float
+) -> list[tuple[float, float]]:
+    """Scale and ratio as pairs of floats; refuses those, or an alpha, from which no crop can be drawn."""
+    pairs = []
     for argument, pair, low, high in (("scale", scale, 0.0, 1.0), ("ratio", ratio, 1 / 512, 512.0)):
         bounds = expect_numbers(pair, op, argument, "a pair of numbers")
         ordered = len(bounds) == 2 and 0 < bounds[0] <= bounds[1] and low <= bounds[0] and bounds[1] <= high
         expect(ordered, op, argument, f"(low, high) with 0 < low <= high, both within {low:g} to {high:g}", pair)
+        pairs.append((bounds[0], bounds[1]))
     expect_type(alpha, (int, float), op, "alpha", "a number")
-    expect(0 < alpha < math.inf, op, "alpha", "a positive finite number", alpha)
+    expect(0 < alpha <= MAX_ALPHA, op, "alpha", "a positive finite number", alpha)
+    return pairs
 
 
 def expect_boxes(op: str, boxes: Tensor, rows: int, device: torch.device) -> None:

@@ -149,7 +149,7 @@ def sample_photometric(
     op = "sample_photometric"
     expect_tensor(sample_ids, op, "sample_ids", ("N",), INTEGERS)
     expect_key(op, views, seed, epoch)
-    expect_jitter(op, jitter)
+    jitter = expect_jitter(op, jitter)
     for argument, probability in (
         ("jitter_p", jitter_p),
         ("gray_p", gray_p),
@@ -179,8 +179,10 @@ def sample_photometric(
     return parameters
 
 
-def expect_jitter(op: str, jitter: tuple[float, float, float, float]) -> None:
-    """Refuses strengths of colour jitter from which nothing can be drawn."""
-    expect_numbers(jitter, op, "jitter", "four strengths")
-    good = len(jitter) == 4 and all(0 <= strength < math.inf for strength in jitter) and jitter[3] <= 0.5
+def expect_jitter(op: str, jitter: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    """The strengths of colour jitter as floats; refuses those from which nothing can be drawn."""
+    strengths = expect_numbers(jitter, op, "jitter", "four strengths")
+    good = len(strengths) == 4 and all(0 <= strength < math.inf for strength in strengths) and strengths[3] <= 0.5
     expect(good, op, "jitter", "four strengths of at least 0, that of the hue at most 0.5", jitter)
+    brightness, contrast, saturation, hue = strengths
+    return brightness, contrast, saturation, hue

@@ -94,23 +94,24 @@ class ContrastiveCrop(nn.Module):
         super().__init__()
         op = "ContrastiveCrop"
         self.size = expect_size(size, op, "size")
-        expect_crop_options(op, scale, ratio, alpha)
+        self.scale, self.ratio = expect_crop_options(op, scale, ratio, alpha)
         expect_key(op, views, seed, epoch=0)
         expect_type(first_view, int, op, "first_view", "an int")
         most = MAX_VIEWS - views
         expect(0 <= first_view <= most, op, "first_view", f"0 to {most}, {MAX_VIEWS} less views", first_view)
-        expect(dtype in FLOATS, op, "dtype", "a floating point dtype", str(dtype))
+        expect(isinstance(dtype, torch.dtype) and dtype in FLOATS, op, "dtype", "a floating point dtype", str(dtype))
         expect_layout(op, memory_format)
-        expect(augment in AUGMENTS, op, "augment", "one of " + ", ".join(AUGMENTS), augment)
-        expect_jitter(op, jitter)
+        known = isinstance(augment, str) and augment in AUGMENTS
+        expect(known, op, "augment", "one of " + ", ".join(AUGMENTS), augment)
+        self.jitter = expect_jitter(op, jitter)
+        expect_type(blur, (int, float, type(None)), op, "blur", "a probability or None")
         expect(blur is None or 0 <= blur <= 1, op, "blur", "a probability or None", blur)
         wanted = "one number per channel or None"
         self.mean = None if mean is None else expect_mean(mean, op, wanted)
         self.std = None if std is None else expect_std(std, op, wanted)
         for argument, values in (("mean", self.mean), ("std", self.std)):
             expect(values is None or len(values) > 0, op, argument, wanted, values)
-        self.scale, self.ratio, self.alpha = scale, ratio, alpha
-        self.views, self.augment, self.jitter, self.seed = views, augment, jitter, seed
+        self.alpha, self.views, self.augment, self.seed = alpha, views, augment, seed
         by_augment = 0.5 if augment == "moco" or min(self.size) > BLUR_ABOVE else 0.0
         self.blur = by_augment if blur is None else blur
         self.first_view, self.dtype = first_view, dtype

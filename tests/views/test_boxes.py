@@ -78,3 +78,5 @@ def test_bad_size() -> None:
         BoxBank(0)
     with pytest.raises(TypeError, match="BoxBank: num_samples expected an int, got float"):
         BoxBank(1.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="BoxBank: num_samples expected an int, got bool True"):
+        BoxBank(True)

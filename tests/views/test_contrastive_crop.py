@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -234,7 +235,22 @@ def test_bad_batches(error: type[Exception], message: str, arguments: tuple[Any,
         (ValueError, "ratio expected", {"ratio": (2.0, 1.0)}),
         (ValueError, "views expected 1 to 4096", {"views": 0}),
         (TypeError, "seed expected an int", {"seed": 0.5}),
+        (TypeError, "seed expected an int, got bool True", {"seed": True}),
         (ValueError, "jitter expected four strengths", {"jitter": (0.4, 0.4)}),
+        (TypeError, "jitter expected four strengths, got float 0.4", {"jitter": 0.4}),
+        (TypeError, "blur expected a probability or None, got str 'x'", {"blur": "x"}),
+        (TypeError, "blur expected a probability or None, got tuple", {"blur": (0.1, 2.0)}),
+        (TypeError, "blur expected a probability or None, got float32", {"blur": torch.ones(2)}),
+        (ValueError, "blur expected a probability or None, got float nan", {"blur": float("nan")}),
+        (ValueError, "augment expected one of simclr, moco, none, got <U4 array", {"augment": np.array(["moco"] * 2)}),
+        (ValueError, "dtype expected a floating point dtype, got ", {"dtype": np.ones(2)}),
+        (ValueError, "memory_format expected torch.contiguous_format or", {"memory_format": np.ones(2)}),
+        (ValueError, "alpha expected a positive finite number, got int 1000", {"alpha": 10**400}),
+        (TypeError, "alpha expected a number, got bool True", {"alpha": True}),
+        (TypeError, "views expected an int, got bool True", {"views": True}),
+        (ValueError, "mean expected one number per channel or None, got tuple .1000", {"mean": (10**400,)}),
+        (ValueError, "scale expected a pair of numbers, got tuple .1000", {"scale": (10**400,) * 2}),
+        (ValueError, "size expected sides below 2147483648, got int 2147483648", {"size": 2**31}),
         (ValueError, "std expected positive finite numbers", {"std": (0.0, 1.0, 1.0)}),
         (ValueError, "mean expected one number per channel", {"mean": ()}),
         (TypeError, "first_view expected an int, got float 0.5", {"first_view": 0.5}),
@@ -251,6 +267,14 @@ def test_bad_batches(error: type[Exception], message: str, arguments: tuple[Any,
 def test_bad_options(error: type[Exception], message: str, options: dict[str, Any]) -> None:
     with pytest.raises(error, match="^ContrastiveCrop: " + message):
         ContrastiveCrop(**{"size": 16, **options})
+
+
+def test_numbers_may_come_in_an_array() -> None:
+    options: dict[str, Any] = {"scale": (0.25, 0.5), "ratio": (0.5, 2.0), "jitter": (0.5, 0.25, 0.5, 0.125)}
+    expected = ContrastiveCrop(16, **options)(IMAGES, IDS)
+    for kind in (torch.tensor, np.array, list):
+        crop = ContrastiveCrop(16, **{name: kind(numbers) for name, numbers in options.items()})
+        assert all(torch.equal(*pair) for pair in zip(crop(IMAGES, IDS), expected, strict=True))
 
 
 def test_import_is_light() -> None:
