@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 # More would be a picture of more than 20 000 pixels, or views too small to see.
 MAX_IMAGES, MAX_VIEWS = 64, 8
 EPOCHS = 3
+# Of all views together, which are in memory until they are drawn: 1.5 GiB.
+MAX_PIXELS = 2**27
 ALPHAS = (1.0, 0.6, 0.1)
 # Crops of a map, which shows shares of them: enough for a smooth one.
 MAPPED_CROPS = 40_000
@@ -101,11 +104,14 @@ def preview(
         The boxes.
 
     Raises:
-        ValueError: options that ``ContrastiveCrop`` refuses, or more than ``MAX_VIEWS`` views. Nothing is written.
+        ValueError: options that ``ContrastiveCrop`` refuses, more than ``MAX_VIEWS`` views, or more than ``MAX_PIXELS``
+            in all of them. Nothing is written.
         OSError: the picture cannot be written. Nothing is left behind.
     """
     crop = ContrastiveCrop(**options)
     expect(crop.views <= MAX_VIEWS, "views", "--views", f"at most {MAX_VIEWS}", str(crop.views))
+    side, most = max(crop.size), math.isqrt(MAX_PIXELS // max(1, EPOCHS * crop.views * len(images)))
+    expect(side <= most, "views", "--size", f"at most {most} for so many images and views", str(side))
     rows = []
     for number, (path, image) in enumerate(zip(paths, images, strict=True)):
         box = locate(image) if locate else box

@@ -240,6 +240,8 @@ def test_bad_images_are_refused_with_nothing_written(
         (["--out", "o.png", "--alpha", "0"], "alpha expected a positive finite number, got float 0.0"),
         (["--out", "o.png", "--augment", "byol"], "argument --augment: invalid choice: 'byol'"),
         (["--out", "o.png", "--size", "0"], "argument --size: expected an integer of at least 1, got '0'"),
+        (["--out", "o.png", "--size", "100000"], "--size expected at most 4729 for so many images and views, got"),
+        (["--out", "o.png", "--size", "3000", "--views", "8"], "--size expected at most 2364 for so many images and"),
         (["--out", "o.png", "--views", "9"], "--views expected at most 8, got 9"),
         (["--out", "o.png", "--epoch", "-1"], "argument --epoch: expected an integer of at least 0, got '-1'"),
         (["--out", "o.png", "--epoch", "4294967295"], "epoch expected 0 to 4294967295, got int 4294967296"),
