@@ -348,11 +348,15 @@ def load_run(folder: Path | str, checkpoint: Path | None = None) -> Run:
 
     Raises:
         ValueError: the folder holds no run, or none with a checkpoint; the data it was trained on is gone; the
-            checkpoint is damaged.
+            checkpoint is not there, or damaged.
         OSError: the checkpoint cannot be read.
     """
     folder = Path(folder)
-    checkpoint = latest_checkpoint(folder) if checkpoint is None else checkpoint
+    if checkpoint is None:
+        checkpoint = latest_checkpoint(folder)
+    expect(is_run(folder), "run", "folder", "one that holds a run", str(folder))
+    kept = ", ".join(map(str, sorted(folder.glob("checkpoints/*.pt"))))
+    expect(checkpoint.is_file(), "run", "checkpoint", f"a file, such as {kept}", f"{checkpoint}, which is none")
     config = read_config(folder / "config.yaml")
     dataset = load_data(config)
     # Reading draws weights and loads a random state, neither of which is to be felt outside.

@@ -74,15 +74,19 @@ def test_what_eval_refuses_it_refuses_before_it_measures(
 
     monkeypatch.setattr(evaluate, "evaluate", measured)
     (run / "damaged.pt").write_bytes(b"no checkpoint")
+    known = f"{run}/checkpoints/epoch-0001.pt, {run}/checkpoints/epoch-0002.pt"
     for arguments, message in (
         (["--labels", "0"], "eval: --labels expected a share above 0, at most 1, got float 0.0"),
         (["--labels", "1.5"], "eval: --labels expected a share above 0, at most 1, got float 1.5"),
         (["--labels", "few"], "argument --labels: invalid float value: 'few'"),
-        (["--checkpoint", str(run / "nowhere.pt")], "No such file or directory"),
+        (["--checkpoint", "nope"], f"checkpoint expected a file, such as {known}, got nope, which is none"),
+        (["--checkpoint", str(run)], f"checkpoint expected a file, such as {known}, got {run}, which is none"),
         (["--checkpoint", str(run / "damaged.pt")], f"checkpoint: {run / 'damaged.pt'} is damaged"),
     ):
         assert cli.main(["eval", str(run), *arguments]) == 2
         assert message in one_line(capsys)
+    assert cli.main(["eval", str(run.parent), "--checkpoint", str(run / "damaged.pt")]) == 2
+    assert f"run: folder expected one that holds a run, got {run.parent}" in one_line(capsys)
     for text, message in (("{", "evaluation.json expected JSON, got"), ("[]", "accuracies by checkpoint, got list")):
         (run / "evaluation.json").write_text(text)
         assert cli.main(["eval", str(run)]) == 2
