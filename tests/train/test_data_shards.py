@@ -137,6 +137,35 @@ def test_broken_images_are_named_by_shard_and_member(tmp_path: Path, caplog: pyt
         load(f"shards:{tmp_path}/x.tar", image_size=8, strict=True)
 
 
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_cut_between_members_are_named_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int, resident: bool
+) -> None:
+    """They lack the zeros that end a tar; of a tar that has them, nothing after them counts."""
+    content = members([0] * 5)[1]
+    write_tar(tmp_path / "a.tar", content)
+    write_tar(tmp_path / "x.tar", content)
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        last = tar.getmembers()[-4]  # 000004.json
+    whole = (tmp_path / "x.tar").read_bytes()
+    options = {"image_size": 8, "workers": workers, "resident": resident}
+    for ending, skipped in ((b"", 2), (b"\0" * 512, 0), (b"\0" * 1024 + b"more", 0)):
+        caplog.clear()
+        (tmp_path / "x.tar").write_bytes(whole[: last.offset] + ending)
+        pattern = f"{tmp_path}/{{x,a,x}}.tar"
+        data = load(f"shards:{pattern}", **options)
+        assert len(data.train_labels) + len(data.test_labels) == 4 + 5 + 4
+        assert data.skipped == skipped
+        assert [record.message for record in caplog.records] == skipped * [
+            f"skipped: what {tmp_path}/x.tar may have held: it has no end-of-archive mark at its byte {last.offset}"
+        ]
+    (tmp_path / "x.tar").write_bytes(whole[: last.offset])
+    for pattern, test_shards in (("{a,x}.tar", None), ("a.tar", f"{tmp_path}/x.tar")):
+        with pytest.raises(ValueError, match=r"load: shards expected whole tar files, got .*x.tar without its end-of"):
+            load(f"shards:{tmp_path}/{pattern}", test_shards=test_shards, strict=True, **options)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

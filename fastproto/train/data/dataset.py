@@ -37,7 +37,7 @@ class Dataset:
     classes: tuple[str, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    left_out: int = 0  # files that did not decode when all were read
+    left_out: int = 0  # files that did not decode when all were read, and shards without their end
 
     @property
     def skipped(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from fastproto._check import expect
@@ -52,7 +53,8 @@ def load(
             again in every epoch, each image at its own size; None: in memory where they take no more than 4 GiB.
         workers: processes that decode.
         strict: refuse a file that does not decode. Otherwise it is skipped with a warning: left out of what is kept in
-            memory; of what is read again in every epoch, the next image stands in for it.
+            memory; of what is read again in every epoch, the next image stands in for it. A shard without the mark that
+            ends a tar, as one cut between two members, likewise: it is refused, or warned of and counted.
 
     Raises:
         ValueError: an unknown name; a folder, list or shard that is missing or not laid out as it should be; a class
@@ -74,6 +76,7 @@ def load(
         return from_arrays(name, *digits())
     if name in DOWNLOADS:
         return from_arrays(name, *download(name, folder))
+    cut = 0
     if name == "tiny-imagenet":
         found = tiny_imagenet(folder, class_list)
     elif name == "imagenet":
@@ -81,9 +84,10 @@ def load(
     elif kind == "imagefolder" and place:
         found = image_folder(Path(place), class_list)
     elif kind == "shards" and place:
-        found = image_shards(place, test_shards, workers=workers)
+        found, cut = image_shards(place, test_shards, workers=workers, strict=strict)
     else:
         known = f"digits, {', '.join(DOWNLOADS)}, tiny-imagenet, imagenet, imagefolder:PATH or shards:PATTERN"
         raise ValueError(f"load: name expected {known}, got {name!r}")
     side = image_size or SIDES.get(name, SIDE)
-    return from_files(name, *found, side=side, resident=resident, workers=workers, strict=strict)
+    data = from_files(name, *found, side=side, resident=resident, workers=workers, strict=strict)
+    return replace(data, left_out=data.left_out + cut)
