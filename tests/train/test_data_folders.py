@@ -75,6 +75,31 @@ def test_folder_has_a_default_size_and_survives_constant_channels(tmp_path: Path
     assert data.std == (1 / 255, 1 / 255, 1 / 255)
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = {label: tmp_path / "set" / label for label in ("a", "b")}
+    for seed, folder in enumerate((inside["a"], inside["b"] / "deep", tmp_path / "elsewhere" / "more")):
+        for n in range(5):
+            write_image(folder / f"{n}.png", 4, 4, 5 * seed + n)
+    # Twice the same folder is no circle; up, up beyond the set, from one class into the other and back, to itself are.
+    for link, target in (
+        ("a/linked", "../../elsewhere"),
+        ("a/again", "../../elsewhere"),
+        ("a/up", "."),
+        ("a/linked/more/root", tmp_path.parent),
+        ("a/over", "../b"),
+        ("b/deep/back", "../../a"),
+        ("b/self", "self"),
+    ):
+        (tmp_path / "set" / link).symlink_to(target)
+    (tmp_path / "linked set").symlink_to("set")
+    monkeypatch.chdir(tmp_path)
+    for name in (tmp_path / "set", "set", "linked set"):
+        data = load(f"imagefolder:{name}", image_size=4)
+        counts = torch.cat([data.train_labels, data.test_labels]).bincount().tolist()
+        # Both have all fifteen, and those elsewhere twice.
+        assert counts == [20, 20]
+
+
 def test_folder_refuses(tmp_path: Path) -> None:
     def refused(message: str) -> None:
         with pytest.raises(ValueError, match=message):

@@ -109,10 +109,16 @@ def _read_class_list(file: Path) -> set[str]:
 def _images_under(folder: Path, label: str) -> list[str]:
     # A million files: os.walk asks the directories alone.
     found = []
-    for place, _, names in os.walk(folder / label, onerror=_refuse):
+    for place, folders, names in os.walk(folder / label, onerror=_refuse, followlinks=True):
+        folders[:] = [name for name in folders if not _circles(Path(place, name))]
         inside = os.path.relpath(place, folder).replace(os.sep, "/")
         found += [f"{inside}/{name}" for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
     return sorted(found)
+
+
+def _circles(folder: Path) -> bool:
+    """Whether it is a link to a folder that it lies in."""
+    return folder.is_symlink() and os.path.realpath(folder) in map(os.path.realpath, folder.absolute().parents)
 
 
 def _refuse(error: OSError) -> None:
