@@ -391,6 +391,7 @@ def at_least(kind: type[int] | type[float], low: int) -> Callable[[str], float]:
 
 
 def fail(command: str, error: object, code: int = REFUSED) -> int:
-    """One line on standard error; returns the exit code."""
-    print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
+    """One line on standard error, without the command's name where the error begins with it; returns the exit code."""
+    line = " ".join(str(error).split()).removeprefix(f"{command.split()[-1]}: ")
+    print(f"{command}: {line}", file=sys.stderr)
     return code

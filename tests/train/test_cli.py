@@ -137,7 +137,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["train", "--out", "OUT", "--optimiser.lr", "1"], "unrecognized arguments: --optimiser.lr"),
         (["train", "--out", "OUT", "--resume"], "folder expected one that holds a run, got OUT"),
         (["train", "--out", "OUT", "nowhere.yaml"], "recipe: expected a YAML file or one of .*, got 'nowhere.yaml'"),
-        (["train", "--out", "FULL"], "--out expected a new or empty folder, got FULL, which holds something else"),
+        (["train", "--out", "FULL"], "^fastproto train: --out expected a new .* folder, got FULL, which holds"),
         (["train", "--out", "FULL", "--overwrite"], "got FULL, which holds something else"),
         (["train", "--out", "FULL", "--resume"], "folder expected one that holds a run, got FULL"),
         (["train"], "--out is missing: the folder of the run"),

@@ -76,8 +76,8 @@ def test_what_eval_refuses_it_refuses_before_it_measures(
     (run / "damaged.pt").write_bytes(b"no checkpoint")
     known = f"{run}/checkpoints/epoch-0001.pt, {run}/checkpoints/epoch-0002.pt"
     for arguments, message in (
-        (["--labels", "0"], "eval: --labels expected a share above 0, at most 1, got float 0.0"),
-        (["--labels", "1.5"], "eval: --labels expected a share above 0, at most 1, got float 1.5"),
+        (["--labels", "0"], "fastproto eval: --labels expected a share above 0, at most 1, got float 0.0"),
+        (["--labels", "1.5"], "fastproto eval: --labels expected a share above 0, at most 1, got float 1.5"),
         (["--labels", "few"], "argument --labels: invalid float value: 'few'"),
         (["--checkpoint", "nope"], f"checkpoint expected a file, such as {known}, got nope, which is none"),
         (["--checkpoint", str(run)], f"checkpoint expected a file, such as {known}, got {run}, which is none"),

@@ -126,8 +126,8 @@ def test_the_card_knows_all_files_the_scores_and_the_pixels(make_run) -> None:
 def test_bad_input_is_refused_and_leaves_nothing(make_run, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run("resnet-tiny", 8)
     for to, message in (
-        ("torchvision", "export: to expected timm, safetensors or onnx: torchvision has no resnet-tiny"),
-        ("timm", "export: to expected safetensors or onnx: timm has no resnet-tiny"),
+        ("torchvision", "to expected timm, safetensors or onnx: torchvision has no resnet-tiny"),
+        ("timm", "to expected safetensors or onnx: timm has no resnet-tiny"),
         ("keras", "argument --to: invalid choice: 'keras'"),
     ):
         assert cli.main(["export", str(run.path), "--to", to]) == 2

@@ -268,7 +268,7 @@ def test_bad_options_are_refused(
 def test_too_many_images_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = photograph(tmp_path / "x.png", 4, 4)
     assert views(*[path] * (MAX_IMAGES + 1), "--out", tmp_path / "out.png") == 2
-    assert one_line(capsys) == "views: images expected at most 64, got 65"
+    assert one_line(capsys) == "images expected at most 64, got 65"
 
 
 def test_a_picture_is_overwritten_only_where_asked(tmp_path: Path, drawn: list[Row]) -> None:
