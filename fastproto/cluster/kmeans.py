@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastproto._check import expect, expect_tensor, reads_data
+from fastproto._check import describe, expect, expect_tensor, reads_data
 from fastproto.cluster import init as start
 from fastproto.cluster._faiss import faiss_lloyd
 from fastproto.cluster._fit import Report, fit_centers
@@ -231,13 +233,14 @@ class KMeans:
         rows = self._fitted_rows(x, op)
         dtype = torch.promote_types(rows.dtype, self.cluster_centers_.dtype)
         centers = self.cluster_centers_.to(rows.device).double()
+        count = len(centers)
         # Everything relative to the middle of the centres: a common offset takes no digits, nor does one far centre.
-        origin = centers.sort(0).values[self.n_clusters // 2]
+        origin = centers.sort(0).values[count // 2]
         mode = EXACT if dtype == torch.float64 else "use_mm_for_euclid_dist"
-        distances = torch.zeros(rows.local, self.n_clusters, dtype=dtype, device=rows.home)
+        distances = torch.zeros(rows.local, count, dtype=dtype, device=rows.home)
         finite = torch.ones((), dtype=torch.bool, device=rows.device)
         for here, chunk, _ in rows.chunks():
-            size = max(1, TRANSFORM_ELEMENTS // max(self.n_clusters, rows.dim))
+            size = max(1, TRANSFORM_ELEMENTS // max(count, rows.dim))
             for part, out in zip(chunk.split(size), distances[here].split(size), strict=True):
                 found = torch.cdist(part.double() - origin, centers - origin, compute_mode=mode)
                 finite &= found.isfinite().all()
@@ -245,6 +248,30 @@ class KMeans:
         if reads_data(distances) and not finite:
             rows.refuse(op)
         return distances
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The constructor's arguments by name, as scikit-learn asks for them; ``deep`` adds none."""
+        return {name: getattr(self, name) for name in inspect.signature(KMeans).parameters}
+
+    def set_params(self, **params: Any) -> KMeans:
+        """Changes some of the constructor's arguments, all or none; what was fitted stays until the next fit."""
+        known = self.get_params()
+        for name in params:
+            expect(name in known, "KMeans.set_params", "parameters", f"some of {', '.join(known)}", name)
+        KMeans.__init__(self, **known | params)
+        return self
+
+    def __sklearn_tags__(self) -> Any:
+        # scikit-learn alone asks, so that it is there.
+        from sklearn.utils import Tags, TargetTags, TransformerTags
+
+        return Tags("clusterer", TargetTags(required=False), TransformerTags())
+
+    def __repr__(self) -> str:
+        defaults = inspect.signature(KMeans).parameters
+        shown = {name: value for name, value in self.get_params().items() if value is not defaults[name].default}
+        texts = {name: describe(x) if isinstance(x, (Tensor, np.ndarray)) else repr(x) for name, x in shown.items()}
+        return f"KMeans({', '.join(f'{name}={text}' for name, text in texts.items())})"
 
     def find_centers(self, x: Array, sample_weight: Array | None, op: str) -> tuple[Tensor, list[Report]]:
         """``fit`` without the assignment of all rows: the centres, and what the host learnt of each iteration."""
