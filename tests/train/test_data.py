@@ -163,10 +163,11 @@ def test_what_cannot_be_had_says_what_to_put_where(
     monkeypatch.setattr(getattr(datasets, class_name), "download", no_network)
     message = rf"load: {name} expected the folder .*{folder} of https?://.*tar.gz, unpacked, and it could not "
     with pytest.raises(ValueError, match=message + "be downloaded: no network"):
-        load(name, tmp_path)
-    (tmp_path / folder).mkdir()
+        load(name, tmp_path / "nothing")
+    (tmp_path / "other" / folder).mkdir(parents=True)
     with pytest.raises(ValueError, match=message + "be read: Dataset not found or corrupted"):
-        load(name, tmp_path)
+        load(name, tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == [folder]
 
 
 @pytest.mark.parametrize("name", ["", "mnist", "imagefolder:", "imagefolder", "shards:", "Digits", "cifar10:x"])

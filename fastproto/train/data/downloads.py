@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ DOWNLOADS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def download(name: str, root: Path) -> tuple[Arrays, Arrays, tuple[str, ...]]:
     """Images and labels for training, the same for testing, and the names of the classes.
 
+    Of several processes one downloads what is missing; the others wait, then read.
+
     Raises:
         ValueError: the data are not in ``root``, or damaged, and cannot be downloaded.
     """
@@ -28,10 +32,13 @@ def download(name: str, root: Path) -> tuple[Arrays, Arrays, tuple[str, ...]]:
 
     class_name, *selections = DOWNLOADS[name]
     make: Any = getattr(datasets, class_name)
-    folder = root / make.base_folder
-    missing = not folder.is_dir()
+    folder, mark = root / make.base_folder, root / f".{name}.download"
+    missing = not folder.is_dir() or mark.exists()
     try:
-        parts = [make(root, download=missing, **selection) for selection in selections]
+        if missing:
+            root.mkdir(parents=True, exist_ok=True)
+            _fetch(lambda: make(root, download=True, **selections[0]), mark)
+        parts = [make(root, **selection) for selection in selections]
     # No network, no permission, a file cut short: torchvision and the network below it raise many kinds.
     except Exception as error:
         raise ValueError(
@@ -40,6 +47,22 @@ def download(name: str, root: Path) -> tuple[Arrays, Arrays, tuple[str, ...]]:
         ) from error
     train, test = (_arrays(part) for part in parts)
     return train, test, tuple(parts[0].classes)
+
+
+def _fetch(make: Callable[[], object], mark: Path) -> None:
+    """Calls ``make`` in the first process that comes, and has the others wait.
+
+    The file ``mark`` is there from before the download until after it: left over, it says that one was cut short.
+    """
+    import fcntl
+
+    with open(mark, "w") as file:
+        # Some file systems have no locks.
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if mark.exists():
+            make()
+            mark.unlink(missing_ok=True)
 
 
 def _arrays(part: Any) -> Arrays:
