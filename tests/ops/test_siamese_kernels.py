@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -150,15 +149,6 @@ def test_the_same_bits_every_time(backend: str, device: str) -> None:
     arguments = problem(289, 100, device=device)
     first = run(backend, arguments, torch.float32)
     assert all(torch.equal(value, first[name]) for name, value in run(backend, arguments, torch.float32).items())
-
-
-@pytest.fixture
-def settings() -> Iterator[None]:
-    """Restores the instruction set and the number of threads."""
-    isa, threads = _native.cpp.isa(), torch.get_num_threads()
-    yield
-    _native.cpp.set_isa(isa)
-    torch.set_num_threads(threads)
 
 
 @needs_cpp

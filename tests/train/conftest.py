@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastproto.train import data
 from fastproto.train.config import (
     Config,
     EncoderConfig,
@@ -27,6 +28,13 @@ def tiny_data() -> Dataset:
         top, left = divmod(label, 2)
         image[:, 10 * top : 10 * top + 8, 10 * left : 10 * left + 8] += 140
     return Dataset("made", images[:40], labels[:40], images[40:], labels[40:], tuple("abcd"), (0.3,) * 3, (0.25,) * 3)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch, tiny_data: Dataset) -> Dataset:
+    """Every data set there is."""
+    monkeypatch.setattr(data, "load", lambda name, root=None, **options: tiny_data)
+    return tiny_data
 
 
 @pytest.fixture
