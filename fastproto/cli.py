@@ -137,7 +137,7 @@ def prepare(arguments: Sequence[str]) -> Plan:
     """
     from fastproto import _settings
     from fastproto._check import expect
-    from fastproto.train import checkpoint
+    from fastproto.train import checkpoint, recipes
     from fastproto.train import config as settings
 
     parser = settings.config_parser("fastproto train")
@@ -150,12 +150,12 @@ def prepare(arguments: Sequence[str]) -> Plan:
         raise ValueError("--out is missing: the folder of the run")
     folder = Path(given.out)
     if given.recipe is not None:
-        defaults: Path | None = settings.find_recipe(given.recipe)
+        defaults: Path | None = recipes.find_recipe(given.recipe)
     elif given.resume:
         checkpoint.latest_checkpoint(folder)
         defaults = folder / "config.yaml"
     else:
-        defaults = settings.default_recipe(given.method, given.data)
+        defaults = recipes.default_recipe(given.method, given.data)
     config = settings.resolve(parser, settings.parse(parser, arguments, defaults))
     if _settings.torchrun_world:
         asked = config.devices in (1, _settings.torchrun_world)

@@ -19,7 +19,8 @@ import torch, fastproto.kernels
 from fastproto import _native
 from fastproto.losses import NTXentLoss
 from fastproto.ops.crop_resize import crop_resize
-from fastproto.train.config import Config, default_recipe
+from fastproto.train.config import Config
+from fastproto.train.recipes import default_recipe
 assert default_recipe("pauc", "digits") is not None and Config().method == "pauc"
 assert default_recipe("byol", "tiny-imagenet").stem == "byol_tiny-imagenet"
 assert "site-packages" in fastproto.__file__ and "site-packages" in fastproto.kernels.__file__, fastproto.__file__

@@ -352,8 +352,7 @@ def load_run(folder: Path | str, checkpoint: Path | None = None) -> Run:
         OSError: the checkpoint cannot be read.
     """
     folder = Path(folder)
-    if checkpoint is None:
-        checkpoint = latest_checkpoint(folder)
+    checkpoint = latest_checkpoint(folder) if checkpoint is None else checkpoint
     expect(is_run(folder), "run", "folder", "one that holds a run", str(folder))
     kept = ", ".join(map(str, sorted(folder.glob("checkpoints/*.pt"))))
     expect(checkpoint.is_file(), "run", "checkpoint", f"a file, such as {kept}", f"{checkpoint}, which is none")

@@ -19,7 +19,6 @@ METHOD_NAMES = sorted(path.stem for path in (Path(__file__).parent / "methods").
 MethodName = Literal[tuple(METHOD_NAMES)]  # type: ignore[valid-type]
 CropName = Literal["random", "contrastive", "simc"]
 
-RECIPES = Path(__file__).parent.parent / "recipes"
 # Where a run computes, where its data lies, what it keeps and how it is watched may change between a run and its
 # continuation, and nothing else.
 MACHINE = ("device", "data_root", "workers", "strict", "compile", "keep", "wandb", "evaluation.knn_interval")
@@ -337,25 +336,6 @@ def resolve(parser: ArgumentParser, parsed: Namespace) -> Config:
         expect(isinstance(parsed[group], Namespace), "config", group, "settings by name", parsed[group])
     parsed = parser.instantiate(parsed)
     return Config(**{setting.name: parsed[setting.name] for setting in fields(Config)})
-
-
-def find_recipe(name: str) -> Path:
-    """A recipe by its path, or by the name of one that comes with the package.
-
-    Raises:
-        ValueError: neither a file nor the name of a packaged recipe.
-    """
-    for path in (Path(name), RECIPES / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    packaged = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-    raise ValueError(f"recipe: expected a YAML file or one of {packaged}, got {name!r}")
-
-
-def default_recipe(method: str, data: str) -> Path | None:
-    """The packaged recipe for this method on this data, ``METHOD_DATA.yaml`` or else ``DATA.yaml``, if there is one."""
-    paths = (RECIPES / f"{name}.yaml" for name in (f"{method}_{data}", data))
-    return next((path for path in paths if path.is_file()), None)
 
 
 def read_config(path: Path) -> Config:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastproto.train import config as settings
+from fastproto.train import recipes
 from fastproto.train.config import Config, LossConfig, OptimizerConfig, PrototypeConfig, ViewConfig
 
 
@@ -114,26 +115,26 @@ def test_a_run_may_go_on_elsewhere() -> None:
 
 def test_recipes_are_found_by_path_and_by_name(tmp_path: Path) -> None:
     path = recipe(tmp_path, "epochs: 3")
-    assert settings.find_recipe(str(path)) == path
-    assert settings.find_recipe("digits") == settings.RECIPES / "digits.yaml"
+    assert recipes.find_recipe(str(path)) == path
+    assert recipes.find_recipe("digits") == recipes.RECIPES / "digits.yaml"
     with pytest.raises(ValueError, match=r"recipe: expected a YAML file or one of .*digits.*, got 'nothing'"):
-        settings.find_recipe("nothing")
+        recipes.find_recipe("nothing")
 
 
 def test_the_default_recipe_is_the_methods_or_else_the_datas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert settings.default_recipe("byol", "digits") == settings.RECIPES / "digits.yaml"
-    monkeypatch.setattr(settings, "RECIPES", tmp_path)
+    assert recipes.default_recipe("byol", "digits") == recipes.RECIPES / "digits.yaml"
+    monkeypatch.setattr(recipes, "RECIPES", tmp_path)
     (tmp_path / "digits.yaml").write_text("data: digits")
     (tmp_path / "byol_digits.yaml").write_text("data: digits")
-    assert settings.default_recipe("byol", "digits") == tmp_path / "byol_digits.yaml"
-    assert settings.default_recipe("pauc", "digits") == tmp_path / "digits.yaml"
+    assert recipes.default_recipe("byol", "digits") == tmp_path / "byol_digits.yaml"
+    assert recipes.default_recipe("pauc", "digits") == tmp_path / "digits.yaml"
 
 
-@pytest.mark.parametrize("path", sorted(settings.RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(recipes.RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_packaged_recipes_are_for_what_their_names_say(path: Path) -> None:
     config = settings.read_config(path)
     assert path.stem in (config.data, f"{config.method}_{config.data}")
 
 
 def test_other_data_has_no_recipe_of_its_own() -> None:
-    assert settings.default_recipe("pauc", "imagefolder:somewhere") is None
+    assert recipes.default_recipe("pauc", "imagefolder:somewhere") is None

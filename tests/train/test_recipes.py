@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from fastproto.train.checkpoint import build_state, build_views
-from fastproto.train.config import RECIPES, Config, LossConfig, MethodName, default_recipe, find_recipe, read_config
+from fastproto.train.config import Config, LossConfig, MethodName, read_config
 from fastproto.train.data import Dataset
 from fastproto.train.methods import Prototypes
+from fastproto.train.recipes import RECIPES, default_recipe, find_recipe
 
 METHODS = get_args(MethodName)
 # Training images and their side.
