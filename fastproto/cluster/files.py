@@ -65,7 +65,8 @@ def _parquet(path: Path, key: str | None) -> np.ndarray:
         kind = schema.field(name).type
         fits = is_list(kind) and pa.types.is_floating(kind.value_type)
         expect(fits, str(path), name, "lists of float16, float32 or float64", str(kind))
-        dtype, rows = kind.value_type.to_pandas_dtype(), file.metadata.num_rows
+        # pyarrow's own to_pandas_dtype wants pandas in some versions.
+        dtype, rows = np.dtype(f"f{kind.value_type.bit_width // 8}"), file.metadata.num_rows
         x, row = np.empty((0, 1), dtype), 0
         for column in _batches(path, file, name):
             lengths = np.asarray(pc.fill_null(pc.list_value_length(column), -1))
