@@ -285,8 +285,8 @@ def test_what_is_frozen_costs_nothing() -> None:
     assert not frozen.loss.requires_grad
     assert frozen.entropy.numel() == 0
     arguments["features"].requires_grad_()
-    saved = contrast(**arguments, stats=False).loss.grad_fn.saved_tensors
-    assert [tensor.numel() for tensor in saved if tensor is not None] == [45]
+    loss = contrast(**arguments, stats=False).loss
+    assert [tensor.numel() for tensor in loss.grad_fn.saved_tensors if tensor is not None] == [45]
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)

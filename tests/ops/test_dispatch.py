@@ -60,7 +60,7 @@ def test_what_the_dispatcher_handles_does_not() -> None:
     others = [negated, fake, torch.ones(3, device="meta"), torch.ones(3).as_subclass(Named)]
     for other in [*others, torch._efficientzerotensor(3)]:
         assert not goes_straight(torch.ones(3), other)
-    for mode in (Seen(), SeenFunctions(), FakeTensorMode(), torch.profiler.profile()):
+    for mode in (Seen(), SeenFunctions(), FakeTensorMode(), torch.profiler.profile(acc_events=True)):
         with mode:
             assert not goes_straight(torch.ones(3))
     seen = []
