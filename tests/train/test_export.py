@@ -82,6 +82,7 @@ def test_what_the_card_says_loads_the_same_features(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")  # torch 2.11's own
 def test_onnx_gives_the_features_of_any_number_of_images(make_run) -> None:
     onnx = pytest.importorskip("onnx")
     from onnx.reference import ReferenceEvaluator
