@@ -7,6 +7,7 @@ bits.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -101,9 +102,9 @@ def sample_photometric(
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1),
     jitter_p: float = 0.8,
     gray_p: float = 0.2,
-    blur_p: float = 0.0,
+    blur_p: float | Sequence[float] = 0.0,
     sigma: tuple[float, float] = (0.1, 2.0),
-    solarize_p: float = 0.0,
+    solarize_p: float | Sequence[float] = 0.0,
     threshold: float = 0.5,
     views: int = 2,
     seed: int = 0,
@@ -121,9 +122,9 @@ def sample_photometric(
             the turn of the hue in [-s, s], s at most 1/2. Their order is drawn too.
         jitter_p: probability that a view's colours are jittered.
         gray_p: probability of grayscale.
-        blur_p: probability of Gaussian blur.
+        blur_p: probability of Gaussian blur: one number, or one for each view.
         sigma: least and greatest standard deviation of the blur in pixels, uniform.
-        solarize_p: probability of solarisation.
+        solarize_p: probability of solarisation, likewise.
         threshold: of the solarisation, in [0, 1].
         views: views of each sample.
         seed: key of the whole run.
@@ -137,7 +138,8 @@ def sample_photometric(
         ValueError: an argument has another shape or is out of its range.
 
     Source:
-        SimCLR, arXiv 2002.05709, appendix A; MoCo v2, arXiv 2003.04297; solarisation in BYOL, arXiv 2006.07733.
+        SimCLR, arXiv 2002.05709, appendix A; MoCo v2, arXiv 2003.04297; solarisation, and views
+        that differ, in BYOL, arXiv 2006.07733, appendix B.
 
     Example:
         >>> import torch
@@ -150,33 +152,46 @@ def sample_photometric(
     expect_tensor(sample_ids, op, "sample_ids", ("N",), INTEGERS)
     expect_key(op, views, seed, epoch)
     jitter = expect_jitter(op, jitter)
-    for argument, probability in (
-        ("jitter_p", jitter_p),
-        ("gray_p", gray_p),
-        ("blur_p", blur_p),
-        ("solarize_p", solarize_p),
-        ("threshold", threshold),
-    ):
-        expect_type(probability, (int, float), op, argument, "a number")
-        expect(0 <= probability <= 1, op, argument, "a number in [0, 1]", probability)
+    for argument, number in (("jitter_p", jitter_p), ("gray_p", gray_p), ("threshold", threshold)):
+        expect_type(number, (int, float), op, argument, "a number")
+        expect(0 <= number <= 1, op, argument, "a number in [0, 1]", number)
+    blur = expect_probabilities(op, "blur_p", blur_p, views)
+    solarize = expect_probabilities(op, "solarize_p", solarize_p, views)
     expect_numbers(sigma, op, "sigma", "a pair of numbers")
     good = len(sigma) == 2 and 0 <= sigma[0] <= sigma[1] < math.inf
     expect(good, op, "sigma", "(low, high) with 0 <= low <= high", sigma)
 
     low = [max(0.0, 1 - strength) for strength in jitter[:3]] + [-jitter[3]]
     high = [1 + strength for strength in jitter[:3]] + [jitter[3]]
-    key = (views, seed, epoch)
-    drawn = _op(sample_ids, jitter_p, low, high, gray_p, blur_p, sigma, solarize_p, threshold, *key)
+    pairs = list(zip(blur, solarize, strict=True))
+    draws = {
+        pair: _op(sample_ids, jitter_p, low, high, gray_p, pair[0], sigma, pair[1], threshold, views, seed, epoch)
+        for pair in dict.fromkeys(pairs)
+    }
+    drawn = draws[pairs[0]]
+    if len(draws) > 1 and len(sample_ids):
+        # Each view has its draws whatever the others are asked for: its rows are those of its own pair.
+        by_view = [[rows.chunk(views)[v] for rows in draws[pair]] for v, pair in enumerate(pairs)]
+        drawn = tuple(torch.cat(rows) for rows in zip(*by_view, strict=True))
     parameters: PhotometricParameters = {}
     if jitter_p > 0 and any(jitter):
         parameters["jitter"], parameters["order"] = drawn[:2]
     if gray_p > 0:
         parameters["gray"] = drawn[2]
-    if blur_p > 0:
+    if any(blur):
         parameters["sigma"] = drawn[3]
-    if solarize_p > 0:
+    if any(solarize):
         parameters["threshold"] = drawn[4]
     return parameters
+
+
+def expect_probabilities(op: str, argument: str, value: float | Sequence[float], views: int) -> tuple[float, ...]:
+    """One probability for each view, from one number for all or from as many; refuses what is none."""
+    wanted = "a number in [0, 1], or one for each view"
+    one = isinstance(value, (int, float)) and not isinstance(value, bool)
+    numbers = expect_numbers([value] * views if one else value, op, argument, wanted)
+    expect(len(numbers) == views and all(0 <= n <= 1 for n in numbers), op, argument, wanted, value)
+    return numbers
 
 
 def expect_jitter(op: str, jitter: tuple[float, float, float, float]) -> tuple[float, float, float, float]:

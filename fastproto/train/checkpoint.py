@@ -161,6 +161,7 @@ def build_views(config: Config, dataset: data.Dataset) -> ContrastiveCrop:
         augment=views.augment,
         jitter=views.jitter,
         blur=views.blur,
+        solarize=views.solarize,
         mean=dataset.mean,
         std=dataset.std,
         seed=config.seed,

@@ -74,7 +74,9 @@ class ViewConfig:
         alpha: of the Beta distribution that places guided crops: 1 uniform, less than 1 suppresses the centre.
         augment: what follows the crop: colours as in SimCLR or MoCo v2, or "none".
         jitter: strengths of brightness, contrast, saturation and hue.
-        blur: probability of Gaussian blur; null: 0.5 for moco, and for simclr above 64 px.
+        blur: probability of Gaussian blur, one number or one for each view; null: 0.5 for moco, and for simclr above
+            64 px.
+        solarize: probability of solarisation, one number or one for each view.
         box_threshold: share of the heat above which a pixel belongs to the box.
         box_warmup: epochs before the first boxes are found (--crop contrastive).
         box_interval: epochs from then on until they are found again.
@@ -86,7 +88,8 @@ class ViewConfig:
     alpha: float = 0.6
     augment: Literal["simclr", "moco", "none"] = "simclr"
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
-    blur: float | None = None
+    blur: float | tuple[float, float] | None = None
+    solarize: float | tuple[float, float] = 0.0
     box_threshold: float = 0.1
     box_warmup: int = 40
     box_interval: int = 40

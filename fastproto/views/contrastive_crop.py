@@ -13,7 +13,7 @@ from fastproto._random import MAX_VIEWS, expect_key
 from fastproto.ops.crop_resize import crop_resize, expect_layout, expect_mean, expect_std
 from fastproto.ops.photometric import apply_photometric
 from fastproto.ops.sample_crops import expect_crop_options, sample_crops_and_flips
-from fastproto.ops.sample_photometric import expect_jitter, sample_photometric
+from fastproto.ops.sample_photometric import expect_jitter, expect_probabilities, sample_photometric
 
 AUGMENTS = ("simclr", "moco", "none")
 
@@ -38,7 +38,9 @@ class ContrastiveCrop(nn.Module):
         augment: "simclr": colour jitter with probability 0.8, gray 0.2, and at sizes above 64 blur of sigma 0.1 to 2
             with probability 0.5; "moco": MoCo v2's, the same with the blur at every size; "none": crop and flip alone.
         jitter: strengths of brightness, contrast, saturation and hue.
-        blur: probability of the blur; None: as ``augment`` says.
+        blur: probability of the blur, one number or one for each view; None: as ``augment`` says. BYOL's views have
+            blur (1.0, 0.1) and solarize (0.0, 0.2).
+        solarize: probability that pixels from 1/2 on are inverted, one number or one for each view.
         mean: one number per channel that is subtracted from the values in [0, 1] at the end; None: none is.
         std: one number per channel to divide by after that; None: nothing is divided.
         seed: key of the whole run.
@@ -61,7 +63,7 @@ class ContrastiveCrop(nn.Module):
 
     Source:
         Peng et al., Crafting Better Contrastive Views for Siamese Representation Learning, arXiv 2202.03278, section 3;
-        colours: SimCLR, arXiv 2002.05709, appendix A, and MoCo v2, arXiv 2003.04297.
+        colours: SimCLR, arXiv 2002.05709, appendix A; MoCo v2, arXiv 2003.04297; BYOL, arXiv 2006.07733, appendix B.
 
     Example:
         >>> import torch
@@ -83,7 +85,8 @@ class ContrastiveCrop(nn.Module):
         views: int = 2,
         augment: str = "simclr",
         jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1),
-        blur: float | None = None,
+        blur: float | Sequence[float] | None = None,
+        solarize: float | Sequence[float] = 0.0,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         seed: int = 0,
@@ -104,8 +107,6 @@ class ContrastiveCrop(nn.Module):
         known = isinstance(augment, str) and augment in AUGMENTS
         expect(known, op, "augment", "one of " + ", ".join(AUGMENTS), augment)
         self.jitter = expect_jitter(op, jitter)
-        expect_type(blur, (int, float, type(None)), op, "blur", "a probability or None")
-        expect(blur is None or 0 <= blur <= 1, op, "blur", "a probability or None", blur)
         wanted = "one number per channel or None"
         self.mean = None if mean is None else expect_mean(mean, op, wanted)
         self.std = None if std is None else expect_std(std, op, wanted)
@@ -113,7 +114,8 @@ class ContrastiveCrop(nn.Module):
             expect(values is None or len(values) > 0, op, argument, wanted, values)
         self.alpha, self.views, self.augment, self.seed = alpha, views, augment, seed
         by_augment = 0.5 if augment == "moco" or min(self.size) > BLUR_ABOVE else 0.0
-        self.blur = by_augment if blur is None else blur
+        self.blur = expect_probabilities(op, "blur", by_augment if blur is None else blur, views)
+        self.solarize = expect_probabilities(op, "solarize", solarize, views)
         self.first_view, self.dtype = first_view, dtype
         # torch.save cannot write a layout.
         self.channels_last = memory_format == torch.channels_last
@@ -138,7 +140,10 @@ class ContrastiveCrop(nn.Module):
         if self.augment == "none":
             out = crop_resize(images, crops, **cut, **scaling, dtype=self.dtype)
         else:
-            drawn: Any = sample_photometric(sample_ids, jitter=self.jitter, blur_p=self.blur, **key)
+            chances: Any = {
+                name: p[:1] * self.first_view + p for name, p in (("blur_p", self.blur), ("solarize_p", self.solarize))
+            }
+            drawn: Any = sample_photometric(sample_ids, jitter=self.jitter, **chances, **key)
             drawn = {name: rows[skipped:] for name, rows in drawn.items()}
             # Between the two steps the values are float32, in memory that takes the result too where it is float32.
             resized = crop_resize(images, crops, **cut)

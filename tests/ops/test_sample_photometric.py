@@ -82,6 +82,20 @@ def test_switching_one_change_on_leaves_the_others() -> None:
         assert torch.equal(value, two[name])
 
 
+def test_each_view_may_have_a_probability_of_its_own() -> None:
+    """A view's rows are those that it has where all views have its probabilities."""
+    blur, solarize, options = (1.0, 0.1, 0.1, 0.0), (0.0, 0.2, 0.2, 1.0), {"views": 4, "seed": 7, "epoch": 2}
+    mixed = sample_photometric(IDS, blur_p=blur, solarize_p=solarize, **options)
+    n = len(IDS)
+    for v, (b, s) in enumerate(zip(blur, solarize, strict=True)):
+        alike = sample_photometric(IDS, blur_p=b, solarize_p=s, **options)
+        nothing = {"sigma": torch.zeros(4 * n), "threshold": torch.full((4 * n,), math.inf)}
+        for name, rows in mixed.items():
+            expected = alike.get(name, nothing.get(name))
+            assert torch.equal(rows[v * n : (v + 1) * n], expected[v * n : (v + 1) * n]), (v, name)
+    assert sample_photometric(IDS[:0], blur_p=(1.0, 0.1))["sigma"].shape == (0,)
+
+
 def test_dtypes() -> None:
     p = sample_photometric(IDS[:1], blur_p=0.5, solarize_p=0.5, views=3)
     dtypes = {name: value.dtype for name, value in p.items()}
@@ -96,8 +110,11 @@ def test_dtypes() -> None:
         (TypeError, "sample_ids expected a int64 or int32 tensor", {"sample_ids": IDS.float()}),
         (ValueError, r"jitter_p expected a number in \[0, 1\], got float 1.5", {"jitter_p": 1.5}),
         (ValueError, "gray_p expected", {"gray_p": -0.5}),
-        (TypeError, "blur_p expected a number, got str", {"blur_p": "0.5"}),
+        (TypeError, "blur_p expected a number in .0, 1., or one for each view, got str", {"blur_p": "0.5"}),
+        (ValueError, "blur_p expected a number in .0, 1., or one for each view, got tuple", {"blur_p": (0.5,)}),
+        (TypeError, "blur_p expected a number in .0, 1., or one for each view, got bool", {"blur_p": True}),
         (ValueError, "solarize_p expected", {"solarize_p": math.nan}),
+        (ValueError, "solarize_p expected", {"solarize_p": (0.5, 1.5)}),
         (ValueError, "threshold expected", {"threshold": 128}),
         (ValueError, "jitter expected four strengths of at least 0, that of the hue", {"jitter": (0.4, 0.4, 0.4, 0.6)}),
         (ValueError, "jitter expected four strengths", {"jitter": (0.4, 0.4, -0.4, 0.1)}),

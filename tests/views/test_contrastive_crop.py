@@ -160,8 +160,19 @@ def test_blur_is_as_asked_or_as_the_augmentation_says(augment: str, size: int, o
     assert torch.equal(views[None], views[otherwise])
     changed = (views[0.0] != views[0.5]).flatten(2).any(2), (views[0.0] != views[1.0]).flatten(2).any(2)
     assert 0 < changed[0].sum() < changed[1].sum() <= 16
-    with pytest.raises(ValueError, match="ContrastiveCrop: blur expected a probability or None"):
+    with pytest.raises(ValueError, match=r"ContrastiveCrop: blur expected a number in .0, 1., or one for each view"):
         ContrastiveCrop(16, blur=1.5)
+
+
+@pytest.mark.parametrize("first_view", [0, 3])
+def test_views_that_differ_in_blur_and_solarisation(first_view: int) -> None:
+    """BYOL's two views: each is the one that a module has whose views are all like it."""
+    images, ids = images_of(8), torch.arange(8)
+    options: Any = {"seed": 3, "first_view": first_view, "mean": MEAN, "std": STD}
+    views = ContrastiveCrop(16, blur=(1.0, 0.1), solarize=(0.0, 0.2), **options)(images, ids)
+    for v, (blur, solarize) in enumerate(((1.0, 0.0), (0.1, 0.2))):
+        assert torch.equal(views[v], ContrastiveCrop(16, blur=blur, solarize=solarize, **options)(images, ids)[v])
+    assert not torch.equal(views[0], ContrastiveCrop(16, **options)(images, ids)[0])
 
 
 def test_is_copied_and_saved() -> None:
@@ -238,10 +249,11 @@ def test_bad_batches(error: type[Exception], message: str, arguments: tuple[Any,
         (TypeError, "seed expected an int, got bool True", {"seed": True}),
         (ValueError, "jitter expected four strengths", {"jitter": (0.4, 0.4)}),
         (TypeError, "jitter expected four strengths, got float 0.4", {"jitter": 0.4}),
-        (TypeError, "blur expected a probability or None, got str 'x'", {"blur": "x"}),
-        (TypeError, "blur expected a probability or None, got tuple", {"blur": (0.1, 2.0)}),
-        (TypeError, "blur expected a probability or None, got float32", {"blur": torch.ones(2)}),
-        (ValueError, "blur expected a probability or None, got float nan", {"blur": float("nan")}),
+        (TypeError, "blur expected a number in .0, 1., or one for each view, got str 'x'", {"blur": "x"}),
+        (ValueError, "blur expected a number in .0, 1., or one for each view, got tuple", {"blur": (0.1, 2.0)}),
+        (ValueError, "blur expected a number in .0, 1., or one for each view, got float32", {"blur": torch.ones(3)}),
+        (ValueError, "blur expected a number in .0, 1., or one for each view, got float nan", {"blur": float("nan")}),
+        (ValueError, "solarize expected a number in .0, 1., or one for each view, got tuple", {"solarize": (0.1,) * 3}),
         (ValueError, "augment expected one of simclr, moco, none, got <U4 array", {"augment": np.array(["moco"] * 2)}),
         (ValueError, "dtype expected a floating point dtype, got ", {"dtype": np.ones(2)}),
         (ValueError, "memory_format expected torch.contiguous_format or", {"memory_format": np.ones(2)}),
