@@ -13,7 +13,7 @@
 #endif
 
 #include "../common/dtype.h"
-#include "../common/huge_pages.h"
+#include "../common/large_output.h"
 #include "../common/parallel.h"
 #include "../common/tile.h"
 
@@ -84,7 +84,26 @@ inline void vertical(const uint8_t* pixels, int64_t stride_h, int64_t stride_w, 
 struct Scratch {
   Taps rows, columns;
   Buffer lines, turned, out, out_rows;  // (LANES, span), (span, LANES), (w, LANES), (LANES, w), sides of whole vectors
+  Buffer row;                           // (w,) of the output's dtype
 };
+
+template <typename Out> int64_t bytes(const CropResize& args) { return args.R * args.C * args.h * args.w * sizeof(Out); }
+
+// One row of the output, of `args.w` values.
+template <typename Out> void store_row(const CropResize& args, const float* values, Out* out, Scratch& scratch) {
+  const auto convert = [&](Out* to, int64_t stride) {
+    for (int64_t j = 0; j < args.w; ++j) to[j * stride] = from_float<Out>(values[j]);
+  };
+  if (args.stride_w != 1) return convert(out, args.stride_w);
+  if (bytes<Out>(args) < kStreamed) return convert(out, 1);
+  if constexpr (std::is_same_v<Out, float>) {
+    stream(out, values, args.w * sizeof(Out));
+  } else {
+    Out* row = reinterpret_cast<Out*>(scratch.row.take(args.w));
+    convert(row, 1);
+    stream(out, row, args.w * sizeof(Out));
+  }
+}
 
 // LANES output rows from i on, of `channels` channels that stand side by side in the image's lines.
 template <typename Out>
@@ -116,11 +135,7 @@ void some_rows(const CropResize& args, const uint8_t* origin, const Image& image
     for (int64_t j = 0; j < args.w; j += LANES) transpose_square(out + j * LANES, LANES, out_rows + j, w);
     for (int64_t l = 0; l < std::min<int64_t>(LANES, args.h - i); ++l) {
       Out* row = static_cast<Out*>(args.out) + r * args.stride_r + (c + channel) * args.stride_c + (i + l) * args.stride_h;
-      if (args.stride_w == 1) {
-        for (int64_t j = 0; j < args.w; ++j) row[j] = from_float<Out>(out_rows[l * w + j]);
-      } else {
-        for (int64_t j = 0; j < args.w; ++j) row[j * args.stride_w] = from_float<Out>(out_rows[l * w + j]);
-      }
+      store_row(args, out_rows + l * w, row, scratch);
     }
   }
 }
@@ -140,6 +155,7 @@ template <typename Out> void one_crop(const CropResize& args, int64_t r) {
     for (int64_t i = 0; i < args.h; i += LANES)
       some_rows<Out>(args, origin, image, r, c, channels, i, int64_t(width) * channels, mirrored, scratch);
   }
+  stream_end();
 }
 
 }  // namespace
@@ -150,7 +166,7 @@ void crop_resize(const CropResize& args, int threads) {
     if constexpr (std::is_same_v<Out, double>) {
       throw std::invalid_argument("float64 is for the reference");
     } else {
-      huge_pages(args.out, args.R * args.C * args.h * args.w * static_cast<int64_t>(sizeof(Out)));
+      huge_pages(args.out, bytes<Out>(args));
       parallel_for(args.R, threads, [&](int64_t r) { one_crop<Out>(args, r); });
     }
   });

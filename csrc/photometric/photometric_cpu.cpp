@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "../common/dtype.h"
-#include "../common/huge_pages.h"
+#include "../common/large_output.h"
 #include "../common/parallel.h"
 #include "../common/tile.h"
 #include "pixel.h"
