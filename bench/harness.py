@@ -185,8 +185,11 @@ def _environment() -> dict[str, object]:
         except PackageNotFoundError:
             return None
 
-    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    git = ["git", "-C", str(RESULTS.parent.parent)]
+    commit = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True).stdout.strip() or "unknown"
+    # The results of the suite before change no code.
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!bench/results"]).returncode == 1
+    commit += "-dirty" if changed else ""
     ceilings = {f"{device}_{what}": value for (device, what), value in _measured.items()}
     return {
         "schema": 1,

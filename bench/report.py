@@ -66,8 +66,10 @@ def markdown(rows: list[dict]) -> str:
             f"{best['method']} {best['median_ms']:.2f} ms ({best['median_ms'] / ours['median_ms']:.1f}×) | "
             f"{ours['peak_extra_mib']:.0f}, {best['peak_extra_mib']:.0f} MiB |"
         )
-    places = dict.fromkeys((row["device"], row["torch"], row["commit"]) for row in rows)
-    lines += ["", "Measured on " + "; ".join(f"{d}, torch {t}, commit {c}" for d, t, c in places) + "."]
+    commits: dict[str, dict[str, None]] = {}
+    for row in rows:
+        commits.setdefault(f"{row['device']}, torch {row['torch']}", {})[row["commit"]] = None
+    lines += ["", "Measured on " + "; ".join(f"{place}, commit {', '.join(c)}" for place, c in commits.items()) + "."]
     return "\n".join(lines)
 
 
