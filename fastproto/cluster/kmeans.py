@@ -189,11 +189,12 @@ class KMeans:
         self.empty, self.seed, self.precision, self.engine = empty, seed, precision, engine
         self.chunk_rows, self.device, self.process_group, self.progress = chunk_rows, device, process_group, progress
 
-    def fit(self, x: Array, sample_weight: Array | None = None) -> KMeans:
+    def fit(self, x: Array, y: object = None, *, sample_weight: Array | None = None) -> KMeans:
         """Finds the centres of ``x`` (N, D), then assigns all rows to them.
 
         Args:
             x: float tensor, array or memory map; float16 and bfloat16 are computed in float32 at least.
+            y: not looked at: scikit-learn's pipelines and searches hand on labels.
             sample_weight: (N,) float, at least 0: a row of weight 2 counts as two rows.
         """
         op = "KMeans.fit"
@@ -219,9 +220,9 @@ class KMeans:
         rows = self._fitted_rows(x, op)
         return rows.nearest(self.cluster_centers_, "ip" if self.spherical else "l2", op)[0]
 
-    def fit_predict(self, x: Array, sample_weight: Array | None = None) -> Tensor:
+    def fit_predict(self, x: Array, y: object = None, *, sample_weight: Array | None = None) -> Tensor:
         """``fit``, then ``labels_``."""
-        return self.fit(x, sample_weight).labels_
+        return self.fit(x, sample_weight=sample_weight).labels_
 
     def transform(self, x: Array) -> Tensor:
         """Euclidean distances (N, K) from every row to every centre, where ``x`` (N, D) lies.

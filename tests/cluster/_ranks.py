@@ -28,7 +28,7 @@ def main(folder: Path, rank: int, bounds: list[int]) -> None:
     for case in cases["kmeans"]:
         weights = cases["weights"][mine] if case.pop("weighted", False) else None
         rows = cases["x"][mine].to(case.pop("dtype", torch.float32))
-        found.append(attributes(KMeans(**case, process_group=group).fit(rows, weights)))
+        found.append(attributes(KMeans(**case, process_group=group).fit(rows, sample_weight=weights)))
     bank = PrototypeBank(len(cases["x"]), cases["x"].shape[1], **cases["bank"], process_group=group)
     bank.update(cases["x"][mine])
     bank.update(-cases["x"][mine])

@@ -320,8 +320,8 @@ def test_engine_faiss_runs_the_same_estimator(weighted: bool, spherical: bool, i
     x = clustered()
     weights = torch.rand(2000) / 100 if weighted else None
     options = {"n_iter": 5, "init": init, "spherical": spherical, "max_points_per_cluster": 50, "seed": 4}
-    ours = KMeans(33, **options).fit(x, weights)
-    theirs = KMeans(33, engine="faiss", **options).fit(x, weights)
+    ours = KMeans(33, **options).fit(x, sample_weight=weights)
+    theirs = KMeans(33, engine="faiss", **options).fit(x, sample_weight=weights)
     assert (ours.labels_ == theirs.labels_).float().mean() > 0.98
     np.testing.assert_allclose(theirs.inertia_, ours.inertia_, rtol=1e-3)
     if not weighted:

@@ -51,7 +51,7 @@ def oracle(x: Tensor, centers: Tensor, n_iter: int, spherical: bool, weights: Te
 def test_matches_lloyd(dtype: torch.dtype, spherical: bool, weighted: bool) -> None:
     x = blobs(spread=3).to(dtype)
     weights = torch.rand(len(x)) + 0.1 if weighted else None
-    kmeans = KMeans(8, n_iter=3, init=x[:8], spherical=spherical).fit(x, weights)
+    kmeans = KMeans(8, n_iter=3, init=x[:8], spherical=spherical).fit(x, sample_weight=weights)
     centers, history, labels, objective = oracle(x, x[:8], 3, spherical, weights)
     assert kmeans.cluster_centers_.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     np.testing.assert_allclose(kmeans.cluster_centers_.numpy(), centers, rtol=1e-5, atol=1e-5)
@@ -124,7 +124,8 @@ def test_same_seed_same_bits_whatever_the_threads(init: str) -> None:
     fits = []
     for threads in (1, 1, 3):
         torch.set_num_threads(threads)
-        fits.append(KMeans(33, n_iter=4, n_init=2, init=init, seed=7, max_points_per_cluster=50).fit(x, weights))
+        kmeans = KMeans(33, n_iter=4, n_init=2, init=init, seed=7, max_points_per_cluster=50)
+        fits.append(kmeans.fit(x, sample_weight=weights))
     torch.set_num_threads(before)
     for fit in fits[1:]:
         assert_same_bits(fit, fits[0])
@@ -147,11 +148,11 @@ def test_weights_count_rows() -> None:
     x = blobs(100, spread=2)
     times = torch.randint(0, 4, (100,))
     start = x[times > 0][:5]
-    weighted = KMeans(5, init=start, n_iter=4).fit(x, times.float())
+    weighted = KMeans(5, init=start, n_iter=4).fit(x, sample_weight=times.float())
     repeated = KMeans(5, init=start, n_iter=4).fit(x.repeat_interleave(times, dim=0))
     torch.testing.assert_close(weighted.cluster_centers_, repeated.cluster_centers_)
     np.testing.assert_allclose(weighted.history_, repeated.history_, rtol=1e-6)
-    as_array = KMeans(5, init=start, n_iter=4).fit(x, times.double().numpy())
+    as_array = KMeans(5, init=start, n_iter=4).fit(x, sample_weight=times.double().numpy())
     assert torch.equal(as_array.cluster_centers_, weighted.cluster_centers_)
 
 
@@ -171,7 +172,7 @@ def test_max_points_trains_on_a_part_and_assigns_all() -> None:
 
 def test_max_points_with_one_row_per_cluster_and_weights() -> None:
     x, weights = torch.randn(50, 3), torch.rand(50)
-    kmeans = KMeans(6, max_points_per_cluster=1).fit(x, weights)
+    kmeans = KMeans(6, max_points_per_cluster=1).fit(x, sample_weight=weights)
     assert kmeans.history_[0] == 0
     exact = "donot_use_mm_for_euclid_dist"
     assert (torch.cdist(kmeans.cluster_centers_, x, compute_mode=exact).min(1).values < 1e-6).all()
@@ -210,9 +211,9 @@ def test_chunks_change_no_bit(dtype: torch.dtype, init: str, spherical: bool) ->
     # Sums of rows this different in size come out another in every order, unless they are exact.
     x, weights = torch.randn(507, 24) * torch.logspace(-3, 3, 507)[:, None], torch.rand(507)
     options = {"init": init, "n_iter": 3, "spherical": spherical, "n_init": 2}
-    whole = KMeans(10, **options).fit(x.to(dtype), weights)
+    whole = KMeans(10, **options).fit(x.to(dtype), sample_weight=weights)
     for chunk_rows in (1, 7, 500):
-        assert_same_bits(KMeans(10, **options, chunk_rows=chunk_rows).fit(x.to(dtype), weights), whole)
+        assert_same_bits(KMeans(10, **options, chunk_rows=chunk_rows).fit(x.to(dtype), sample_weight=weights), whole)
 
 
 def test_predict_transform_and_fit_predict_agree() -> None:
@@ -286,7 +287,7 @@ def test_empty_keep_leaves_a_center_and_split_moves_it() -> None:
 def test_an_all_zero_weight_cluster_is_empty() -> None:
     x = torch.cat([torch.randn(50, 3), torch.randn(50, 3) + 100])
     weights = torch.cat([torch.ones(50), torch.zeros(50)]) / 1000
-    kmeans = KMeans(4, init=torch.cat([x[:2], x[-2:]]), n_iter=5).fit(x, weights)
+    kmeans = KMeans(4, init=torch.cat([x[:2], x[-2:]]), n_iter=5).fit(x, sample_weight=weights)
     assert kmeans.cluster_centers_.abs().max() < 10
 
 

@@ -85,7 +85,7 @@ def test_rows_of_nan_or_infinity_are_counted_and_named(chunk_rows: int | None) -
     with pytest.raises(ValueError, match=r"KMeans.fit: x expected distances that float32 can hold, got larger ones"):
         KMeans(2).fit(torch.randn(10, 3) * 1e25)
     with pytest.raises(ValueError, match=r"KMeans.fit: x expected distances that float32 can hold, got larger ones"):
-        KMeans(4, init="k-means++").fit(torch.randn(10, 3) * 1e25, torch.rand(10))
+        KMeans(4, init="k-means++").fit(torch.randn(10, 3) * 1e25, sample_weight=torch.rand(10))
     with pytest.raises(ValueError, match=f"KMeans.transform: {message}"):
         KMeans(2, chunk_rows=chunk_rows).fit(x[:5]).transform(x)
     with pytest.raises(ValueError, match=r"KMeans.predict: x expected distances that float32 can hold, got larger"):
@@ -105,15 +105,15 @@ def test_rows_of_nan_are_refused_even_where_checks_read_no_data(monkeypatch: pyt
 def test_bad_weights() -> None:
     x = torch.randn(10, 3)
     with pytest.raises(ValueError, match=r"KMeans.fit: sample_weight expected \(10,\), got float32 \(9,\) on cpu"):
-        KMeans(2).fit(x, torch.ones(9))
+        KMeans(2).fit(x, sample_weight=torch.ones(9))
     with pytest.raises(TypeError, match=r"KMeans.fit: sample_weight expected a float32 .* got int64 \(10,\) on cpu"):
-        KMeans(2).fit(x, torch.ones(10).long())
+        KMeans(2).fit(x, sample_weight=torch.ones(10).long())
     with pytest.raises(TypeError, match=r"KMeans.fit: sample_weight expected a float tensor or array .* got list"):
-        KMeans(2).fit(x, [1.0] * 10)
+        KMeans(2).fit(x, sample_weight=[1.0] * 10)
     with pytest.raises(ValueError, match=r"sample_weight expected finite weights of at least 0, got 3 others"):
-        KMeans(2).fit(x, np.array([1, 1, -1, np.nan, np.inf, 1, 1, 1, 1, 1]))
+        KMeans(2).fit(x, sample_weight=np.array([1, 1, -1, np.nan, np.inf, 1, 1, 1, 1, 1]))
     with pytest.raises(ValueError, match=r"KMeans.fit: sample_weight expected a sum above 0, got float 0.0"):
-        KMeans(2).fit(x, torch.zeros(10))
+        KMeans(2).fit(x, sample_weight=torch.zeros(10))
 
 
 def test_bad_kmeans_assign() -> None:

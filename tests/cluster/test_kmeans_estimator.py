@@ -82,6 +82,9 @@ def test_in_a_pipeline() -> None:
     expected = KMeans(3, init="k-means++").fit(scaled)
     assert torch.equal(pipeline.fit_predict(ROWS), expected.labels_)
     assert torch.equal(pipeline.transform(ROWS), expected.transform(scaled))
+    labels = np.arange(len(ROWS)) % 7
+    assert torch.equal(pipeline.fit(ROWS, labels)[-1].cluster_centers_, expected.cluster_centers_)
+    assert torch.equal(pipeline.fit_predict(ROWS, labels), expected.labels_)
 
 
 def test_in_a_search() -> None:

@@ -54,7 +54,7 @@ def test_ranks_find_the_bits_of_one_process(tmp_path: Path, bounds: list[int]) -
     for index, case in enumerate(CASES):
         options = {name: value for name, value in case.items() if name not in ("weighted", "dtype", "chunk_rows")}
         rows = x.to(case.get("dtype", torch.float32))
-        single = KMeans(**options).fit(rows, weights if "weighted" in case else None)
+        single = KMeans(**options).fit(rows, sample_weight=weights if "weighted" in case else None)
         alike = [rank["kmeans"][index] for rank in found]
         assert torch.equal(torch.cat([one["labels_"] for one in alike]), single.labels_)
         for one in alike:
