@@ -66,10 +66,10 @@ def markdown(rows: list[dict]) -> str:
             f"{best['method']} {best['median_ms']:.2f} ms ({best['median_ms'] / ours['median_ms']:.1f}×) | "
             f"{ours['peak_extra_mib']:.0f}, {best['peak_extra_mib']:.0f} MiB |"
         )
-    commits: dict[str, dict[str, None]] = {}
+    suites: dict[str, dict[str, None]] = {}
     for row in rows:
-        commits.setdefault(f"{row['device']}, torch {row['torch']}", {})[row["commit"]] = None
-    lines += ["", "Measured on " + "; ".join(f"{place}, commit {', '.join(c)}" for place, c in commits.items()) + "."]
+        suites.setdefault(f"{row['device']}, torch {row['torch']}, commit {row['commit']}", {})[row["suite"]] = None
+    lines += ["", "Measured on " + "; ".join(f"{place} ({', '.join(of)})" for place, of in suites.items()) + "."]
     return "\n".join(lines)
 
 

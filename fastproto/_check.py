@@ -40,20 +40,29 @@ def expect_type(value: Any, types: type | tuple[type, ...], op: str, argument: s
         raise TypeError(f"{op}: {argument} expected {expected}, got {describe(value)}")
 
 
+def is_integer(value: Any) -> bool:
+    """Whether it is an integer, of Python or NumPy. True and False are none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is an integer or a float, of Python or NumPy. True and False are none."""
+    return is_integer(value) or isinstance(value, (float, np.floating))
+
+
 def expect_size(value: Any, op: str, argument: str) -> tuple[int, int]:
     """Height and width from two positive ints, or from one for both; raises ValueError for anything else."""
-    sides = (value, value) if isinstance(value, int) else value
-    good = isinstance(sides, (tuple, list)) and len(sides) == 2
-    good = good and all(isinstance(side, int) and side > 0 for side in sides)
+    sides = value if isinstance(value, (tuple, list)) else (value, value)
+    good = len(sides) == 2 and all(is_integer(side) and side > 0 for side in sides)
     expect(good, op, argument, "a positive int or two", value)
     expect(max(sides) <= MAX_SIDE, op, argument, f"sides below {MAX_SIDE + 1}", value)
-    return sides[0], sides[1]
+    return int(sides[0]), int(sides[1])
 
 
 def expect_numbers(values: Any, op: str, argument: str, expected: str) -> tuple[float, ...]:
     """The numbers of a tuple, list, array or tensor; raises TypeError for anything else, ValueError for huge ones."""
     numbers = values.tolist() if isinstance(values, (Tensor, np.ndarray)) else values
-    if not isinstance(numbers, (tuple, list)) or not all(isinstance(n, (int, float, np.number)) for n in numbers):
+    if not isinstance(numbers, (tuple, list)) or not all(map(is_number, numbers)):
         raise TypeError(f"{op}: {argument} expected {expected}, got {describe(values)}")
     try:
         return tuple(float(number) for number in numbers)

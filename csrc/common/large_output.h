@@ -19,7 +19,7 @@
 namespace fastproto {
 
 constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-// From here on an output is gone from the caches before anybody reads it: more than the L2 of all cores.
+// From here on most of an output is gone from the caches before anybody reads it.
 constexpr int64_t kStreamed = int64_t{16} << 20;
 
 // Asks for pages of 2 MiB: whole ones inside the output, so no more memory is held, and pages that are there already stay

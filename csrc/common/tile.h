@@ -106,7 +106,8 @@ template <typename Number> inline Vec multiply_add(Vec acc, Vec a, Vec b) {
 // C[m, :] = C[m, :] · alpha[m] + Σ_k A[m, k] · B[k, :], m < M, A[m, k] at A[m · STRIDE_M + k · STRIDE_K], depth and strides in
 // words; alpha null: C is not read. Never inlined: what the caller keeps in registers would push accumulators out of them.
 template <int M, int STRIDE_M, int STRIDE_K, typename Number = float>
-__attribute__((noinline)) void tile_product(const float* A, const float* B, int64_t depth, float* C, int64_t ldc, const float* alpha) {
+__attribute__((noinline)) void tile_product(const float* A, const float* B, int64_t depth, float* C, int64_t ldc,
+                                            const float* alpha) {
   // All loops over registers are unrolled by order: one that is not puts them into memory.
   Vec acc[M][NV];
 #pragma GCC unroll 14

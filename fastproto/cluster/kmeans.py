@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastproto._check import describe, expect, expect_tensor, reads_data
+from fastproto._check import describe, expect, expect_tensor, is_integer, is_number, reads_data
 from fastproto.cluster import init as start
 from fastproto.cluster._faiss import faiss_lloyd
 from fastproto.cluster._fit import Report, fit_centers
@@ -171,9 +171,11 @@ class KMeans:
             ("max_points_per_cluster", 1 if max_points_per_cluster is None else max_points_per_cluster),
             ("chunk_rows", 1 if chunk_rows is None else chunk_rows),
         ):
-            expect(isinstance(value, (int, np.integer)) and value >= 1, op, name, "an integer of at least 1", value)
-        expect(isinstance(seed, (int, np.integer)) and seed >= 0, op, "seed", "an integer of at least 0", seed)
-        expect(tol >= 0, op, "tol", "at least 0", tol)
+            expect(is_integer(value) and value >= 1, op, name, "an integer of at least 1", value)
+        expect(is_integer(seed) and seed >= 0, op, "seed", "an integer of at least 0", seed)
+        expect(is_number(tol) and tol >= 0, op, "tol", "a number of at least 0", tol)
+        for name, flag in (("spherical", spherical), ("progress", progress)):
+            expect(isinstance(flag, (bool, np.bool_)), op, name, "True or False", flag)
         if isinstance(init, str):
             expect(init in start.METHODS, op, "init", '"random", "k-means++" or centres (K, D)', init)
         else:

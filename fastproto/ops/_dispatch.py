@@ -136,12 +136,21 @@ def contiguous_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's decorator of that name, whose 10 µs are spent only where a second derivative could be asked for."""
-    guarded = torch.autograd.function.once_differentiable(backward)
+def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """A backward whose results refuse to be differentiated once more.
+
+    torch's decorator of that name refuses only where the upstream gradient wants a gradient. That of a loss is 1: a
+    penalty on the loss's gradient would pass unseen, as if it were constant.
+    """
 
     @functools.wraps(backward)
-    def run(*args: Any) -> Any:
-        return (guarded if torch.is_grad_enabled() else backward)(*args)
+    def run(*args: Any) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return backward(*args)
+        with torch.no_grad():
+            results = backward(*args)
+        message = b"fastproto: the op has no second derivative (once_differentiable)"
+        refuse: Any = torch._C._functions.DelayedError(message, len(results))
+        return refuse(*(None if result is None else result.detach().requires_grad_() for result in results))
 
     return run

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from fastproto import _native
-from fastproto._check import INTEGERS, expect, expect_numbers, expect_tensor, expect_type
+from fastproto._check import INTEGERS, expect, expect_numbers, expect_tensor, expect_type, is_number
 from fastproto._random import expect_key
 from fastproto.ops._dispatch import Op
 from fastproto.reference import sample_photometric as reference
+
+# Of a blur: float32 holds its square.
+LARGEST_SIGMA = 1e18
 
 
 def _cpp(*args: Any) -> tuple[Tensor, ...]:
@@ -157,16 +160,18 @@ def sample_photometric(
         expect(0 <= number <= 1, op, argument, "a number in [0, 1]", number)
     blur = expect_probabilities(op, "blur_p", blur_p, views)
     solarize = expect_probabilities(op, "solarize_p", solarize_p, views)
-    expect_numbers(sigma, op, "sigma", "a pair of numbers")
-    good = len(sigma) == 2 and 0 <= sigma[0] <= sigma[1] < math.inf
-    expect(good, op, "sigma", "(low, high) with 0 <= low <= high", sigma)
+    widths = expect_numbers(sigma, op, "sigma", "a pair of numbers")
+    good = len(widths) == 2 and 0 <= widths[0] <= widths[1] < LARGEST_SIGMA
+    expect(good, op, "sigma", f"(low, high) with 0 <= low <= high < {LARGEST_SIGMA:g}", sigma)
 
     low = [max(0.0, 1 - strength) for strength in jitter[:3]] + [-jitter[3]]
     high = [1 + strength for strength in jitter[:3]] + [jitter[3]]
     pairs = list(zip(blur, solarize, strict=True))
     draws = {
-        pair: _op(sample_ids, jitter_p, low, high, gray_p, pair[0], sigma, pair[1], threshold, views, seed, epoch)
-        for pair in dict.fromkeys(pairs)
+        (blur_p, solarize_p): _op(
+            sample_ids, jitter_p, low, high, gray_p, blur_p, widths, solarize_p, threshold, views, seed, epoch
+        )
+        for blur_p, solarize_p in dict.fromkeys(pairs)
     }
     drawn = draws[pairs[0]]
     if len(draws) > 1 and len(sample_ids):
@@ -188,8 +193,7 @@ def sample_photometric(
 def expect_probabilities(op: str, argument: str, value: float | Sequence[float], views: int) -> tuple[float, ...]:
     """One probability for each view, from one number for all or from as many; refuses what is none."""
     wanted = "a number in [0, 1], or one for each view"
-    one = isinstance(value, (int, float)) and not isinstance(value, bool)
-    numbers = expect_numbers([value] * views if one else value, op, argument, wanted)
+    numbers = expect_numbers([value] * views if is_number(value) else value, op, argument, wanted)
     expect(len(numbers) == views and all(0 <= n <= 1 for n in numbers), op, argument, wanted, value)
     return numbers
 

@@ -116,6 +116,8 @@ class ContrastiveCrop(nn.Module):
         by_augment = 0.5 if augment == "moco" or min(self.size) > BLUR_ABOVE else 0.0
         self.blur = expect_probabilities(op, "blur", by_augment if blur is None else blur, views)
         self.solarize = expect_probabilities(op, "solarize", solarize, views)
+        unused = augment == "none" and (any(self.solarize) or (blur is not None and any(self.blur)))
+        expect(not unused, op, "augment", "another than none with blur or solarize", augment)
         self.first_view, self.dtype = first_view, dtype
         # torch.save cannot write a layout.
         self.channels_last = memory_format == torch.channels_last

@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -96,6 +97,13 @@ def test_each_view_may_have_a_probability_of_its_own() -> None:
     assert sample_photometric(IDS[:0], blur_p=(1.0, 0.1))["sigma"].shape == (0,)
 
 
+def test_arrays_are_as_good_as_tuples() -> None:
+    options = {"sigma": torch.tensor([0.5, 1.5], dtype=torch.float64), "blur_p": np.array([1.0, 0.5])}
+    expected = sample_photometric(IDS, sigma=(0.5, 1.5), blur_p=(1.0, 0.5))
+    for name, rows in sample_photometric(IDS, **options).items():
+        assert torch.equal(rows, expected[name]), name
+
+
 def test_dtypes() -> None:
     p = sample_photometric(IDS[:1], blur_p=0.5, solarize_p=0.5, views=3)
     dtypes = {name: value.dtype for name, value in p.items()}
@@ -122,6 +130,7 @@ def test_dtypes() -> None:
         (TypeError, "jitter expected four strengths, got float 0.4", {"jitter": 0.4}),
         (ValueError, r"sigma expected \(low, high\) with 0 <= low <= high", {"sigma": (2.0, 0.1)}),
         (TypeError, "sigma expected a pair of numbers", {"sigma": 2.0}),
+        (ValueError, r"sigma expected \(low, high\) with 0 <= low <= high < 1e.18, got tuple", {"sigma": (0.1, 1e300)}),
         (ValueError, "views expected 1 to 4096", {"views": 0}),
     ],
 )

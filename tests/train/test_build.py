@@ -25,11 +25,13 @@ def test_boxes_begin_as_the_crop_asks(tiny_config: Config, tiny_data: Dataset, c
 
 def test_views_are_the_configured_ones(tiny_config: Config, tiny_data: Dataset) -> None:
     views = ViewConfig(
-        size=None, scale=(0.3, 0.7), ratio=(0.5, 2.0), alpha=0.3, augment="moco", jitter=(0.1, 0.2, 0.3, 0.4)
-    )
+        size=None, scale=(0.3, 0.7), ratio=(0.5, 2.0), alpha=0.3, augment="moco", jitter=(0.1, 0.2, 0.3, 0.4),
+        blur=(1.0, 0.1), solarize=(0.0, 0.2),
+    )  # fmt: skip
     guided = checkpoint.build_views(replace(tiny_config, views=views, seed=7), tiny_data)
     assert (guided.size, guided.scale, guided.ratio, guided.alpha) == ((20, 20), (0.3, 0.7), (0.5, 2.0), 0.3)
     assert (guided.augment, guided.jitter, guided.seed, guided.views) == ("moco", (0.1, 0.2, 0.3, 0.4), 7, 2)
+    assert (guided.blur, guided.solarize) == ((1.0, 0.1), (0.0, 0.2))
     assert (guided.mean, guided.std) == (tiny_data.mean, tiny_data.std)
     # A plain random crop is uniform.
     assert checkpoint.build_views(replace(tiny_config, views=views, crop="random"), tiny_data).alpha == 1.0

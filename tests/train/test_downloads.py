@@ -41,3 +41,15 @@ def test_a_download_that_was_cut_short_is_made_again(tmp_path: Path, monkeypatch
     assert (tmp_path / "downloads").read_text() == "once\n" * 2
     assert load("cifar10", tmp_path).test_labels.tolist() == [1, 0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cifar-10-batches-py", "downloads"]
+
+
+def test_a_download_that_got_nothing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _downloads.without_network(monkeypatch.setattr)
+
+    def refused(self: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(_downloads.CIFAR10, "download", refused)
+    with pytest.raises(ValueError, match="could not be downloaded: no network"):
+        load("cifar10", tmp_path)
+    assert not list(tmp_path.glob(".*"))

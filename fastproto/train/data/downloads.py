@@ -41,6 +41,8 @@ def download(name: str, root: Path) -> tuple[Arrays, Arrays, tuple[str, ...]]:
         parts = [make(root, **selection) for selection in selections]
     # No network, no permission, a file cut short: torchvision and the network below it raise many kinds.
     except Exception as error:
+        if not folder.is_dir():
+            mark.unlink(missing_ok=True)  # nothing lies there that could be half a data set
         raise ValueError(
             f"load: {name} expected the folder {folder} of {make.url}, unpacked, "
             f"and it could not be {'downloaded' if missing else 'read'}: {error}"
