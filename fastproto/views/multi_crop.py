@@ -24,9 +24,9 @@ class MultiCrop(nn.Module):
         small_views: small views of each image; 6 in the paper, beside 2 large ones.
         scale: least and greatest share of the image's area that a large crop takes.
         small_scale: those of a small crop.
-        options: the others of ``ContrastiveCrop``, for all views: ratio, alpha, augment, jitter, blur and solarize as
-            one number each, mean, std, seed, first_view, dtype, memory_format. With ``augment="simclr"`` small views of at
-            most 64 pixels are not blurred, whatever the large ones are.
+        options: the others of ``ContrastiveCrop``, for all views: ratio, alpha, augment, jitter, mean, std, seed,
+            first_view, dtype, memory_format, and blur and solarize as one number each. With ``augment="simclr"`` small
+            views of at most 64 pixels are not blurred, whatever the large ones are.
 
     Shape:
         images, sample_ids, boxes, epoch: as ``ContrastiveCrop``
