@@ -113,10 +113,10 @@ class ContrastiveCrop(nn.Module):
         for argument, values in (("mean", self.mean), ("std", self.std)):
             expect(values is None or len(values) > 0, op, argument, wanted, values)
         self.alpha, self.views, self.augment, self.seed = alpha, views, augment, seed
-        by_augment = 0.5 if augment == "moco" or min(self.size) > BLUR_ABOVE else 0.0
-        self.blur = expect_probabilities(op, "blur", by_augment if blur is None else blur, views)
+        blurs = augment == "moco" or (augment == "simclr" and min(self.size) > BLUR_ABOVE)
+        self.blur = expect_probabilities(op, "blur", blurs / 2 if blur is None else blur, views)
         self.solarize = expect_probabilities(op, "solarize", solarize, views)
-        unused = augment == "none" and (any(self.solarize) or (blur is not None and any(self.blur)))
+        unused = augment == "none" and any(self.blur + self.solarize)
         expect(not unused, op, "augment", "another than none with blur or solarize", augment)
         self.first_view, self.dtype = first_view, dtype
         # torch.save cannot write a layout.

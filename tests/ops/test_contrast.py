@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -156,19 +155,6 @@ def test_a_second_backward_pass_gives_the_same_and_a_second_derivative_is_refuse
     assert all(map(torch.equal, first, again))
     with pytest.raises(RuntimeError, match="once_differentiable"):
         again[0].sum().backward()
-
-
-@pytest.mark.parametrize("backend", ["reference", None])
-def test_a_penalty_on_the_gradient_of_a_loss_is_refused(backend: str | None) -> None:
-    """Where nothing comes before the loss, its upstream gradient is 1 and wants none."""
-    arguments = problem(5, 7, 3)
-    features = arguments["features"]
-    with fastproto.backend(backend) if backend else nullcontext():
-        for divisor in (5.0, None):
-            loss = contrast(**arguments, divisor=divisor).loss.sum()
-            (gradient,) = torch.autograd.grad(loss, features, create_graph=True)
-            with pytest.raises(RuntimeError, match="no second derivative"):
-                (loss + gradient.square().sum()).backward()
 
 
 def test_the_target_is_seen_in_its_own_group() -> None:

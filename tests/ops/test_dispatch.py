@@ -1,8 +1,9 @@
-"""A call on plain CPU tensors goes past PyTorch's dispatcher, and only where nobody could tell."""
+"""A call on plain CPU tensors goes past PyTorch's dispatcher where nobody could tell; second derivatives are refused."""
 
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastproto
 from fastproto.ops import _dispatch
 from fastproto.ops.contrast import contrast
 from fastproto.ops.contrast_sets import contrast_sets
@@ -106,3 +108,15 @@ def test_an_index_without_memory_of_its_own_is_read_by_pytorch() -> None:
     assert torch.equal(contrast(features, keys, zeros).loss, contrast(features, keys, torch.zeros_like(index)).loss)
     with pytest.raises(DataDependentOutputException), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         contrast(features, keys, mode.from_tensor(index))
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("divisor", [5.0, None])
+def test_a_penalty_on_the_gradient_of_a_loss_is_refused(backend: str | None, divisor: float | None) -> None:
+    """Where nothing comes before the loss, its upstream gradient is 1 and wants none."""
+    x, keys = torch.randn(5, 3, requires_grad=True), torch.randn(7, 3)
+    with fastproto.backend(backend) if backend else nullcontext():
+        loss = contrast(x, keys, torch.tensor([0, 3, -1, 6, 2]), divisor=divisor).loss.sum()
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            (loss + gradient.square().sum()).backward()
