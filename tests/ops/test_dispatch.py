@@ -1,4 +1,4 @@
-"""A call on plain CPU tensors goes past PyTorch's dispatcher where nobody could tell; second derivatives are refused."""
+"""Plain CPU tensors go past the dispatcher where nobody could tell; second derivatives are refused."""
 
 from __future__ import annotations
 
