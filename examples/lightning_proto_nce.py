@@ -92,6 +92,10 @@ def main(arguments: list[str] | None = None) -> list[float]:
         enable_model_summary=False,
     )
     trainer.fit(model, dataloader)
+    if dist.is_initialized():
+        # A thread of Gloo that outlives the interpreter would abort the process; the bank holds the group, too.
+        del model.bank
+        dist.destroy_process_group()
     return model.losses
 
 

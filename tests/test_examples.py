@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -54,15 +53,14 @@ def test_plain_loop_learns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's own, of its dependencies and of the number of workers
-def test_lightning_proto_nce_learns_on_two_processes_as_on_one() -> None:
+def test_lightning_proto_nce_learns_on_two_processes_as_on_one(no_gloo_threads: dict[str, str]) -> None:
     """In batches of all images, which two processes share, so that both runs take the same steps."""
     options = ["--accelerator", "cpu", "--epochs", "4", "--images", "128", "--batch-size", "128"]
     one = load("lightning_proto_nce").main(options)
     assert len(one) == 4
     assert one[-1] < one[0] - 0.2
     command = [sys.executable, str(EXAMPLES / "lightning_proto_nce.py"), "--devices", "2", *options]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=no_gloo_threads, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     two = [float(loss) for loss in re.findall(r"^epoch \d: loss (\S+)$", done.stdout, re.MULTILINE)]
     assert two == pytest.approx(one, rel=1e-4)

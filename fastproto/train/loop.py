@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import math
 import platform
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor
@@ -82,7 +85,10 @@ def train(
         num_nodes=config.devices // local,
         precision=config.precision,
     )
+    joined_before = dist.is_initialized()
     fabric.launch()
+    if dist.is_initialized() and not joined_before:
+        atexit.register(leave_processes)
     device, (rank, world) = fabric.device, rank_and_world()
     state = build_state(config, dataset, device)
     if resume:
@@ -200,6 +206,14 @@ def train(
     if rank == 0:
         write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+def leave_processes() -> None:
+    """Ends the threads of Gloo: one that outlives the interpreter aborts the process if it lets go of a tensor."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    # They end with the last reference to the group.
+    gc.collect()
 
 
 def asked_anywhere(stop: Callable[[], bool], device: torch.device) -> bool:
