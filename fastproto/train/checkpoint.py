@@ -131,6 +131,7 @@ def load_data(config: Config) -> data.Dataset:
         resident=config.resident,
         workers=default_workers(local) if config.workers is None else config.workers,
         strict=config.strict,
+        gpu_decode=config.gpu_decode,
     )
     count = len(dataset.train_images)
     if config.limit is not None:
@@ -173,9 +174,7 @@ def build_state(config: Config, dataset: data.Dataset, device: torch.device) -> 
     torch.manual_seed(config.seed)
     size = config.views.size or dataset.train_images.shape[2]
     chosen_encoder = config.encoder
-    encoder = build_encoder(
-        chosen_encoder.name, image_size=size, width=chosen_encoder.width, stem=chosen_encoder.stem
-    )
+    encoder = build_encoder(chosen_encoder.name, image_size=size, width=chosen_encoder.width, stem=chosen_encoder.stem)
     # Convolutions on a CPU are up to twice as fast on this layout, and faster on a GPU in half precision.
     encoder = encoder.to(memory_format=torch.channels_last)
     method = build_method(config, encoder).to(device)
@@ -209,6 +208,8 @@ def check_buildable(config: Config, dataset: data.Dataset) -> None:
         ValueError: settings that a part refuses; a device that is not there.
     """
     expect(config.device != "cuda" or torch.cuda.is_available(), "config", "device", "cpu: no GPU is here", "cuda")
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    expect(on_gpu or not config.gpu_decode, "config", "gpu_decode", "false: the run is on a CPU", True)
     if config.wandb:
         importlib.import_module("wandb")
     with torch.random.fork_rng():

@@ -235,6 +235,7 @@ class Config:
             own size (false); null: in memory where they take no more than 4 GiB.
         workers: processes that decode; null: the cores that are left, at most 16.
         strict: refuse a file that does not decode; otherwise it is skipped, named, and counted in the log.
+        gpu_decode: the GPU decodes the JPEG files of every epoch, to slightly other colours than the processes would.
         limit: train on so many images, spread evenly over the training set; null: on all.
         epochs: passes over the training images.
         batch_size: images in a step; what is left over at the end of an epoch waits for the next.
@@ -268,6 +269,7 @@ class Config:
     resident: bool | None = None
     workers: int | None = None
     strict: bool = False
+    gpu_decode: bool = False
     limit: int | None = None
     epochs: int = 200
     batch_size: int = 256

@@ -39,16 +39,20 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:  # (3, H, W) uint8
         ...     read_image(f"{folder}/x.png").shape
         torch.Size([3, 4, 5])
     """
+    return decode_image(read_content(path), str(Path(path)))
+
+
+def read_content(path: str | os.PathLike[str]) -> bytes:
+    """What is in the file; raises ValueError, with its name, where that cannot be read."""
     file = Path(path)
     if not file.is_file():
         raise ValueError(
             f"{file}: expected an image file, got {'a folder' if file.is_dir() else 'nothing of that name'}"
         )
     try:
-        content = file.read_bytes()
+        return file.read_bytes()
     except OSError as error:
         raise ValueError(f"{file}: cannot be read: {error}") from error
-    return decode_image(content, str(file))
 
 
 def decode_image(content: bytes, name: str) -> Tensor:  # (3, H, W) uint8

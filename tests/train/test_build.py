@@ -109,14 +109,15 @@ def test_data_is_loaded_as_configured(
     asked = []
     monkeypatch.setattr(data, "load", lambda *args, **options: asked.append((args, options)) or tiny_data)
     checkpoint.load_data(tiny_config)
-    options = {"image_size": 48, "class_list": "list.txt", "resident": False, "workers": 3, "strict": True}
+    options = {"image_size": 48, "class_list": "list.txt", "resident": False, "workers": 3}
+    options |= {"strict": True, "gpu_decode": True}
     config = replace(tiny_config, data="imagenet", data_root="/data/sets", test_shards="x.tar", **options)
     checkpoint.load_data(config)
     plain = dict.fromkeys(("image_size", "class_list", "test_shards", "resident"))
     (first, first_options), second = asked
     assert first == ("digits", None)
     assert first_options.pop("workers") >= 1
-    assert first_options == plain | {"strict": False}
+    assert first_options == plain | {"strict": False, "gpu_decode": False}
     options |= {"class_list": Path("list.txt"), "test_shards": "x.tar"}
     assert second == (("imagenet", Path("/data/sets")), options)
 
@@ -180,3 +181,5 @@ def test_what_cannot_be_built_is_refused(tiny_config: Config, tiny_data: Dataset
 def test_a_device_that_is_not_there_is_refused(tiny_config: Config, tiny_data: Dataset) -> None:
     with pytest.raises(ValueError, match="config: device expected cpu: no GPU is here, got cuda"):
         checkpoint.check_buildable(replace(tiny_config, device="cuda"), tiny_data)
+    with pytest.raises(ValueError, match="config: gpu_decode expected false: the run is on a CPU, got bool True"):
+        checkpoint.check_buildable(replace(tiny_config, gpu_decode=True), tiny_data)

@@ -69,6 +69,7 @@ def from_files(
     resident: bool | None = None,
     workers: int = 0,
     strict: bool = False,
+    gpu_decode: bool = False,
 ) -> Dataset:
     """A data set whose images are in files, read at once as squares or streamed.
 
@@ -81,11 +82,15 @@ def from_files(
         resident: whether all are read now; None: where their squares take no more than 4 GiB.
         workers: processes that decode.
         strict: refuse a file that does not decode.
+        gpu_decode: a GPU decodes the JPEG files that are streamed to it.
 
     Raises:
         BrokenImage: such a file, where ``strict``; 100 of them in a row, or all there are, anyway.
     """
-    parts = [(Streamed(files, side, workers=workers, strict=strict), labels) for files, labels in (train, test)]
+    parts = [
+        (Streamed(files, side, workers=workers, strict=strict, gpu_decode=gpu_decode), labels)
+        for files, labels in (train, test)
+    ]
     if resident is None:
         resident = sum(len(labels) for _, labels in parts) * 3 * side**2 <= RESIDENT_BYTES
     (train_images, train_labels), (test_images, test_labels) = (

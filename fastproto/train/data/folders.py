@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from fastproto._check import expect
 from fastproto.train.data.dataset import Encoded
-from fastproto.views.files import read_image
+from fastproto.views.files import read_content
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -31,8 +30,8 @@ class FolderFiles:
     def name(self, index: int) -> str:
         return str(self.folder / os.fsdecode(self.names[index]))
 
-    def decode(self, index: int) -> Tensor:
-        return read_image(self.name(index))
+    def read(self, index: int) -> tuple[bytes, str]:
+        return read_content(self.name(index)), self.name(index)
 
     def take(self, ids: np.ndarray) -> FolderFiles:
         return FolderFiles(self.folder, self.names[ids])

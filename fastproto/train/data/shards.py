@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastproto._check import expect
 from fastproto.train.data.dataset import Encoded
 from fastproto.train.data.folders import IMAGE_SUFFIXES, Split
 from fastproto.train.data.streamed import ignore_signals, started, unchanged
-from fastproto.views.files import decode_image
 
 BLOCK = 512
 # A number above is no class: so many would fill the memory.
@@ -45,9 +43,9 @@ class ShardFiles:
     def name(self, index: int) -> str:
         return self._named(index, self._read(index, BLOCK))
 
-    def decode(self, index: int) -> Tensor:
+    def read(self, index: int) -> tuple[bytes, str]:
         content = self._read(index, BLOCK + int(self.size[index]))
-        return decode_image(content[BLOCK:], self._named(index, content))
+        return content[BLOCK:], self._named(index, content)
 
     def take(self, ids: np.ndarray) -> ShardFiles:
         return ShardFiles(self.shards, self.shard[ids], self.start[ids], self.size[ids])

@@ -27,6 +27,7 @@ def load(
     resident: bool | None = None,
     workers: int = 0,
     strict: bool = False,
+    gpu_decode: bool = False,
 ) -> Dataset:
     """Loads a data set by name.
 
@@ -55,6 +56,9 @@ def load(
         strict: refuse a file that does not decode. Otherwise it is skipped with a warning: left out of what is kept in
             memory; of what is read again in every epoch, the next image stands in for it. A shard without the mark that
             ends a tar, as one cut between two members, likewise: it is refused, or warned of and counted.
+        gpu_decode: JPEG files that are read again in every epoch are decoded by the GPU that they are wanted on, as far
+            as they are whole, upright and RGB in JFIF; where colour is stored at half the resolution, the pixels differ
+            from those that ``workers`` decode, which they do with all other files.
 
     Raises:
         ValueError: an unknown name; a folder, list or shard that is missing or not laid out as it should be; a class
@@ -89,5 +93,5 @@ def load(
         known = f"digits, {', '.join(DOWNLOADS)}, tiny-imagenet, imagenet, imagefolder:PATH or shards:PATTERN"
         raise ValueError(f"load: name expected {known}, got {name!r}")
     side = image_size or SIDES.get(name, SIDE)
-    data = from_files(name, *found, side=side, resident=resident, workers=workers, strict=strict)
+    data = from_files(name, *found, side=side, resident=resident, workers=workers, strict=strict, gpu_decode=gpu_decode)
     return replace(data, left_out=data.left_out + cut)

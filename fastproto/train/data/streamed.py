@@ -1,4 +1,4 @@
-"""Images that stay in their files: worker processes decode them, each at its own size, batch by batch.
+"""Images that stay in their files: worker processes read and decode them, each at its own size, batch by batch.
 
 A resident set is a uint8 tensor (N, 3, H, W). A streamed one reads like such a tensor where some images are asked for,
 and ``batches`` and ``squares`` give either kind to whoever does not care which it is. Order, views and boxes are keyed
@@ -19,12 +19,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fastproto.train.data import jpeg
 from fastproto.views import crop_resize
+from fastproto.views.files import decode_image
 
 # Images that a worker decodes at a time: several workers share a step, and little waits in shared memory.
 PIECE = 32
 # So many files in a row that do not decode are no accident.
 GIVE_UP = 100
+# Devices that decode JPEG themselves, if they are asked to.
+DECODING = ("cuda",)
 
 log = logging.getLogger("fastproto")
 T = TypeVar("T")
@@ -42,18 +46,26 @@ class Files(Protocol):
     def name(self, index: int) -> str:
         """What a message calls the image."""
 
-    def decode(self, index: int) -> Tensor:
-        """(3, H, W) uint8; raises ValueError or OSError where the file is broken."""
+    def read(self, index: int) -> tuple[bytes, str]:
+        """What its file holds, and its name; raises ValueError or OSError where it cannot be read."""
 
     def take(self, ids: np.ndarray) -> Files:
         """Some of the images, numbered anew."""
 
 
-class Piece(NamedTuple):
-    """Some decoded images as a worker sends them: one tensor, as each would cost a file descriptor of its own."""
+class Wanted(NamedTuple):
+    """What a worker is asked for."""
 
-    pixels: Tensor  # (sum of H·W·3,) uint8, image after image, each (H, W, 3)
-    sizes: Tensor  # (n, 2) int64, height and width; the last is 0 where no image was found
+    ids: list[int]
+    leave_jpeg: bool  # whether the device decodes them
+
+
+class Piece(NamedTuple):
+    """Some images as a worker sends them: two tensors, as one for each would cost as many file descriptors."""
+
+    pixels: Tensor  # (sum of H·W·3,) uint8, the decoded images one after the other, each (H, W, 3)
+    encoded: Tensor  # (sum of L,) uint8, the files that the device is to decode
+    sizes: Tensor  # (n, 2) int64, height and width, or 0 and L of a file; the last is 0, 0 where no image was found
     broken: list[tuple[int, str]]  # number of an image that does not decode, and why
 
 
@@ -63,23 +75,28 @@ class Decoder(torch.utils.data.Dataset[Piece]):
     def __init__(self, files: Files) -> None:
         self.files = files
 
-    def __getitem__(self, ids: Sequence[int]) -> Piece:
+    def __getitem__(self, wanted: Wanted) -> Piece:
         """The images of these numbers; in the place of a broken one stands the next that is whole."""
         broken: list[tuple[int, str]] = []
-        images = [torch.empty(0, dtype=torch.uint8)]
-        sizes = []
-        for index in ids:
-            image = self._first_whole(index, broken)
-            images.append(image.permute(1, 2, 0).flatten())
-            sizes.append(image.shape[1:])
-            if not image.numel():
-                break
-        return Piece(torch.cat(images), torch.tensor(sizes), broken)
+        pixels, encoded = ([torch.empty(0, dtype=torch.uint8)] for _ in range(2))
+        sizes: list[tuple[int, int]] = []
+        for index in wanted.ids:
+            image = self._first_whole(index, wanted.leave_jpeg, broken)
+            if isinstance(image, bytes):
+                encoded.append(torch.frombuffer(bytearray(image), dtype=torch.uint8))
+                sizes.append((0, len(image)))
+            else:
+                pixels.append(image.permute(1, 2, 0).flatten())
+                sizes.append((image.shape[1], image.shape[2]))
+                if not image.numel():
+                    break
+        return Piece(torch.cat(pixels), torch.cat(encoded), torch.tensor(sizes), broken)
 
-    def _first_whole(self, index: int, broken: list[tuple[int, str]]) -> Tensor:
+    def _first_whole(self, index: int, leave_jpeg: bool, broken: list[tuple[int, str]]) -> Tensor | bytes:
         for tried in range(index, index + min(GIVE_UP, len(self.files))):
             try:
-                return self.files.decode(tried % len(self.files))
+                content, name = self.files.read(tried % len(self.files))
+                return content if leave_jpeg and jpeg.is_plain(content) else decode_image(content, name)
             except (ValueError, OSError) as error:
                 broken.append((tried % len(self.files), str(error)))
         return torch.empty(3, 0, 0, dtype=torch.uint8)
@@ -94,16 +111,19 @@ class Streamed:
         workers: processes that decode for ``batches``; 0: this process does.
         strict: raise at the first file that does not decode. Otherwise the next whole image stands in for it, in every
             epoch the same, a warning names it once, and ``broken`` keeps its number.
+        gpu_decode: a GPU decodes the JPEG files of its ``batches``.
 
     Raises:
         BrokenImage: from whatever reads images: a broken file where ``strict``; 100 of them in a row, or all, anyway.
     """
 
-    def __init__(self, files: Files, side: int, *, workers: int = 0, strict: bool = False) -> None:
-        self.files, self.side, self.workers, self.strict = files, side, workers, strict
+    def __init__(
+        self, files: Files, side: int, *, workers: int = 0, strict: bool = False, gpu_decode: bool = False
+    ) -> None:
+        self.files, self.side, self.workers, self.strict, self.gpu_decode = files, side, workers, strict, gpu_decode
         self.broken: set[int] = set()
         self._decoder = Decoder(files)
-        self._plan: list[list[int]] = []
+        self._plan: list[Wanted] = []
         self._loader: DataLoader[Piece] | None = None
         self._turn = 0
 
@@ -118,12 +138,13 @@ class Streamed:
     def __getitem__(self, index: int | slice | Tensor) -> Tensor:
         """Squares (3, S, S) or (n, 3, S, S) uint8, as a tensor of all squares would give them."""
         ids = torch.arange(len(self))[index]
-        found = self._unpack(self._decoder[ids.flatten().tolist()], torch.device("cpu"))
+        found = self._decode(ids.flatten().tolist(), torch.device("cpu"))
         return square(found, self.side).view(*ids.shape, 3, self.side, self.side)
 
     def take(self, ids: Tensor) -> Streamed:
         """Some of the images, numbered anew."""
-        return Streamed(self.files.take(ids.numpy()), self.side, workers=self.workers, strict=self.strict)
+        files = self.files.take(ids.numpy())
+        return Streamed(files, self.side, workers=self.workers, strict=self.strict, gpu_decode=self.gpu_decode)
 
     def to(self, device: torch.device) -> Streamed:
         """Itself: what goes to the device are the batches."""
@@ -131,16 +152,17 @@ class Streamed:
 
     def batches(self, shares: Sequence[Tensor] | Tensor, device: torch.device) -> Iterator[list[Tensor]]:
         """For each share of numbers its images, (3, H, W) uint8 each, on the device. A new call ends the one before."""
-        self._plan[:] = [piece.tolist() for ids in shares for piece in ids.split(PIECE)]
+        leave_jpeg = self.gpu_decode and device.type in DECODING
+        self._plan[:] = [Wanted(piece.tolist(), leave_jpeg) for ids in shares for piece in ids.split(PIECE)]
         self._turn = turn = self._turn + 1
         if self._loader is None:
             self._loader = self._make_loader(pin_memory=device.type == "cuda")
         pieces = started(self._loader)
         for ids in shares:
             images: list[Tensor] = []
-            while len(images) < len(ids):
+            for piece in ids.split(PIECE):
                 assert turn == self._turn
-                images += self._unpack(next(pieces), device)
+                images += self._unpack(next(pieces), piece.tolist(), device)
             yield images
 
     def _make_loader(self, pin_memory: bool) -> DataLoader[Piece]:
@@ -157,15 +179,25 @@ class Streamed:
             generator=torch.Generator(),
         )
 
-    def _unpack(self, piece: Piece, device: torch.device) -> list[Tensor]:
+    def _decode(self, ids: list[int], device: torch.device) -> list[Tensor]:
+        """What a worker would do, in this process."""
+        return self._unpack(self._decoder[Wanted(ids, leave_jpeg=False)], ids, device)
+
+    def _unpack(self, piece: Piece, ids: list[int], device: torch.device) -> list[Tensor]:
         for index, reason in piece.broken:
             self._note(index, reason)
         sizes = piece.sizes.tolist()
         if sizes[-1:] == [[0, 0]]:
             last = self.files.name(piece.broken[-1][0])
             raise BrokenImage(f"data: expected images that decode, got {min(GIVE_UP, len(self))} in a row to {last}")
-        pixels = piece.pixels.to(device, non_blocking=True).split([3 * height * width for height, width in sizes])
-        return [image.view(*size, 3).permute(2, 0, 1) for image, size in zip(pixels, sizes, strict=True)]
+        try:
+            files = iter(jpeg.decode(piece.encoded.split([length for height, length in sizes if not height]), device))
+        except RuntimeError:
+            # One of them is broken: this process finds out which, and what stands in for it.
+            return self._decode(ids, device)
+        lengths = [3 * height * width for height, width in sizes if height]
+        pixels = iter(piece.pixels.to(device, non_blocking=True).split(lengths))
+        return [next(pixels).view(*size, 3).permute(2, 0, 1) if size[0] else next(files) for size in sizes]
 
     def _note(self, index: int, reason: str) -> None:
         if self.strict:
