@@ -7,6 +7,7 @@
   fastproto cluster EMBEDDINGS --k K --out DIR    k-means of the rows of a .npy, .npz, .parquet or .safetensors file
   fastproto views IMAGE... --out PICTURE          boxes, crops and augmented views of images in one picture
   fastproto info                                  versions, devices, and which backend runs each operation
+  fastproto --version
 
 RECIPE is a YAML file, or the name of one that comes with the package; without it the packaged recipe for the method
 and the data is taken, where there is one. Options override it: fastproto train --help lists them.
@@ -26,6 +27,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from fastproto import __version__
 
 if TYPE_CHECKING:
     from fastproto.train.config import Config
@@ -61,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in ("", "-h", "--help"):
         print(__doc__.strip())
         return 0 if command else REFUSED
+    if command == "--version":
+        print(__version__)
+        return 0
     if command not in commands:
         return fail("fastproto", f"command expected one of {', '.join(commands)}, got {command!r}")
     try:

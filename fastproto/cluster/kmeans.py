@@ -176,6 +176,10 @@ class KMeans:
         expect(is_number(tol) and tol >= 0, op, "tol", "a number of at least 0", tol)
         for name, flag in (("spherical", spherical), ("progress", progress)):
             expect(isinstance(flag, (bool, np.bool_)), op, name, "True or False", flag)
+        try:
+            torch.device("cpu" if device is None else device)
+        except (RuntimeError, TypeError):
+            expect(False, op, "device", 'None or a device such as "cpu" or "cuda:0"', device)
         if isinstance(init, str):
             expect(init in start.METHODS, op, "init", '"random", "k-means++" or centres (K, D)', init)
         else:

@@ -394,7 +394,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Has ``write`` write a file that is there whole or not at all, even if the machine stops."""
-    temporary = path.with_suffix(".part")
+    temporary = path.with_name(f".{path.name}.part")
     with open(temporary, "wb") as file:
         write(file)
         file.flush()

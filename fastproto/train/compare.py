@@ -46,7 +46,9 @@ class Column(NamedTuple):
 
 
 def write_comparison(folders: Sequence[Path], path: Path) -> Path:
-    """Writes a page that compares runs, and returns its path. Runs that have not ended are shown as far as they came.
+    """Writes a page that compares runs, in a folder that it makes where there is none, and returns its path.
+
+    Runs that have not ended are shown as far as they came.
 
     Raises:
         ValueError: a folder that is no run, or none at all; ``path`` holds something else than a page of ours.
@@ -62,6 +64,7 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
         run._replace(name=str(folder)) if names.count(run.name) > 1 else run
         for run, folder in zip(runs, folders, strict=True)
     ]
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page(grouped(runs)))
     return path
 

@@ -24,6 +24,8 @@ def test_bad_options() -> None:
         ("empty", "drop", '"split" or "keep", got drop'),
         ("precision", "half", '"exact" or "fast", got half'),
         ("engine", "sklearn", '"fastproto" or "faiss", got sklearn'),
+        ("device", "nope", 'None or a device such as "cpu" or "cuda:0", got nope'),
+        ("device", 0.5, 'None or a device such as "cpu" or "cuda:0", got float 0.5'),
     ):
         with pytest.raises(ValueError, match=f"KMeans: {name} expected {message}"):
             KMeans(2, **{name: value})

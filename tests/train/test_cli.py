@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import fastproto
 from fastproto import cli
 from fastproto.train import loop
 from fastproto.train.checkpoint import load_run, read_log
@@ -326,6 +327,8 @@ def test_waiting_threads_soon_sleep_unless_told_otherwise(monkeypatch: pytest.Mo
 def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     assert "fastproto report RUN" in capsys.readouterr().out
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{fastproto.__version__}\n"
     assert cli.main([]) == 2
     with pytest.raises(SystemExit) as left:
         cli.main(["train", "--help"])

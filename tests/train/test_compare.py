@@ -165,6 +165,7 @@ def test_the_page_stands_alone_and_replaces_only_its_like(tmp_path: Path, folder
     path = tmp_path / "page.html"
     before = {file: file.read_bytes() for folder in folders for file in folder.iterdir()}
     first = write_comparison(folders, path).read_bytes()
+    assert write_comparison(folders, tmp_path / "new" / "folder" / "page.html").read_bytes() == first
     assert write_comparison(folders, path).read_bytes() == first
     assert before == {file: file.read_bytes() for folder in folders for file in folder.iterdir()}
     assert not re.search(rb"url\(|@import|https?:|<script|<link|\$|<half>", first)
