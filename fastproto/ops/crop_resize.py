@@ -34,6 +34,8 @@ def _cpp(images: list[Tensor], *rest: Any) -> None:
 
 def _cuda(images: list[Tensor], *rest: Any) -> None:
     assert _native.cuda is not None
+    # The kernel goes from row to row by an int32.
+    images = [image if image.stride(2) < 2**31 else image.contiguous() for image in images]
     table = _table(images)
     with torch.cuda.device(images[0].device):
         _native.cuda.crop_resize(*_pointers(table, images, *rest), torch.cuda.current_stream().cuda_stream)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
 import pytest
 import torch
+from cuda_backend import CUDA
 from torchvision.transforms.v2 import functional as tv
 
 import fastproto
@@ -14,7 +16,7 @@ from fastproto import _native
 from fastproto.ops.crop_resize import crop_resize
 
 needs_cpp = pytest.mark.skipif(_native.cpp is None, reason=_native.cpp_error)
-BACKENDS = ["reference", pytest.param("cpp", marks=needs_cpp)]
+BACKENDS = [("reference", "cpu"), pytest.param("cpp", "cpu", marks=needs_cpp), CUDA]
 
 
 def images_and_crops(n=5, c=3, height=37, width=29, views=2, seed=0):
@@ -28,6 +30,14 @@ def images_and_crops(n=5, c=3, height=37, width=29, views=2, seed=0):
         left = int(torch.randint(width - w + 1, (), generator=generator))
         rows.append([top, left, h, w])
     return images, torch.tensor(rows, dtype=torch.int32)
+
+
+def run(backend, device, images, crops, size, **options):
+    """The crops as a backend makes them of tensors on a device, brought back."""
+    moved = [image.to(device) for image in images] if isinstance(images, list) else images.to(device)
+    options = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    with fastproto.backend(backend):
+        return crop_resize(moved, crops.to(device), size, **options).cpu()
 
 
 def oracle(image, crop, size, flip=False, antialias=True):
@@ -48,13 +58,16 @@ def oracle(image, crop, size, flip=False, antialias=True):
     return out.flip(2) if flip else out
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("size", "antialias"), [((24, 24), True), ((50, 7), True), ((1, 1), True), ((13, 40), False)])
-def test_equals_the_formula(backend, size, antialias):
-    images, crops = images_and_crops()
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize(
+    ("size", "antialias"),
+    [((24, 24), True), ((50, 7), True), ((1, 1), True), ((13, 40), False), ((40, 75), True), ((17, 5), False)],
+)
+@pytest.mark.parametrize("c", [1, 2, 3, 4])
+def test_equals_the_formula(backend, device, size, antialias, c):
+    images, crops = images_and_crops(c=c)
     flip = torch.arange(len(crops)) % 3 == 0
-    with fastproto.backend(backend):
-        out = crop_resize(images, crops, size, flip=flip, antialias=antialias)
+    out = run(backend, device, images, crops, size, flip=flip, antialias=antialias)
     for r, crop in enumerate(crops.tolist()):
         expected = oracle(images[r % len(images)], crop, size, bool(flip[r]), antialias)
         torch.testing.assert_close(out[r].double(), expected, atol=3e-6, rtol=0)
@@ -68,66 +81,64 @@ def test_float64_reference_is_exact():
     torch.testing.assert_close(out, expected, atol=1e-13, rtol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("size", [(32, 32), (20, 61)])
-def test_within_one_level_of_torchvision(backend, size):
+def test_within_one_level_of_torchvision(backend, device, size):
     images, crops = images_and_crops(height=64, width=48)
-    with fastproto.backend(backend):
-        out = crop_resize(images, crops, size)
+    out = run(backend, device, images, crops, size)
     for r, (top, left, height, width) in enumerate(crops.tolist()):
         expected = tv.resized_crop(images[r % len(images)], top, left, height, width, list(size), antialias=True)
         assert (out[r] * 255 - expected).abs().max() <= 1.0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_normalises_and_casts(backend, dtype, memory_format):
+@pytest.mark.parametrize("size", [16, (9, 32), (3, 80), (5, 33)])
+def test_normalises_and_casts(backend, device, dtype, memory_format, size):
     images, crops = images_and_crops()
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.1)
-    with fastproto.backend(backend):
-        out = crop_resize(images, crops, 16, mean=mean, std=std, dtype=dtype, memory_format=memory_format)
-        plain = crop_resize(images, crops, 16, dtype=torch.float64)
+    out = run(backend, device, images, crops, size, mean=mean, std=std, dtype=dtype, memory_format=memory_format)
+    plain = run("reference", "cpu", images, crops, size, dtype=torch.float64)
     assert out.dtype == dtype
     assert out.is_contiguous(memory_format=memory_format)
     expected = tv.normalize(plain, list(mean), list(std))
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_layouts_lists_index_and_out_agree(backend):
-    images, crops = images_and_crops()
-    index = torch.tensor([4, 4, 0, 1, 2, 3, 3, 0, 0, 1])
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_layouts_lists_index_and_out_agree(backend, device):
+    images, crops, index = *images_and_crops(), torch.tensor([4, 4, 0, 1, 2, 3, 3, 0, 0, 1])
+    make = functools.partial(run, backend, device, index=index)
+    expected = make(images, crops, 16)
+    channels_last = make(images.permute(0, 2, 3, 1).contiguous(), crops, 16)
+    listed = make(list(images), crops, 16)
+    wide = images.repeat(1, 1, 2, 2)[:, :, :37, :29]
+    strided = make(wide, crops, 16)
+    out = torch.full((10, 3, 16, 32), float("nan"), device=device)
     with fastproto.backend(backend):
-        expected = crop_resize(images, crops, 16, index=index)
-        channels_last = crop_resize(images.permute(0, 2, 3, 1).contiguous(), crops, 16, index=index)
-        listed = crop_resize(list(images), crops, 16, index=index)
-        strided = crop_resize(images.repeat(1, 1, 2, 2)[:, :, :37, :29], crops, 16, index=index)
-        out = torch.full((10, 3, 16, 32), float("nan"))
-        returned = crop_resize(images, crops, 16, index=index, out=out[..., ::2])
-    for other in (channels_last, listed, strided, out[..., ::2]):
+        returned = crop_resize(images.to(device), crops.to(device), 16, index=index.to(device), out=out[..., ::2])
+    for other in (channels_last, listed, strided, out[..., ::2].cpu()):
         torch.testing.assert_close(other, expected, atol=0, rtol=0)
     assert returned.data_ptr() == out.data_ptr()
     assert out[..., 1::2].isnan().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_images_of_different_sizes(backend):
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_images_of_different_sizes(backend, device):
     sizes = [(1, 1), (1, 40), (33, 5), (64, 64)]
     images = [torch.randint(256, (1, *size), dtype=torch.uint8) for size in sizes]
     crops = torch.tensor([[0, 0, h, w] for h, w in sizes], dtype=torch.int32)
-    with fastproto.backend(backend):
-        out = crop_resize(images, crops, (8, 6))
+    out = run(backend, device, images, crops, (8, 6))
     for r, image in enumerate(images):
         expected = oracle(image, crops[r].tolist(), (8, 6))
         torch.testing.assert_close(out[r].double(), expected, atol=3e-6, rtol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_crops_gives_an_empty_batch(backend):
-    with fastproto.backend(backend):
-        out = crop_resize(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, 4, dtype=torch.int32), 8)
-    assert out.shape == (0, 3, 8, 8)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_no_crops_gives_an_empty_batch(backend, device):
+    images, crops = torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, 4, dtype=torch.int32)
+    assert run(backend, device, images, crops, 8).shape == (0, 3, 8, 8)
 
 
 @needs_cpp
@@ -185,8 +196,8 @@ def test_cuda_equals_the_cpu_reference(backend, dtype):
             memory_format=torch.channels_last,
         )  # fmt: skip
         listed = crop_resize([image.cuda() for image in images], crops.cuda(), (31, 20))
-    torch.testing.assert_close(out.cpu().double(), expected, atol=2e-5, rtol=torch.finfo(dtype).eps)
-    torch.testing.assert_close(listed.cpu(), crop_resize(images, crops, (31, 20)), atol=2e-6, rtol=0)
+    torch.testing.assert_close(out.cpu().double(), expected, atol=4e-5, rtol=torch.finfo(dtype).eps)
+    torch.testing.assert_close(listed.cpu(), crop_resize(images, crops, (31, 20)), atol=4e-6, rtol=0)
 
 
 U8 = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cuda_backend import CUDA
 from torch import Tensor
 
 import fastproto
@@ -16,7 +17,7 @@ from fastproto.ops.localize import MAX_CUDA_PLACES, localize
 needs_cpp = pytest.mark.skipif(_native.cpp is None, reason=_native.cpp_error)
 BACKENDS = [
     pytest.param("cpp", "cpu", marks=needs_cpp),
-    pytest.param("cuda", "cuda", marks=pytest.mark.gpu),
+    CUDA,
 ]
 
 

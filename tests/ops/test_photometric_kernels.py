@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_backend import CUDA
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
@@ -19,7 +20,7 @@ from fastproto.ops.photometric import apply_photometric, color_jitter, gaussian_
 needs_cpp = pytest.mark.skipif(_native.cpp is None, reason=_native.cpp_error)
 BACKENDS = [
     pytest.param("cpp", "cpu", marks=needs_cpp),
-    pytest.param("cuda", "cuda", marks=pytest.mark.gpu),
+    CUDA,
 ]
 # One pixel; rows below, at and off every vector width; more pixels than one block of the mean's sum.
 SHAPES = [(1, 1, 1), (3, 1, 7), (33, 33, 17), (24, 32, 32), (2, 70, 131)]

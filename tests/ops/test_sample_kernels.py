@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_backend import CUDA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,7 +25,7 @@ from fastproto.views import SIMC_BOX
 needs_cpp = pytest.mark.skipif(_native.cpp is None, reason=_native.cpp_error)
 BACKENDS = [
     pytest.param("cpp", "cpu", marks=needs_cpp),
-    pytest.param("cuda", "cuda", marks=pytest.mark.gpu),
+    CUDA,
 ]
 DEFAULTS = {
     "boxes": None, "scale": (0.2, 1.0), "ratio": (3 / 4, 4 / 3), "alpha": 0.6, "views": 2, "seed": 0, "epoch": 0,
