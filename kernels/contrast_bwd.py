@@ -123,7 +123,8 @@ def _contrast_bwd_keys_kernel(
             p_kn = tl.exp2(scores_kn - lse_k[:, None])
             if HAS_GROUPS:
                 p_kn = tl.where(same_kn & ~is_mine_kn, 0.0, p_kn)
-            q_kn += tl.where(is_mine_kn, p_kn - 1.0, p_kn) * grad_k[:, None]
+            # A row beyond the last is 0, and so is its score: p may be infinite where all true scores are far below.
+            q_kn += tl.where(mask_n[None, :], tl.where(is_mine_kn, p_kn - 1.0, p_kn) * grad_k[:, None], 0.0)
         bias_k += tl.sum(q_kn, 1)
         if not WHOLE:
             x_nv = load_rows(block_ptr, stride_x, here_n, mask_n, offs_v, D, EVEN_V)
@@ -174,6 +175,7 @@ def contrast_bwd_keys(
     dy = torch.empty(parts, k, d, dtype=torch.float32, device=x.device)
     db = torch.empty(parts, k, dtype=torch.float32, device=x.device)
     bias = None if bias is None else bias.float().contiguous()
+    groups, key_groups = (None if group is None else group.contiguous() for group in (groups, key_groups))
     inputs = (x, y, targets.contiguous(), scale.float().contiguous(), bias, groups, key_groups)
     with torch.cuda.device_of(x):
         _contrast_bwd_keys_kernel[tiles, parts, columns](

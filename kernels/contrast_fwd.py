@@ -46,6 +46,8 @@ from torch import Tensor
 # Each has its K as an argument of its own: Triton would specialise a tuple of them, and compile for every size.
 MAX_SETS = 4
 MERGE_ROWS, MERGE_COLUMNS = 64, 64
+# Loads of the parts to come on their way: the few programs that merge have nothing else to wait beside.
+MERGE_STAGES = tl.constexpr(4)
 
 
 @triton.jit
@@ -242,12 +244,14 @@ def _contrast_merge_kernel(
     first_n = first_s * N.to(tl.int64) + offs_n
     target_n = tl.load(target_ptr + out_n, mask=mask_n, other=-1)
     counted_n = target_n >= 0
-    key_n = tl.maximum(target_n, 0)
+    # A target beyond the keys, which only debug mode refuses on a GPU, is not read; its loss is NaN.
+    known_n = target_n < K
+    key_n = tl.minimum(tl.maximum(target_n, 0), K - 1)
 
     max_n = tl.full((BLOCK_N,), -INF, tl.float32)
     top1_n = tl.zeros((BLOCK_N,), tl.int64)
     at = first_n
-    for _ in range(parts):
+    for _ in tl.range(0, parts, num_stages=MERGE_STAGES):
         here_n = tl.load(max_ptr + at, mask=mask_n, other=0.0)
         if NEED_STATS:
             top1_n = tl.where(here_n > max_n, tl.load(part_top1_ptr + at, mask=mask_n, other=0), top1_n)
@@ -258,7 +262,7 @@ def _contrast_merge_kernel(
     sum_n = tl.zeros((BLOCK_N,), tl.float32)
     spread_n = tl.zeros((BLOCK_N,), tl.float32)
     at = first_n
-    for _ in range(parts):
+    for _ in tl.range(0, parts, num_stages=MERGE_STAGES):
         below_n = tl.load(max_ptr + at, mask=mask_n, other=0.0) - level_n
         part_n = tl.load(sum_ptr + at, mask=mask_n, other=0.0)
         sum_n += part_n * tl.exp2(below_n)
@@ -273,7 +277,7 @@ def _contrast_merge_kernel(
         offs_v = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         acc_nv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         at = first_n
-        for _ in range(parts):
+        for _ in tl.range(0, parts, num_stages=MERGE_STAGES):
             shrink_n = tl.exp2(tl.load(max_ptr + at, mask=mask_n, other=0.0) - level_n)
             acc_nv += load_rows(acc_ptr, D, at, mask_n, offs_v, D, False) * shrink_n[:, None]
             at += N
@@ -300,7 +304,7 @@ def _contrast_merge_kernel(
         positive_n = tl.fma(diagonal_n, scale_n, bias_n)
         log_sum_n = tl.log(sum_n)
         # (m - s_t) + log l, not lse - s_t: the difference of two large numbers would lose the digits of a small loss.
-        loss_n = (max_n - positive_n) * LN2 + log_sum_n
+        loss_n = tl.where(known_n, (max_n - positive_n) * LN2 + log_sum_n, float("nan"))
         tl.store(loss_ptr + out_n, tl.where(counted_n, loss_n, 0.0), mask=mask_n)
         tl.store(lse_ptr + out_n, tl.where(counted_n, max_n * LN2 + log_sum_n, 0.0), mask=mask_n)
         if NEED_STATS:
@@ -353,6 +357,7 @@ def contrast_fwd(
     partial = (empty(parts, n), empty(parts, n), empty(parts, n if need_dx else 0, d),
                empty(parts, stats), empty(parts, stats, dtype=torch.int64))  # fmt: skip
     bias = None if bias is None else bias.float().contiguous()
+    groups, key_groups = (None if group is None else group.contiguous() for group in (groups, key_groups))
     inputs = (x, ys, targets.contiguous(), scale.float().contiguous(), bias, groups, key_groups)
     flags = {"D": d, "HAS_BIAS": bias is not None, "NEED_DX": need_dx, "NEED_STATS": need_stats}
     lengths = (n, *sizes, *[0] * (MAX_SETS - len(sizes)), part)

@@ -4,7 +4,8 @@
     sums_kd = Σ_{n: label_n = k} [w_n x_nd]        counts_k = Σ_{n: label_n = k} [w_n]        [v] = (v + r) - r
 
 N rows, K clusters, D dimensions; r, given in float64, is so large that the bracketed numbers lie on a grid on which
-float64 adds up all of them without an error (reference/update.py). Rows labelled -1 are not read.
+float64 adds up all of them without an error (reference/update.py). Rows labelled -1 are not read. A label beyond the
+clusters, which only debug mode refuses on a GPU, adds to nothing.
 
 The rows are taken in the order of their labels. A program walks through a stretch of them, keeps the sum of a run of
 equal labels in registers, and adds it to memory where the run ends: N · D numbers are read once, and (K + N / RUN) · D
@@ -31,7 +32,7 @@ def round_to_grid(values, rounder):
     return (values + rounder) - rounder
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "K"])
 def _update_kernel(
     x_ptr,  # (N, D) at stride_xn, stride_xd
     label_ptr,  # (N,) int32, ascending
@@ -41,6 +42,7 @@ def _update_kernel(
     sums_ptr,  # (K, D) float64
     counts_ptr,  # (K,) float64
     N,
+    K,
     stride_xn,
     stride_xd,
     stride_w,
@@ -64,8 +66,9 @@ def _update_kernel(
     for n in range(begin, end):
         here = tl.load(label_ptr + n).to(tl.int64)
         if here != label:
-            tl.atomic_add(sums_ptr + label * D, sum_d, mask=mask_d & (label >= 0), sem="relaxed")
-            tl.atomic_add(counts_ptr + label, count, mask=counts & (label >= 0), sem="relaxed")
+            known = (label >= 0) & (label < K)
+            tl.atomic_add(sums_ptr + label * D, sum_d, mask=mask_d & known, sem="relaxed")
+            tl.atomic_add(counts_ptr + label, count, mask=counts & known, sem="relaxed")
             label = here
             sum_d = tl.zeros((COLUMNS,), tl.float64)
             count = tl.zeros((), tl.float64)
@@ -77,8 +80,9 @@ def _update_kernel(
             x_d *= w
         sum_d += round_to_grid(x_d, x_rounder)
         count += round_to_grid(w, w_rounder)
-    tl.atomic_add(sums_ptr + label * D, sum_d, mask=mask_d & (label >= 0), sem="relaxed")
-    tl.atomic_add(counts_ptr + label, count, mask=counts & (label >= 0), sem="relaxed")
+    known = (label >= 0) & (label < K)
+    tl.atomic_add(sums_ptr + label * D, sum_d, mask=mask_d & known, sem="relaxed")
+    tl.atomic_add(counts_ptr + label, count, mask=counts & known, sem="relaxed")
 
 
 def update(
@@ -100,8 +104,8 @@ def update(
     stride_w = 0 if weights is None else weights.stride(0)
     with torch.cuda.device_of(x):
         _update_kernel[triton.cdiv(n, RUN), triton.cdiv(d, columns)](
-            x, ordered, places, weights, rounders.contiguous(), sums, counts, n, *x.stride(), stride_w, D=d,
-            HAS_WEIGHTS=weights is not None, RUN=RUN, COLUMNS=columns, num_warps=max(1, columns // 128),
+            x, ordered, places, weights, rounders.contiguous(), sums, counts, n, num_clusters, *x.stride(), stride_w,
+            D=d, HAS_WEIGHTS=weights is not None, RUN=RUN, COLUMNS=columns, num_warps=max(1, columns // 128),
             enable_fp_fusion=False,
         )  # fmt: skip
     return sums, counts

@@ -75,4 +75,4 @@ _op = Op(
 
 @_op.fake
 def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), dtype=torch.float32)
+    return x.new_empty(x.shape[0], dtype=torch.int64), x.new_empty(x.shape[0], dtype=torch.float32)

@@ -50,7 +50,7 @@ def _cpp_all_pairs_bwd(features: Tensor, second: Tensor | None, *rest: Tensor) -
 
 
 def _joined_shape(features: Tensor, second: Tensor | None) -> tuple[int, int]:
-    return len(features) + (0 if second is None else len(second)), features.shape[1]
+    return features.shape[0] + (0 if second is None else second.shape[0]), features.shape[1]
 
 
 def _launch_pairs(
@@ -151,7 +151,7 @@ _all_pairs_bwd = _op(
 @_pairs_fwd.fake
 def _fake_pairs_fwd(a: Tensor, b: Tensor, same: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     dtype = _result_dtype(a, b, weight)
-    return a.new_empty(len(a), dtype=dtype), a.new_empty(len(a), dtype=dtype)
+    return a.new_empty(a.shape[0], dtype=dtype), a.new_empty(a.shape[0], dtype=dtype)
 
 
 @_pairs_bwd.fake

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from interpreter import run_interpreted
-from ops import test_contrast_sets
+from ops import test_contrast_kernels, test_contrast_sets
 from ops.test_contrast_kernels import LEAVES, assert_close, op_arguments, problem, run
 from torch import Tensor
 
@@ -63,6 +63,23 @@ def test_equals_the_reference(shape: tuple[int, int, int], grouped: bool, normal
 
 
 @on_gpu
+def test_vectors_may_have_any_stride() -> None:
+    test_contrast_kernels.test_vectors_may_have_any_stride("triton", DEVICE)
+
+
+@on_gpu
+def test_a_target_beyond_the_keys_gives_nan() -> None:
+    """Where nothing has refused it, as outside of debug mode on a GPU: no memory beyond the keys is read."""
+    arguments = problem(5, 7, 24, device=DEVICE)
+    targets = torch.tensor([0, 7, -1, 1 << 40, 6], device=DEVICE)
+    with fastproto.backend("triton"):
+        loss = contrast_unchecked(
+            arguments["features"], arguments["keys"], targets, arguments["scale"], arguments["bias"], None, None
+        )[0]
+    assert loss.isnan().tolist() == [False, True, False, True, False]
+
+
+@on_gpu
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", [(33, 507, 130), (40, 70, 24)])
 def test_half_precision_is_as_exact_as_plain_pytorch(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
@@ -106,6 +123,24 @@ def test_rows_against_themselves(grouped: bool) -> None:
     exact = gradient("reference", torch.float64, symmetric=False)
     error = (gradient("triton", torch.float32, symmetric=True) - exact).abs().max()
     assert error <= 1e-5 * exact.abs().max()
+
+
+@on_gpu
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of an overflow that is masked
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, -100.0), (HALVES[0], -50.0)])
+def test_rows_against_themselves_under_a_negative_temperature(dtype: torch.dtype, scale: float) -> None:
+    """All scores far below 0: what stands in for rows beyond the last must not be raised above them."""
+    x = F.normalize(1 + 0.01 * torch.randn(3, 24, device=DEVICE), dim=1).to(dtype).requires_grad_()
+    targets, groups = torch.tensor([1, 2, 0], device=DEVICE), torch.arange(3, device=DEVICE)
+
+    def gradient(backend: str, x: Tensor) -> Tensor:
+        with fastproto.backend(backend):
+            (loss,) = contrast_unchecked(x, None, targets, scale, None, groups, groups, normalize=False)
+            return torch.autograd.grad(loss.sum(), x)[0]
+
+    exact = gradient("reference", x.detach().double().requires_grad_())
+    # A logit of that size is known to its last digits, and so is the probability that meets the scale once more.
+    assert (gradient("triton", x).double() - exact).abs().max() <= scale**2 * torch.finfo(dtype).eps
 
 
 @on_gpu

@@ -84,6 +84,18 @@ def test_ignored_rows_are_not_read() -> None:
 
 
 @on_gpu
+def test_labels_beyond_the_clusters_add_to_nothing() -> None:
+    """Where nothing has refused them, as outside of debug mode on a GPU."""
+    from fastproto.kernels.update import update
+
+    x, labels = torch.ones(6, 3, device=DEVICE), torch.tensor([0, 2, 1, 9, 2, -1], device=DEVICE)
+    rounders = torch.full((2,), 64.0, dtype=torch.float64, device=DEVICE)
+    sums, counts = update(x, labels, 2, None, rounders)
+    assert torch.equal(sums, torch.ones_like(sums))
+    assert torch.equal(counts, torch.ones_like(counts))
+
+
+@on_gpu
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_nan_stays_in_its_cluster() -> None:
     x, labels, k, weights = problem(70, 5, 40)
