@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -138,6 +138,11 @@ def _device_type(args: tuple[Any, ...]) -> str:
     """Device type of the first argument, a tensor or a list of them."""
     first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
     return first.device.type
+
+
+def integers(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    """Rows of the host's integers as an int64 tensor. From pinned memory the host need not wait for the copy."""
+    return torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def contiguous_rows(x: torch.Tensor) -> torch.Tensor:

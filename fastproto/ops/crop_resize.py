@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastproto import _native
 from fastproto._check import FLOATS, expect, expect_numbers, expect_size, expect_tensor, expect_type, reads_data
-from fastproto.ops._dispatch import DTYPE_CODES, Op
+from fastproto.ops._dispatch import DTYPE_CODES, Op, integers
 from fastproto.reference import crop_resize as reference
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -46,7 +46,7 @@ def _table(images: list[Tensor]) -> Tensor | None:
     if len(images) == 1:
         return None
     rows = [[image.data_ptr(), *image.shape[2:], *image.stride()[1:]] for image in images]
-    return torch.tensor(rows, dtype=torch.int64).to(images[0].device)
+    return integers(rows, images[0].device)
 
 
 def _pointers(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastproto._check import FLOATS, INTEGERS, expect, expect_size, expect_tensor, expect_type
 from fastproto._random import MAX_VIEWS, expect_key
+from fastproto.ops._dispatch import integers
 from fastproto.ops.crop_resize import crop_resize, expect_layout, expect_mean, expect_std
 from fastproto.ops.photometric import apply_photometric
 from fastproto.ops.sample_crops import expect_crop_options, sample_crops_and_flips
@@ -169,7 +170,7 @@ class ContrastiveCrop(nn.Module):
                 expect_tensor(image, op, f"images[{n}]", ("C", "H", "W"), (torch.uint8,))
                 expect(min(image.shape[1:]) > 0, op, f"images[{n}]", "H and W of at least 1", image)
             first, channels = images[0], len(images[0])
-            sizes = torch.tensor([image.shape[1:] for image in images], device=first.device)
+            sizes = integers([image.shape[1:] for image in images], first.device)
         expect_tensor(sample_ids, op, "sample_ids", (len(images),), INTEGERS, first.device)
         good = 1 <= channels <= 4 if self.augment == "none" else channels in (1, 3)
         expect(good, op, "images", "1 to 4 channels" if self.augment == "none" else "1 or 3 channels", first)
