@@ -17,6 +17,9 @@ from fastproto._check import FLOATS, INTEGERS, expect, expect_index, expect_tens
 from fastproto.ops._dispatch import DTYPE_CODES, Op, contiguous_rows, once_differentiable
 from fastproto.reference import contrast as reference
 
+# Rows wider than this are left to plain products where there are so few scores, 16 MiB of them.
+WIDE, FEW_SCORES = 256, 1 << 22
+
 
 def _cpp_fwd(features: Tensor, keys: Tensor, *rest: Any) -> list[Tensor]:
     if torch.float64 in (features.dtype, keys.dtype):
@@ -109,11 +112,11 @@ def _launch(
 def _triton_fwd(
     features: Tensor, keys: Tensor, targets: Tensor, scale: Tensor | None, scale_all: float, *rest: Any
 ) -> list[Tensor]:
-    if torch.float64 in (features.dtype, keys.dtype):
+    *options, normalize, divisor, _, more_keys, need_dx, need_stats = rest
+    if _suits_matrices(features, keys, more_keys):
         return reference.contrast_fwd(features, keys, targets, scale, scale_all, *rest)
     from fastproto.kernels.contrast_fwd import contrast_fwd
 
-    *options, normalize, divisor, _, more_keys, need_dx, need_stats = rest
     keys = keys if more_keys is None else torch.cat([keys, more_keys])
     loss, lse, dx, *stats = outputs(features, need_dx, need_stats)
     a = _scale_of(keys, scale, scale_all)
@@ -133,7 +136,7 @@ def _triton_fwd(
 def _triton_bwd_keys(
     features: Tensor, keys: Tensor, targets: Tensor, scale: Tensor | None, scale_all: float, *rest: Any
 ) -> list[Tensor]:
-    if torch.float64 in (features.dtype, keys.dtype):
+    if _suits_matrices(features, keys):
         return reference.contrast_bwd_keys(features, keys, targets, scale, scale_all, *rest)
     from fastproto.kernels.contrast_bwd import contrast_bwd_keys
 
@@ -151,6 +154,17 @@ def _triton_bwd_keys(
     if normalize:
         dy = dy - wide * (along / length.square())[:, None]
     return present((dy, None if scale is None else along / scale.float(), None if options[0] is None else db))
+
+
+def _suits_matrices(features: Tensor, *keys: Tensor | None) -> bool:
+    """Whether plain matrix products serve better than Triton: for float64, or few scores of rows that are wide.
+
+    A Triton program sums 128 or 256 columns of the gradient, and finds the scores anew for every so many of them.
+    """
+    given = [y for y in keys if y is not None]
+    if any(x.dtype == torch.float64 for x in (features, *given)):
+        return True
+    return features.shape[1] > WIDE and features.shape[0] * sum(y.shape[0] for y in given) <= FEW_SCORES
 
 
 def _scale_of(keys: Tensor, scale: Tensor | None, scale_all: float) -> Tensor:

@@ -68,6 +68,20 @@ def test_vectors_may_have_any_stride() -> None:
 
 
 @on_gpu
+def test_few_scores_of_wide_rows_are_left_to_matrix_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastproto.kernels import contrast_bwd, contrast_fwd
+
+    arguments = problem(9, 20, 300, device=DEVICE)
+    exact = run("reference", arguments, torch.float64)
+    with monkeypatch.context() as patch:
+        patch.setattr(contrast_fwd, "contrast_fwd", None)
+        patch.setattr(contrast_bwd, "contrast_bwd_keys", None)
+        assert_close(run("triton", arguments, torch.float32), exact, 4e-6)
+    monkeypatch.setattr("fastproto.ops.contrast.FEW_SCORES", 179)
+    assert_close(run("triton", arguments, torch.float32), exact, 4e-6)
+
+
+@on_gpu
 def test_a_target_beyond_the_keys_gives_nan() -> None:
     """Where nothing has refused it, as outside of debug mode on a GPU: no memory beyond the keys is read."""
     arguments = problem(5, 7, 24, device=DEVICE)
