@@ -12,7 +12,6 @@ from pathlib import Path
 import harness
 import pytest
 import report
-import table
 from harness import Suite, Work
 
 
@@ -83,6 +82,9 @@ def test_the_commit_is_known_with_git_or_by_name(tmp_path: Path, monkeypatch: py
 
 
 def test_runs_are_trained_in_slices_and_averaged_over_seeds(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("jsonargparse")
+    import table
+
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     small = ["--limit", "32", "--batch_size", "16", "--epochs", "2", "--device", "cpu", "--encoder.name", "resnet-tiny"]
