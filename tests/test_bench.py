@@ -62,6 +62,16 @@ def test_a_peer_that_fails_costs_its_own_figure(suite: Suite, tmp_path: Path, ca
         suite.compare(work, {"fastproto": fails, "other": int}, seconds=0)
 
 
+def test_a_peer_that_cannot_be_imported_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    (tmp_path / "of_another_torch.py").write_text("raise RuntimeError('an API that changed')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert harness.peer("not_installed_here", "x") is None
+    assert capsys.readouterr().out == ""
+    assert harness.peer("of_another_torch", "x") is None
+    assert "of_another_torch is left out: RuntimeError: an API that changed" in capsys.readouterr().out
+    assert harness.peer("json", "dumps") is json.dumps
+
+
 def test_rows_of_two_devices_are_two_files(suite: Suite, tmp_path: Path) -> None:
     suite.compare(Work("w", "1", "float32", "cpu"), {"fastproto": int}, seconds=0)
     suite.rows.append(replace(suite.rows[0], device="NVIDIA H200", method="there"))
