@@ -14,25 +14,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Suite, Work
+from harness import Suite, Work, peer
 from torch import Tensor
 
 from fastproto.cluster import KMeans, PrototypeBank, kmeans_assign
 from fastproto.ops.update import update
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # what peers have to say
 DEVICE = "cuda"
 N, D, K = 1_280_000, 128, 30_000  # ImageNet's images, PCL's embedding
 SETS = (25_000, 50_000, 100_000)  # PCL's prototypes
 ITERATIONS = 20
-
-
-def peer(module: str, name: str) -> Any:
-    """Something of a package that need not be there."""
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError):
-        return None
 
 
 def rows(kind: str, n: int, k: int) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Suite, Work
+from harness import Suite, Work, compiled
 from torch import Tensor
 
 from fastproto.losses import InfoNCELoss, NTXentLoss
 from fastproto.losses.functional import proto_nce
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # what peers and the compiler have to say
 PHI = 0.1
 
 
@@ -51,7 +52,7 @@ def compare_proto_nce(suite: Suite, benchmark, name: str, n: int, k: int, **opti
         return step
 
     ours = run(lambda x, y, t: proto_nce(x, y, t, PHI))
-    all_peers = {"eager": run(eager_proto_nce), "torch.compile": run(torch.compile(eager_proto_nce))}
+    all_peers = {"eager": run(eager_proto_nce), "torch.compile": run(compiled(eager_proto_nce))}
     methods = {"fastproto": ours, **{peer: all_peers[peer] for peer in peers or all_peers}}
     flop = (4 if learnt else 2) * 2 * n * k * d
     dtype = "bfloat16 autocast" if autocast else "float32"

@@ -8,35 +8,25 @@ for forward and backward.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from bench_contrast import backward, eager_proto_nce, eager_queue
-from harness import Suite, Work
+from harness import Suite, Work, compiled, peer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastproto.losses import InfoNCELoss, NTXentLoss
 from fastproto.losses.functional import proto_nce
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # what peers and the compiler have to say
 PHI = 0.1
 
 
 def unit(*shape: int, learnt: bool = False) -> Tensor:
     x = F.normalize(torch.randn(*shape, device="cuda"), dim=-1).bfloat16()
     return x.requires_grad_(learnt)
-
-
-def peer(module: str, name: str) -> Any:
-    """Something of a package that need not be there."""
-    try:
-        return getattr(import_module(module), name)
-    except ImportError:
-        return None
 
 
 def fused_peers(x: Tensor, y: Tensor, t: Tensor) -> dict[str, Callable[[], object]]:
@@ -54,7 +44,7 @@ def fused_peers(x: Tensor, y: Tensor, t: Tensor) -> dict[str, Callable[[], objec
 def test_proto_nce(suite: Suite, benchmark, n: int, d: int, k: int, learnt: bool) -> None:
     x, y = unit(n, d, learnt=True), unit(k, d, learnt=learnt)
     t = torch.randint(k, (n,), device="cuda")
-    compiled = torch.compile(eager_proto_nce)
+    theirs = compiled(eager_proto_nce)
 
     def ours() -> tuple[Tensor, ...]:
         return backward(proto_nce(x, y, t, PHI), x, y)
@@ -63,7 +53,7 @@ def test_proto_nce(suite: Suite, benchmark, n: int, d: int, k: int, learnt: bool
         "fastproto": ours,
         "fastproto, unit rows given": lambda: backward(proto_nce(x, y, t, PHI, normalize=False), x, y),
         "eager": lambda: backward(eager_proto_nce(x, y, t), x, y),
-        "torch.compile": lambda: backward(compiled(x, y, t), x, y),
+        "torch.compile": lambda: backward(theirs(x, y, t), x, y),
         **fused_peers(x, y, t),
     }
     if not learnt:

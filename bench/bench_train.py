@@ -13,12 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from harness import Suite, Work
-from lightly.loss import NTXentLoss
-from lightly.models.modules import SimCLRProjectionHead
-from lightly.transforms import SimCLRTransform
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_pil_image
+
+pytest.importorskip("jsonargparse")
+pytest.importorskip("lightly")
+
+from lightly.loss import NTXentLoss
+from lightly.models.modules import SimCLRProjectionHead
+from lightly.transforms import SimCLRTransform
 
 from fastproto.train import loop
 from fastproto.train.checkpoint import read_log

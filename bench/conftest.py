@@ -1,4 +1,4 @@
-"""Benchmarks: `python -m pytest bench --benchmark-only`. Result files are written at the end of each suite."""
+"""Benchmarks: `python -m pytest bench --benchmark-only`. Result files are written after each comparison."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from harness import Suite
 
 @pytest.fixture(scope="module")
 def suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
-    """The rows of one benchmark file, written to bench/results when it is through."""
+    """The rows of one benchmark file, which it writes to bench/results as they come."""
     suite = Suite(request.module.__name__.rsplit(".")[-1].removeprefix("bench_"))
     yield suite
-    if suite.rows:
-        print(f"\nwrote {suite.write()}")
+    for path in suite.write():
+        print(f"\nwrote {path}")

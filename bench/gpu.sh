@@ -1,18 +1,63 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU, torch >= 2.11 and nvcc; needs no network and no virtual environment:
-#   bench/gpu.sh build    compiles for the GPUs of FASTPROTO_CUDA_ARCHS and installs in place
-#   bench/gpu.sh test     the tests marked gpu
+#   bench/gpu.sh build    compiles for the GPUs that are there, or those of FASTPROTO_CUDA_ARCHS, and installs
+#   bench/gpu.sh test     the tests marked gpu, on eight processes where pytest-xdist is installed
 #   bench/gpu.sh bench    the benchmarks of the GPU; JSON goes to bench/results/GPU-NAME/
-#   bench/gpu.sh train DATA [options]    nine minutes of bench/table.py: every method with every crop; goes on when repeated
-# Each part takes minutes. PYTHON names the interpreter that holds torch.
+#   bench/gpu.sh train DATA [options]    bench/table.py: every method with every crop; goes on when repeated
+# Each part takes minutes, and is interrupted after nine: what was measured until then is kept. PYTHON names the
+# interpreter that holds torch, FASTPROTO_COMMIT the commit of a tree without .git. Where OUT names a folder, test,
+# bench and train copy bench/results/GPU-NAME to $OUT/GPU-NAME, and what they print is in $OUT/PART.log too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export PYTHONUNBUFFERED=1
 PYTHON=${PYTHON:-python3}
+part=${1:-}
 
-case "${1:-}" in
-  build) FASTPROTO_CUDA=1 "$PYTHON" -m pip install --no-build-isolation --no-deps --force-reinstall . && "$PYTHON" -m fastproto info ;;
-  test) "$PYTHON" -m pytest tests -q -m gpu --continue-on-collection-errors --durations 10 ;;
-  bench) "$PYTHON" -m pytest bench -q -s -m gpu --benchmark-only --continue-on-collection-errors ;;
-  train) shift; "$PYTHON" bench/table.py "$@" ;;
-  *) sed -n '2,7p' "$0"; exit 2 ;;
+limited() { timeout --foreground --signal INT --kill-after 20 540 "$PYTHON" "$@"; }
+installed() { "$PYTHON" -c "import $1" 2> /dev/null; }
+
+archs() {  # "90" of "9.0"; several as "80;90"
+  local versions
+  versions=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | grep -xE '[0-9]+\.[0-9]+') || versions=9.0
+  tr -d . <<< "$versions" | sort -nu | paste -sd ';'
+}
+
+run() {
+  local options=()
+  case "$part" in
+    build)
+      export FASTPROTO_CUDA=1 FASTPROTO_CUDA_ARCHS=${FASTPROTO_CUDA_ARCHS:-$(archs)}
+      limited -m pip install --no-build-isolation --no-deps --force-reinstall .
+      limited -m fastproto info
+      ;;
+    test)
+      if installed pytest_timeout; then options+=(--timeout 120); fi
+      if installed xdist; then
+        options+=(--numprocesses 8 --dist loadfile)
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+      fi
+      limited -m pytest tests -q -m gpu --continue-on-collection-errors --durations 10 "${options[@]}"
+      ;;
+    bench) limited -m pytest bench -q -s -m gpu --benchmark-only --continue-on-collection-errors ;;
+    train) limited bench/table.py --minutes 8.5 "$@" ;;
+  esac
+}
+
+keep() {
+  shopt -s nullglob
+  for folder in bench/results/nvidia-*; do cp -r "$folder" "$OUT"; done
+}
+
+case "$part" in
+  build) run ;;
+  test | bench | train)
+    shift
+    if [ -z "${OUT:-}" ]; then
+      run "$@"
+    else
+      trap keep EXIT
+      run "$@" 2>&1 | tee -i "$OUT/$part.log"
+    fi
+    ;;
+  *) sed -n '2,9p' "$0"; exit 2 ;;
 esac

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import platform
 import re
 import statistics
@@ -14,14 +15,17 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastproto import _native
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
 PACKAGES = ("torch", "triton", "torchvision", "lightly", "pytorch-metric-learning", "faiss-cpu")
 
 
@@ -72,9 +76,12 @@ class Suite:
     rows: list[Row] = field(default_factory=list)
 
     def compare(self, work: Work, methods: dict[str, Callable[[], object]], seconds: float = 4.0) -> None:
-        """Times the methods in turns until ``seconds`` are over; the first is ours."""
-        for method in methods.values():
-            method()
+        """Times the methods in turns until ``seconds`` are over, and writes; the first is ours.
+
+        Of the others, one that raises at its first call is left out.
+        """
+        first = next(iter(methods))
+        methods = {name: method for name, method in methods.items() if _runs(work, name, method, name != first)}
         times: dict[str, list[float]] = {name: [] for name in methods}
         begin = time.perf_counter()
         while time.perf_counter() - begin < seconds or len(next(iter(times.values()))) < 5:
@@ -94,13 +101,40 @@ class Suite:
             self.rows.append(row)
             print(f"\n{row.work:<24}{row.method:<28}{row.median_ms:10.3f} ms   x{row.ours_is_faster:<8.2f}"
                   f"floor {row.share_of_floor:6.1%}   {row.peak_extra_mib:8.1f} MiB", end="")  # fmt: skip
+        self.write()
 
-    def write(self) -> Path:
+    def write(self) -> list[Path]:
         """Writes bench/results/MACHINE/SUITE.json, one file per kind of device that was measured."""
-        path = RESULTS / re.sub(r"[^a-z0-9]+", "-", self.rows[0].device.lower()).strip("-") / f"{self.name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**_environment(), "rows": [asdict(row) for row in self.rows]}, indent=1) + "\n")
-        return path
+        paths = []
+        for device in dict.fromkeys(row.device for row in self.rows):
+            path = results_of(device) / f"{self.name}.json"
+            rows = [asdict(row) for row in self.rows if row.device == device]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({**environment(), "rows": rows}, indent=1) + "\n")
+            paths.append(path)
+        return paths
+
+
+def peer(module: str, name: str) -> Any:
+    """Something of a package that need not be there, or need not work with this torch."""
+    try:
+        return getattr(import_module(module), name)
+    except ModuleNotFoundError:
+        return None
+    except Exception as error:
+        print(f"\n{module} is left out: {_in_short(error)}", end="")
+        return None
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile at its best: for the sizes that it meets, not for any, whatever sizes were compiled before."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def results_of(device: str) -> Path:
+    """The folder for what was measured on a device of this name."""
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def device_name(device: str) -> str:
@@ -138,6 +172,22 @@ def peak_flops(device: str) -> float:
         else:
             _measured[device, "flops"] = max(_native.cpp.peak_flops(torch.get_num_threads()) for _ in range(10))
     return _measured[device, "flops"]
+
+
+def _runs(work: Work, name: str, method: Callable[[], object], optional: bool) -> bool:
+    """Calls it for the first time, and says why it is left out if that fails."""
+    try:
+        _time_ms(method, work.device)  # waits for the GPU
+    except Exception as error:
+        if not optional:
+            raise
+        print(f"\n{work.name:<24}{name:<28}is left out: {_in_short(error)}", end="")
+        return False
+    return True
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _time_ms(method: Callable[[], object], device: str) -> float:
@@ -178,23 +228,37 @@ def _status_kib(key: str) -> int:
     return int(found[1])
 
 
-def _environment() -> dict[str, object]:
+def commit() -> str:
+    """FASTPROTO_COMMIT where the tree has no .git, or what git says of it."""
+    if given := os.environ.get("FASTPROTO_COMMIT"):
+        return given
+
+    def git(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
+
+    try:
+        described = git("describe", "--always").stdout.strip()
+        # The results of the suite before change no code.
+        changed = git("diff", "--quiet", "HEAD", "--", ".", ":!bench/results").returncode == 1
+    except OSError:  # no git
+        return "unknown"
+    return described + "-dirty" * changed if described else "unknown"
+
+
+def environment() -> dict[str, object]:
+    """What a result file says of the run beside its rows."""
+
     def of(package: str) -> str | None:
         try:
             return version(package)
         except PackageNotFoundError:
             return None
 
-    git = ["git", "-C", str(RESULTS.parent.parent)]
-    commit = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True).stdout.strip() or "unknown"
-    # The results of the suite before change no code.
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!bench/results"]).returncode == 1
-    commit += "-dirty" if changed else ""
     ceilings = {f"{device}_{what}": value for (device, what), value in _measured.items()}
     return {
         "schema": 1,
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
+        "commit": commit(),
         "python": platform.python_version(),
         "versions": {name: of(name) for name in PACKAGES if of(name)},
         "measured_ceilings": ceilings,

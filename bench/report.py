@@ -42,9 +42,14 @@ def load() -> list[dict]:
 
 
 def newest(rows: list[dict]) -> list[dict]:
-    """The rows of the machine that ran each suite last, without parts of what stands there as a whole."""
-    last = {row["suite"]: row for row in sorted(rows, key=lambda row: row["date"])}
-    return [row for row in rows if row["device"] == last[row["suite"]]["device"] and row["work"] not in PARTS]
+    """Of each suite the rows of the CPU and of the GPU that ran it last, without parts of what is there as a whole."""
+    last = {(row["suite"], on_cpu(row)): row["device"] for row in sorted(rows, key=lambda row: row["date"])}
+    return [row for row in rows if row["device"] == last[row["suite"], on_cpu(row)] and row["work"] not in PARTS]
+
+
+def on_cpu(row: dict) -> bool:
+    """Whether it was measured on a CPU, whose name has its threads in it (``harness.device_name``)."""
+    return " threads " in row["device"]
 
 
 def markdown(rows: list[dict]) -> str:
@@ -61,8 +66,9 @@ def markdown(rows: list[dict]) -> str:
         if not others:
             continue  # ours beside ours
         best = min(others, key=lambda row: row["median_ms"])
+        what = f"{ours['work']}, {ours['shape']}, {ours['dtype']}" + ("" if on_cpu(ours) else f", {ours['device']}")
         lines.append(
-            f"| {ours['suite']} | {ours['work']}, {ours['shape']}, {ours['dtype']} | {ours['median_ms']:.2f} ms | "
+            f"| {ours['suite']} | {what} | {ours['median_ms']:.2f} ms | "
             f"{best['method']} {best['median_ms']:.2f} ms ({best['median_ms'] / ours['median_ms']:.1f}×) | "
             f"{ours['peak_extra_mib']:.0f}, {best['peak_extra_mib']:.0f} MiB |"
         )

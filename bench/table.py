@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, _environment, device_name
+from harness import commit, device_name, environment, results_of
 
 from fastproto.train.checkpoint import is_run, load_data
 from fastproto.train.config import MACHINE, METHOD_NAMES, Config, config_parser, flat, parse, resolve
@@ -36,7 +35,7 @@ def row(config: Config, result: dict[str, Any], steps: int) -> dict[str, Any]:
         "method": config.method,
         "crop": config.crop,
         "seed": config.seed,
-        "commit": _environment()["commit"],
+        "commit": commit(),
         **{f"before/{name}": score for name, score in result["before"].items()},
         **{f"after/{name}": score for name, score in result["after"].items()},
         "minutes": sum(seconds.values()) / 60,
@@ -63,8 +62,7 @@ def main() -> None:
     name = options.name or Path(options.data.partition(":")[2] or options.data).name
     dataset = load_data(resolve(settings, base))
     device = "cuda" if torch.cuda.is_available() and base.device != "cpu" else "cpu"
-    machine = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    path = RESULTS / machine / "runs" / f"{name}.json"
+    path = results_of(device_name(device)) / "runs" / f"{name}.json"
     common = {key: value for key, value in flat(resolve(settings, base)).items() if key not in (*VARIED, *MACHINE)}
     common["data"] = name
     found = json.loads(path.read_text()) if path.is_file() else {"settings": common, "rows": []}
@@ -88,7 +86,7 @@ def main() -> None:
                     print("time is over; the same command goes on")
                     return
                 steps = config.epochs * (len(dataset.train_images) // config.batch_size)
-                found |= _environment() | {"device": device_name(device)}
+                found |= environment() | {"device": device_name(device)}
                 found["rows"].append(row(config, result, steps))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(found, indent=1) + "\n")

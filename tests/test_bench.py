@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
+import harness
 import pytest
 import report
-import table
+from harness import Suite, Work
 
 
 def test_results_load_and_stand_in_the_readme() -> None:
@@ -24,9 +28,75 @@ def test_of_two_machines_the_one_that_ran_a_suite_last_stands_in_the_readme() ->
     assert report.newest(rows) == rows[1:]
 
 
+def test_a_gpu_stands_in_the_readme_beside_a_cpu() -> None:
+    days = {"x 2 threads avx2": "2026-01-09", "x 2 threads avx512": "2026-01-10"}
+    days |= {"G1": "2026-01-12", "G2": "2026-01-11"}
+    rows = [{"suite": "a", "device": device, "date": date, "work": "w"} for device, date in days.items()]
+    assert report.newest(rows) == rows[1:3]
+
+
+@pytest.fixture
+def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
+    """Measures no ceilings, and writes where nobody looks."""
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness, "_measured", {("cpu", "bandwidth"): 1.0, ("cpu", "flops"): 1.0})
+    return Suite("made")
+
+
+def written(folder: Path) -> dict[str, list[str]]:
+    """The methods in each result file."""
+    files = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/made.json")}
+    return {name: [row["method"] for row in content["rows"]] for name, content in files.items()}
+
+
+def test_a_peer_that_fails_costs_its_own_figure(suite: Suite, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def fails() -> None:
+        raise RuntimeError("out of memory\nat some length")
+
+    work = Work("w", "1", "float32", "cpu")
+    suite.compare(work, {"fastproto": int, "fails": fails, "other": int}, seconds=0)
+    ((_, methods),) = written(tmp_path).items()
+    assert methods == ["fastproto", "other"]
+    assert "fails                       is left out: RuntimeError: out of memory\n" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="out of memory"):
+        suite.compare(work, {"fastproto": fails, "other": int}, seconds=0)
+
+
+def test_a_peer_that_cannot_be_imported_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    (tmp_path / "of_another_torch.py").write_text("raise RuntimeError('an API that changed')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert harness.peer("not_installed_here", "x") is None
+    assert capsys.readouterr().out == ""
+    assert harness.peer("of_another_torch", "x") is None
+    assert "of_another_torch is left out: RuntimeError: an API that changed" in capsys.readouterr().out
+    assert harness.peer("json", "dumps") is json.dumps
+
+
+def test_rows_of_two_devices_are_two_files(suite: Suite, tmp_path: Path) -> None:
+    suite.compare(Work("w", "1", "float32", "cpu"), {"fastproto": int}, seconds=0)
+    suite.rows.append(replace(suite.rows[0], device="NVIDIA H200", method="there"))
+    assert tmp_path / "nvidia-h200" / "made.json" in suite.write()
+    (here,) = set(written(tmp_path)) - {"nvidia-h200"}
+    assert written(tmp_path) == {here: ["fastproto"], "nvidia-h200": ["there"]}
+
+
+def test_the_commit_is_known_with_git_or_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    monkeypatch.delenv("FASTPROTO_COMMIT", raising=False)
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    assert harness.commit() == "unknown"
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: (_ for _ in ()).throw(FileNotFoundError))
+    assert harness.commit() == "unknown"
+    monkeypatch.setenv("FASTPROTO_COMMIT", "abc1234")
+    assert harness.commit() == "abc1234"
+    assert capfd.readouterr() == ("", "")
+
+
 def test_runs_are_trained_in_slices_and_averaged_over_seeds(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("jsonargparse")
+    import table
+
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
     small = ["--limit", "32", "--batch_size", "16", "--epochs", "2", "--device", "cpu", "--encoder.name", "resnet-tiny"]
     small += ["--encoder.width", "8", "--head.hidden", "8", "--views.size", "16", "--methods", "simclr", "pcl"]
     small += ["--prototypes.num", "[3]", "--prototypes.warmup", "1", "--target.queue", "16"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("jsonargparse")
+
 from fastproto.train import data
 from fastproto.train.config import (
     Config,

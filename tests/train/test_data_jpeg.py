@@ -14,6 +14,8 @@ from torch import Tensor
 
 from fastproto.train.data import BrokenImage, Streamed, batches, jpeg, load, streamed
 
+# Python 3.12 warns of what DataLoader does by default.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 CPU = torch.device("cpu")
 ROTATED = Image.Exif()
 ROTATED[0x0112] = 6
@@ -53,17 +55,21 @@ def test_plain_is_what_leaves_no_doubt(file: bytes, plain: bool) -> None:
     assert jpeg.is_plain(file) is plain
 
 
-@pytest.fixture
-def mixed(tmp_path: Path) -> Path:
+def write_mixed(folder: Path, **options: Any) -> Path:
     """Two classes of ten training images of sizes of their own: JPEG, of which two are turned, and two PNG."""
     for seed in range(20):
-        file = tmp_path / "train" / f"class{seed // 10}" / f"{seed:02}.{'png' if seed in (4, 15) else 'jpg'}"
+        file = folder / "train" / f"class{seed // 10}" / f"{seed:02}.{'png' if seed in (4, 15) else 'jpg'}"
         file.parent.mkdir(parents=True, exist_ok=True)
-        smooth(20 + seed, 44 - seed, seed).save(file, exif=ROTATED if seed in (7, 12) else Image.Exif())
-        test = tmp_path / "val" / f"class{seed // 10}" / f"{seed}.jpg"
+        smooth(20 + seed, 44 - seed, seed).save(file, exif=ROTATED if seed in (7, 12) else Image.Exif(), **options)
+        test = folder / "val" / f"class{seed // 10}" / f"{seed}.jpg"
         test.parent.mkdir(parents=True, exist_ok=True)
         smooth(16, 16, seed).save(test)
-    return tmp_path
+    return folder
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    return write_mixed(tmp_path)
 
 
 @pytest.fixture
@@ -144,9 +150,35 @@ def test_a_cpu_leaves_decoding_to_the_workers(mixed: Path, monkeypatch: pytest.M
     assert len(next(batches(images, [torch.arange(20)], CPU))) == 20
 
 
-@pytest.mark.gpu
-def test_nvjpeg_decodes_as_pillow_does(mixed: Path) -> None:
+def test_a_device_that_cannot_decode_is_named_once(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     images, expected = stream(mixed), stream(mixed, gpu_decode=False)
+    (mixed / "train" / "class0" / "04.png").write_bytes(b"")
+    decode = jpeg.decode
+
+    def unable(contents: list[Tensor], device: torch.device) -> list[Tensor]:
+        if contents:
+            raise RuntimeError("no nvJPEG here")
+        return decode(contents, device)
+
+    monkeypatch.setattr(jpeg, "decode", unable)
+    monkeypatch.setattr(streamed, "DECODING", ("cpu",))
+    for _ in range(2):
+        (found,) = batches(images, [torch.arange(20)], CPU)
+        (wanted,) = batches(expected, [torch.arange(20)], CPU)
+        assert all(map(torch.equal, found, wanted))
+    assert images.broken == {4}
+    assert caplog.text.count("no nvJPEG here") == 1
+
+
+@pytest.mark.gpu
+def test_nvjpeg_decodes_as_pillow_does(tmp_path: Path, decoded: list[int]) -> None:
+    """Colour of full resolution: half of it nvJPEG brings up by repeating it."""
+    folder = write_mixed(tmp_path, subsampling=0)
+    images, expected = stream(folder), stream(folder, gpu_decode=False)
+    decoded.clear()
     (found,) = batches(images, [torch.arange(20)], torch.device("cuda"))
+    assert sum(decoded) == 16
     assert all(image.is_cuda for image in found)
     assert_close([image.cpu() for image in found], next(batches(expected, [torch.arange(20)], CPU)))

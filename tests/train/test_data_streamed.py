@@ -113,6 +113,15 @@ def test_a_new_call_ends_the_one_before(mixed: Path) -> None:
         next(old)
 
 
+def test_batches_for_a_gpu_are_pinned_whoever_came_first(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, loaders = stream(mixed).train_images, []
+    monkeypatch.setattr(streamed, "started", loaders.append)
+    for device in ("cpu", "cuda", "cuda"):
+        assert list(batches(images, [], torch.device(device))) == []
+    assert [loader.pin_memory for loader in loaders] == [False, True, True]
+    assert loaders[1] is loaders[2]
+
+
 CRASH = """
 import sys, torch
 from fastproto.train.data import load

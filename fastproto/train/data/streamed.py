@@ -126,6 +126,7 @@ class Streamed:
         self._plan: list[Wanted] = []
         self._loader: DataLoader[Piece] | None = None
         self._turn = 0
+        self._warned = False
 
     def __len__(self) -> int:
         return len(self.files)
@@ -155,8 +156,9 @@ class Streamed:
         leave_jpeg = self.gpu_decode and device.type in DECODING
         self._plan[:] = [Wanted(piece.tolist(), leave_jpeg) for ids in shares for piece in ids.split(PIECE)]
         self._turn = turn = self._turn + 1
-        if self._loader is None:
-            self._loader = self._make_loader(pin_memory=device.type == "cuda")
+        pin_memory = device.type == "cuda"
+        if self._loader is None or self._loader.pin_memory != pin_memory:
+            self._loader = self._make_loader(pin_memory)
         pieces = started(self._loader)
         for ids in shares:
             images: list[Tensor] = []
@@ -192,9 +194,13 @@ class Streamed:
             raise BrokenImage(f"data: expected images that decode, got {min(GIVE_UP, len(self))} in a row to {last}")
         try:
             files = iter(jpeg.decode(piece.encoded.split([length for height, length in sizes if not height]), device))
-        except RuntimeError:
+        except RuntimeError as error:
             # One of them is broken: this process finds out which, and what stands in for it.
-            return self._decode(ids, device)
+            decoded = self._decoder[Wanted(ids, leave_jpeg=False)]
+            if len(decoded.broken) == len(piece.broken) and not self._warned:
+                self._warned = True
+                log.warning("data: %s does not decode JPEG; this process does, and slowly: %s", device, error)
+            return self._unpack(decoded, ids, device)
         lengths = [3 * height * width for height, width in sizes if height]
         pixels = iter(piece.pixels.to(device, non_blocking=True).split(lengths))
         return [next(pixels).view(*size, 3).permute(2, 0, 1) if size[0] else next(files) for size in sizes]
