@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ BACKENDS = ("reference", "cpp", "triton", "cuda")
 debug: bool = os.environ.get("FASTPROTO_DEBUG", "0") == "1"
 forced_backend: str | None = None
 triton_interpreted: bool = os.environ.get("TRITON_INTERPRET", "0") == "1"
+c_compiler: str = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or ""
 # Set by torchrun: processes in all and on this machine; 0 without it.
 torchrun_world: int = int(os.environ.get("WORLD_SIZE", "0")) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 torchrun_local_world: int = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) if torchrun_world else 0

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,15 +42,10 @@ def unavailable(backend: str, device_type: str) -> str:
             return "triton is not installed"
         if device_type == "cpu" and not _settings.triton_interpreted:
             return "it needs a CUDA device, or TRITON_INTERPRET=1 to be interpreted on the CPU"
-        if device_type == "cuda" and not _c_compiler():
-            return "Triton needs a C compiler, gcc, clang or CC, for its driver"
+        if device_type == "cuda" and not _settings.c_compiler:
+            return "Triton finds no C compiler, gcc, clang or what CC names, to build its driver with"
         return ""
     return "it runs on CUDA tensors only" if device_type != "cuda" else _native.cuda_error
-
-
-@functools.lru_cache
-def _c_compiler() -> str | None:
-    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
 
 class Op:

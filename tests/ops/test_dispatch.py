@@ -16,6 +16,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastproto
+from fastproto import _settings
 from fastproto.ops import _dispatch
 from fastproto.ops.contrast import contrast
 from fastproto.ops.contrast_sets import contrast_sets
@@ -120,3 +121,10 @@ def test_a_penalty_on_the_gradient_of_a_loss_is_refused(backend: str | None, div
         (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
         with pytest.raises(RuntimeError, match="no second derivative"):
             (loss + gradient.square().sum()).backward()
+
+
+def test_triton_is_not_chosen_where_it_could_not_build_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _dispatch.unavailable("triton", "cuda") == ""
+    monkeypatch.setattr(_settings, "c_compiler", "")
+    assert _dispatch.unavailable("triton", "cuda").startswith("Triton finds no C compiler")
+    assert _dispatch.OPS["contrast_fwd"].choose("cuda") == "reference"
