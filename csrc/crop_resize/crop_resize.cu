@@ -234,17 +234,17 @@ __device__ __forceinline__ void go_down(const Taps& taps, Columns<C, Out>& colum
   }
 }
 
-// Blocks: parts of a crop, views of an image, images, the parts fastest. Units of a part: columns fastest, then bands.
+// Units, a half warp each: columns fastest, then the bands of a crop, the views of an image, images.
 template <int C, bool planar, typename Out>
 __global__ void __launch_bounds__(kThreads)
-    crop_resize_kernel(const CropResize args, unsigned views, unsigned parts, unsigned segments, unsigned bands) {
+    crop_resize_kernel(const CropResize args, unsigned units, unsigned views, unsigned segments, unsigned bands) {
   __shared__ Pack<Out> packed[kThreads / kHalf][kColumns * C * sizeof(Out) / sizeof(Pack<Out>)];
-  const unsigned half = threadIdx.x / kHalf, unit = blockIdx.x % parts * (kThreads / kHalf) + half;
-  if (unit >= segments * bands) return;
-  const unsigned order = blockIdx.x / parts;
+  const unsigned half = threadIdx.x / kHalf, unit = blockIdx.x * (kThreads / kHalf) + half;
+  if (unit >= units) return;
+  const unsigned order = unit / (segments * bands), band = unit / segments % bands;
   const int64_t r = order % views * (args.R / views) + order / views;
   const int lane = static_cast<int>(threadIdx.x % kHalf), left = static_cast<int>(unit % segments) * kColumns;
-  const int first = static_cast<int>(unit / segments) * kBand, w = static_cast<int>(args.w), j = left + kPair * lane;
+  const int first = static_cast<int>(band) * kBand, w = static_cast<int>(args.w), j = left + kPair * lane;
 
   Out* start = static_cast<Out*>(args.out) + r * args.stride_r + first * args.stride_h + left * args.stride_w;
   const bool aligned = reinterpret_cast<uintptr_t>(start) % 16 == 0 && args.stride_h * sizeof(Out) % 16 == 0;
@@ -277,14 +277,14 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <int C, typename Out> void launch(const CropResize& args, cudaStream_t stream) {
-  constexpr int kUnits = kThreads / kHalf;
   const int64_t segments = (args.w + kColumns - 1) / kColumns, bands = (args.h + kBand - 1) / kBand;
-  const int64_t parts = (segments * bands + kUnits - 1) / kUnits;
+  const int64_t units = args.R * segments * bands, blocks = (units + kThreads / kHalf - 1) / (kThreads / kHalf);
+  if (units > UINT32_MAX - kThreads) throw std::invalid_argument("crop_resize: too many crops for one call");
   const int64_t views = !args.index && args.R % args.images.count == 0 ? args.R / args.images.count : 1;
   const auto kernel = args.images.first.stride_w == 1 && !args.images.table ? crop_resize_kernel<C, true, Out>
                                                                             : crop_resize_kernel<C, false, Out>;
-  kernel<<<static_cast<unsigned>(args.R * parts), kThreads, 0, stream>>>(
-      args, static_cast<unsigned>(views), static_cast<unsigned>(parts), static_cast<unsigned>(segments),
+  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
+      args, static_cast<unsigned>(units), static_cast<unsigned>(views), static_cast<unsigned>(segments),
       static_cast<unsigned>(bands));
 }
 
