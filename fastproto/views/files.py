@@ -82,11 +82,11 @@ def to_rgb(image: Image) -> Tensor:  # (3, H, W) uint8
     Raises:
         ValueError: "I" or "F" with values outside that range, which nothing says how to scale.
     """
-    from PIL import ExifTags, Image, ImageOps
+    from PIL import Image, ImageOps
 
     # Two copies of the pixels that are not needed take as long as decoding them. Some formats have EXIF behind them.
     image.load()
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+    if not is_upright(image):
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_to_bytes(np.asarray(image), image.mode))
@@ -96,6 +96,13 @@ def to_rgb(image: Image) -> Tensor:  # (3, H, W) uint8
     # Copied, as Pillow's own pixels are not to be written to.
     pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def is_upright(image: Image) -> bool:
+    """Whether its EXIF says nothing of an orientation, or that it stands as it is."""
+    from PIL import ExifTags
+
+    return bool(image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
 
 
 def _to_bytes(values: np.ndarray, mode: str) -> np.ndarray:

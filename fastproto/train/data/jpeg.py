@@ -13,20 +13,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastproto.views.files import is_upright
+
 START, END = b"\xff\xd8", b"\xff\xd9"
 
 
 def is_plain(content: bytes) -> bool:
     """Whether this is the content of a JPEG file that every decoder reads as the same image, but for rounding."""
-    from PIL import ExifTags, Image
+    from PIL import Image
 
     if not (content.startswith(START) and content.endswith(END)):
         return False
     try:
         # Reads the header alone.
         with Image.open(io.BytesIO(content)) as image:
-            upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-            return image.format == "JPEG" and image.mode == "RGB" and "jfif" in image.info and upright
+            return image.format == "JPEG" and image.mode == "RGB" and "jfif" in image.info and is_upright(image)
     # Who decodes it finds out what is wrong with it.
     except Exception:
         return False

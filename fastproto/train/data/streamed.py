@@ -139,7 +139,8 @@ class Streamed:
     def __getitem__(self, index: int | slice | Tensor) -> Tensor:
         """Squares (3, S, S) or (n, 3, S, S) uint8, as a tensor of all squares would give them."""
         ids = torch.arange(len(self))[index]
-        found = self._decode(ids.flatten().tolist(), torch.device("cpu"))
+        wanted = Wanted(ids.flatten().tolist(), leave_jpeg=False)
+        found = self._unpack(self._decoder[wanted], wanted.ids, torch.device("cpu"))
         return square(found, self.side).view(*ids.shape, 3, self.side, self.side)
 
     def take(self, ids: Tensor) -> Streamed:
@@ -180,10 +181,6 @@ class Streamed:
             # The loader draws a number at every epoch: not from the generator that the training draws from.
             generator=torch.Generator(),
         )
-
-    def _decode(self, ids: list[int], device: torch.device) -> list[Tensor]:
-        """What a worker would do, in this process."""
-        return self._unpack(self._decoder[Wanted(ids, leave_jpeg=False)], ids, device)
 
     def _unpack(self, piece: Piece, ids: list[int], device: torch.device) -> list[Tensor]:
         for index, reason in piece.broken:
