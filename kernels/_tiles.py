@@ -50,10 +50,6 @@ class Tile(NamedTuple):
 # {kernel: {bytes of a number: {widest row: tile}}}
 Table = dict[str, dict[int, dict[int, Tile]]]
 
-# Exact float32 runs on the ordinary cores, alike on all architectures, and small tiles are what fits their registers.
-FLOAT32_FWD = {64: Tile(64, 32, 32, 64, 8, 2), WIDE: Tile(64, 32, 32, 128, 8, 2)}
-FLOAT32_BWD = {64: Tile(32, 64, 16, 64, 8, 2), WIDE: Tile(32, 64, 16, 128, 8, 2)}
-
 # Whatever the rows are, assign's screen takes them in two bytes. Two programs share a processor where they fit: one's
 # minima run beside the other's product.
 ASSIGN = {64: Tile(128, 64, 64, 0, 8, 3), 128: Tile(128, 64, 128, 0, 8, 2), WIDE: Tile(128, 64, 64, 0, 8, 3)}
@@ -65,7 +61,8 @@ ASSIGN_HOPPER = {
 }
 
 # Two warp groups of 64 rows of the accumulator each. What is streamed is as long as registers allow, since a block
-# costs a maximum across threads and a wait. "default" fits the 99 KB of sm_86, sm_89 and sm_120.
+# costs a maximum across threads and a wait. A row of four bytes is two of float16 (_halves.py), whose sum over a block
+# takes registers beside the sum of all. "default" fits the 99 KB of sm_86, sm_89 and sm_120.
 TILES: dict[str, Table] = {
     "sm_100": {
         "contrast_fwd": {
@@ -73,9 +70,13 @@ TILES: dict[str, Table] = {
                 64: Tile(128, 64, 64, 64, 8, 3),
                 128: Tile(128, 64, 128, 128, 8, 3),
                 256: Tile(128, 32, 256, 256, 8, 2),
-                WIDE: Tile(128, 64, 64, 256, 8, 3),
+                WIDE: Tile(128, 64, 32, 256, 8, 3),
             },
-            4: FLOAT32_FWD,
+            4: {
+                64: Tile(64, 64, 64, 64, 8, 2),
+                128: Tile(128, 32, 128, 128, 8, 2),
+                WIDE: Tile(128, 64, 64, 128, 8, 2),
+            },
         },
         "contrast_bwd_keys": {
             2: {
@@ -84,7 +85,11 @@ TILES: dict[str, Table] = {
                 256: Tile(32, 128, 256, 256, 8, 2),
                 WIDE: Tile(32, 128, 64, 256, 8, 3),
             },
-            4: FLOAT32_BWD,
+            4: {
+                64: Tile(64, 64, 64, 64, 8, 2),
+                128: Tile(64, 64, 128, 128, 8, 2),
+                WIDE: Tile(64, 64, 64, 128, 8, 2),
+            },
         },
         "assign": {2: ASSIGN_HOPPER, 4: ASSIGN_HOPPER},
     },
@@ -96,7 +101,11 @@ TILES: dict[str, Table] = {
                 256: Tile(128, 64, 256, 256, 8, 2),
                 WIDE: Tile(128, 32, 64, 256, 8, 3),
             },
-            4: FLOAT32_FWD,
+            4: {
+                64: Tile(128, 64, 64, 64, 8, 3),
+                128: Tile(128, 64, 128, 128, 8, 2),
+                WIDE: Tile(128, 64, 64, 128, 8, 2),
+            },
         },
         "contrast_bwd_keys": {
             2: {
@@ -105,7 +114,11 @@ TILES: dict[str, Table] = {
                 256: Tile(32, 128, 256, 256, 8, 3),
                 WIDE: Tile(32, 128, 64, 128, 8, 3),
             },
-            4: FLOAT32_BWD,
+            4: {
+                64: Tile(64, 128, 64, 64, 8, 3),
+                128: Tile(64, 128, 128, 128, 8, 2),
+                WIDE: Tile(64, 128, 64, 128, 8, 2),
+            },
         },
         "assign": {2: ASSIGN_HOPPER, 4: ASSIGN_HOPPER},
     },
@@ -116,7 +129,11 @@ TILES: dict[str, Table] = {
                 128: Tile(128, 64, 128, 128, 8, 2),
                 WIDE: Tile(128, 64, 64, 128, 8, 2),
             },
-            4: FLOAT32_FWD,
+            4: {
+                64: Tile(128, 32, 64, 64, 8, 2),
+                128: Tile(64, 64, 128, 128, 8, 2),
+                WIDE: Tile(64, 64, 64, 128, 8, 2),
+            },
         },
         "contrast_bwd_keys": {
             2: {
@@ -124,7 +141,11 @@ TILES: dict[str, Table] = {
                 128: Tile(64, 128, 128, 128, 8, 2),
                 WIDE: Tile(64, 128, 64, 128, 8, 2),
             },
-            4: FLOAT32_BWD,
+            4: {
+                64: Tile(32, 128, 64, 64, 8, 2),
+                128: Tile(64, 64, 128, 128, 8, 2),
+                WIDE: Tile(32, 64, 64, 128, 8, 2),
+            },
         },
         "assign": {2: ASSIGN, 4: ASSIGN},
     },
@@ -133,10 +154,10 @@ TILES: dict[str, Table] = {
 TILES["sm_80"] = TILES["default"]
 
 
-def tile_for(kernel: str, x: Tensor) -> Tile:
-    """The tile of a kernel ("contrast_fwd", "contrast_bwd_keys") for rows x (N, D) on their device."""
-    table = TILES[_architecture(x.device)][kernel][x.element_size()]
-    return next(tile for widest, tile in table.items() if x.shape[1] <= widest)
+def tile_for(kernel: str, dtype: torch.dtype, d: int, device: torch.device) -> Tile:
+    """The tile of a kernel ("contrast_fwd", "contrast_bwd_keys", "assign") for rows of d numbers on a device."""
+    table = TILES[_architecture(device)][kernel][dtype.itemsize]
+    return next(tile for widest, tile in table.items() if d <= widest)
 
 
 @functools.lru_cache
@@ -214,12 +235,6 @@ def load_rows(ptr, stride, offs_n, mask_n, offs_d, D: tl.constexpr, EVEN: tl.con
     """
     mask = mask_n[:, None] if EVEN else mask_n[:, None] & (offs_d < D)[None, :]
     return tl.load(ptr + offs_n[:, None] * stride + offs_d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def product(a, b, acc):
-    """acc + a · b in float32. Float32 factors are multiplied as they are: tf32 would keep 11 bits of each."""
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit

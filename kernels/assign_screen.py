@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastproto.kernels._tiles import INF, Tile, product, tile_for
+from fastproto.kernels._tiles import INF, Tile, tile_for
 from torch import Tensor
 
 # The centres of a group: 4 pairs of neighbours, 8 apart.
@@ -186,12 +186,12 @@ def group_minima(x_nd, row_ptr_n, coef_n, c_ptr, vector_ptr, WIDTH: tl.constexpr
     scores_nk = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     if WIDTH == BLOCK_D:
         c_kd = tl.load(c_ptr + here_k[:, None] * WIDTH + here_d[None, :])
-        scores_nk = product(x_nd, tl.trans(c_kd), scores_nk)
+        scores_nk = tl.dot(x_nd, tl.trans(c_kd), scores_nk)
     else:
         for start_d in range(0, WIDTH, BLOCK_D):
             x_nd = tl.load(row_ptr_n[:, None] + (start_d + here_d)[None, :])
             c_kd = tl.load(c_ptr + here_k[:, None] * WIDTH + (start_d + here_d)[None, :])
-            scores_nk = product(x_nd, tl.trans(c_kd), scores_nk)
+            scores_nk = tl.dot(x_nd, tl.trans(c_kd), scores_nk)
     scores_nk += coef_n[:, None] * tl.load(vector_ptr + here_k)[None, :]
     split = tl.reshape(scores_nk, (BLOCK_N, BLOCK_K // (4 * MEMBERS), MEMBERS // 2, 4, 2))
     return tl.reshape(tl.min(tl.min(split, 4), 2), (BLOCK_N, BLOCK_K // MEMBERS))
@@ -265,7 +265,7 @@ def screen(
 ) -> Screen:
     """Bounds of every row on every centre; the tile is for tests."""
     (n, d), k, device = x.shape, len(centers), x.device
-    tile = tile or tile_for("assign", x)
+    tile = tile or tile_for("assign", x.dtype, x.shape[1], x.device)
     tile = tile._replace(block_d=min(tile.block_d, max(16, triton.next_power_of_2(d))))
     width = triton.cdiv(d, tile.block_d) * tile.block_d
     rows, keys = triton.cdiv(n, tile.block_n) * tile.block_n, triton.cdiv(k, tile.block_k) * tile.block_k

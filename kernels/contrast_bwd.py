@@ -21,28 +21,29 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastproto.kernels._tiles import (
-    INF,
-    LOG2E,
-    Tile,
-    aligned_rows,
-    choose_splits,
-    load_rows,
-    load_scale,
-    part_length,
-    product,
-    tile_for,
-)
+from fastproto.kernels._halves import add_product, factor_rows, load_factor, scores
+from fastproto.kernels._tiles import INF, LOG2E, Tile, choose_splits, load_scale, part_length, tile_for
 from torch import Tensor
 
 # What the largest gradient of a float16 batch is brought to: small ones stay above float16's 6e-8, sums are float32.
 FLOAT16_PEAK = 1024.0
 
 
+@triton.jit
+def probability(exponents, HALVES: tl.constexpr):
+    """2^exponents, at most 1 where float16 is to hold them: rounding may put a logit of millions above its sum."""
+    p = tl.exp2(exponents)
+    if HALVES:
+        p = tl.minimum(p, 1.0, propagate_nan=tl.PropagateNan.ALL)
+    return p
+
+
 @triton.jit(do_not_specialize=["N", "K", "part"])
 def _contrast_bwd_keys_kernel(
-    x_ptr,  # (N, D) at stride_x
-    y_ptr,  # (K, D) at stride_y
+    x_ptr,  # (N, D) at stride_x, or HALVES of them
+    y_ptr,  # (K, D) at stride_y, likewise
+    unit_n_ptr,  # (N,) float32, with HALVES: what rows are to be multiplied by
+    unit_k_ptr,  # (K,) float32, with HALVES
     target_ptr,  # (N,) int64
     a_ptr,  # (K,) float32
     b_ptr,  # (K,) float32
@@ -58,6 +59,7 @@ def _contrast_bwd_keys_kernel(
     stride_x,
     stride_y,
     D: tl.constexpr,
+    HALVES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_GROUPS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
@@ -77,6 +79,8 @@ def _contrast_bwd_keys_kernel(
     mask_k = offs_k < K
     y_ptr += start_k * stride_y
     a_k, b_k = load_scale(a_ptr, b_ptr, offs_k, mask_k, HAS_BIAS)
+    if HALVES:
+        a_k *= tl.load(unit_k_ptr + offs_k, mask=mask_k, other=0.0)
     if HAS_GROUPS:
         group_k = tl.load(key_group_ptr + offs_k, mask=mask_k, other=0)
     if SYMMETRIC:
@@ -84,7 +88,7 @@ def _contrast_bwd_keys_kernel(
         grad_k = tl.load(grad_ptr + offs_k, mask=mask_k, other=0.0)
         target_k = tl.load(target_ptr + offs_k, mask=mask_k, other=-1)
     if WHOLE:
-        y_kd = load_rows(y_ptr, stride_y, here_k, mask_k, here_d, D, EVEN_D)
+        y_kd = load_factor(y_ptr, stride_y, here_k, mask_k, here_d, D, EVEN_D, HALVES)
 
     acc_kv = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
     bias_k = tl.zeros((BLOCK_K,), tl.float32)
@@ -95,18 +99,21 @@ def _contrast_bwd_keys_kernel(
         target_n = tl.load(target_ptr + start_n + here_n, mask=mask_n, other=-1)
         scores_kn = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
         if WHOLE:
-            x_nv = load_rows(block_ptr, stride_x, here_n, mask_n, here_d, D, EVEN_D)
-            scores_kn = product(y_kd, tl.trans(x_nv), scores_kn)
+            x_nv = load_factor(block_ptr, stride_x, here_n, mask_n, here_d, D, EVEN_D, HALVES)
+            scores_kn = scores(y_kd, x_nv, scores_kn, HALVES)
         else:
             for start_d in range(0, D, BLOCK_D):
-                y_kd = load_rows(y_ptr, stride_y, here_k, mask_k, start_d + here_d, D, EVEN_D)
-                x_nd = load_rows(block_ptr, stride_x, here_n, mask_n, start_d + here_d, D, EVEN_D)
-                scores_kn = product(y_kd, tl.trans(x_nd), scores_kn)
+                y_kd = load_factor(y_ptr, stride_y, here_k, mask_k, start_d + here_d, D, EVEN_D, HALVES)
+                x_nd = load_factor(block_ptr, stride_x, here_n, mask_n, start_d + here_d, D, EVEN_D, HALVES)
+                scores_kn = scores(y_kd, x_nd, scores_kn, HALVES)
+        if HALVES:
+            unit_n = tl.load(unit_n_ptr + start_n + here_n, mask=mask_n, other=0.0)
+            scores_kn *= unit_n[None, :]
         # An ignored row has p = 0 and g = 0, whatever came in for it.
         lse_n = tl.where(target_n < 0, INF, tl.load(lse_ptr + start_n + here_n, mask=mask_n, other=0.0) * LOG2E)
         grad_n = tl.where(target_n < 0, 0.0, tl.load(grad_ptr + start_n + here_n, mask=mask_n, other=0.0))
         scores_kn = tl.fma(scores_kn, a_k[:, None], b_k[:, None])
-        p_kn = tl.exp2(scores_kn - lse_n[None, :])
+        p_kn = probability(scores_kn - lse_n[None, :], HALVES)
         # The target's place in this tile in 32 bits, or -1: a comparison per score at half the price.
         place_n = target_n - start_k
         place_n = tl.where((place_n >= 0) & (place_n < BLOCK_K), place_n, -1).to(tl.int32)
@@ -120,21 +127,29 @@ def _contrast_bwd_keys_kernel(
             place_k = target_k - start_n
             place_k = tl.where((place_k >= 0) & (place_k < BLOCK_N), place_k, -1).to(tl.int32)
             is_mine_kn = place_k[:, None] == here_n[None, :]
-            p_kn = tl.exp2(scores_kn - lse_k[:, None])
+            p_kn = probability(scores_kn - lse_k[:, None], HALVES)
             if HAS_GROUPS:
                 p_kn = tl.where(same_kn & ~is_mine_kn, 0.0, p_kn)
             # A row beyond the last is 0, and so is its score: p may be infinite where all true scores are far below.
             q_kn += tl.where(mask_n[None, :], tl.where(is_mine_kn, p_kn - 1.0, p_kn) * grad_k[:, None], 0.0)
-        bias_k += tl.sum(q_kn, 1)
+        if HAS_BIAS:
+            bias_k += tl.sum(q_kn, 1)
         if not WHOLE:
-            x_nv = load_rows(block_ptr, stride_x, here_n, mask_n, offs_v, D, EVEN_V)
-        acc_kv = product(q_kn.to(x_nv.dtype), x_nv, acc_kv)
+            x_nv = load_factor(block_ptr, stride_x, here_n, mask_n, offs_v, D, EVEN_V, HALVES)
+        largest = 0.0
+        if HALVES:
+            # p ≤ 1, so no q is larger than the gradients that it is made of.
+            q_kn *= unit_n[None, :]
+            largest = tl.max(tl.abs(grad_n) * unit_n)
+            if SYMMETRIC:
+                largest += tl.max(tl.abs(grad_k)) * tl.max(unit_n)
+        acc_kv = add_product(acc_kv, q_kn, largest, x_nv, HALVES)
 
     at = pid_s.to(tl.int64) * K + offs_k
     a_k = tl.load(a_ptr + offs_k, mask=mask_k, other=0.0)
     mask_kv = mask_k[:, None] if EVEN_V else mask_k[:, None] & (offs_v < D)[None, :]
     tl.store(dy_ptr + at[:, None] * D + offs_v[None, :], acc_kv * a_k[:, None], mask=mask_kv)
-    if pid_v == 0:
+    if HAS_BIAS and pid_v == 0:
         tl.store(db_ptr + at, bias_k, mask=mask_k)
 
 
@@ -161,13 +176,19 @@ def contrast_bwd_keys(
     # An ignored row is emptied before the product, so that not even a NaN in it reaches the keys' gradient. Masking
     # its load instead would let every load wait for a target.
     dtype = torch.promote_types(features.dtype, keys.dtype)
-    x, y = aligned_rows(torch.where(counted[:, None], features, 0), dtype), aligned_rows(keys, dtype)
+    (x, unit_n), (y, unit_k) = (
+        factor_rows(rows, dtype) for rows in (torch.where(counted[:, None], features, 0), keys)
+    )
+    halves = unit_n is not None
     peak = None
     if dtype == torch.float16:
         peak = torch.where(counted, grad.abs(), 0).amax().clamp(min=1e-30) / FLOAT16_PEAK
         grad = grad / peak
-    d = x.shape[1]
-    tile = tile or tile_for("contrast_bwd_keys", x)
+    d = x.shape[1] // 2 if halves else x.shape[1]
+    tile = tile or tile_for("contrast_bwd_keys", dtype, d, x.device)
+    if halves and groups is not None:
+        # They want registers of their own.
+        tile = tile._replace(block_n=tile.block_n // 2)
     columns, tiles = triton.cdiv(d, tile.block_v), triton.cdiv(k, tile.block_k)
     parts = splits or choose_splits(tiles * columns, triton.cdiv(n, tile.block_n), x.device)
     part = part_length(n, parts, tile.block_n)
@@ -176,11 +197,11 @@ def contrast_bwd_keys(
     db = torch.empty(parts, k, dtype=torch.float32, device=x.device)
     bias = None if bias is None else bias.float().contiguous()
     groups, key_groups = (None if group is None else group.contiguous() for group in (groups, key_groups))
-    inputs = (x, y, targets.contiguous(), scale.float().contiguous(), bias, groups, key_groups)
+    inputs = (x, y, unit_n, unit_k, targets.contiguous(), scale.float().contiguous(), bias, groups, key_groups)
     with torch.cuda.device_of(x):
         _contrast_bwd_keys_kernel[tiles, parts, columns](
             *inputs, lse.contiguous(), grad.contiguous(), dy, db, n, k, part, x.stride(0), y.stride(0),
-            D=d, HAS_BIAS=bias is not None, HAS_GROUPS=groups is not None, SYMMETRIC=symmetric,
+            D=d, HALVES=halves, HAS_BIAS=bias is not None, HAS_GROUPS=groups is not None, SYMMETRIC=symmetric,
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_D=tile.block_d, BLOCK_V=tile.block_v,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

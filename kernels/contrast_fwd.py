@@ -17,6 +17,7 @@ the same sizes on the same GPU give the same bits.
 
 Scores are kept in base 2: a_j · log2 e and b_j · log2 e meet the float32 sums of the product, so the keys enter it at
 unit scale. Half-precision probabilities enter the second product rounded to the keys' dtype; all sums are float32.
+Float32 rows and keys come as pairs of halves (_halves.py), and their powers of two meet the sums as a_j does.
 
 Source: FlashAttention-2, arXiv 2307.08691; the derivation is ours.
 """
@@ -29,18 +30,8 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from fastproto.kernels._tiles import (
-    INF,
-    LN2,
-    Tile,
-    aligned_rows,
-    choose_splits,
-    common_part,
-    load_rows,
-    load_scale,
-    product,
-    tile_for,
-)
+from fastproto.kernels._halves import add_product, factor_rows, load_factor, scores
+from fastproto.kernels._tiles import INF, LN2, Tile, choose_splits, common_part, load_rows, load_scale, tile_for
 from torch import Tensor
 
 # Each has its K as an argument of its own: Triton would specialise a tuple of them, and compile for every size.
@@ -79,8 +70,10 @@ def keys_of_set(g, y_ptrs, strides_y, sizes, part):
 
 @triton.jit(do_not_specialize=["N", "K0", "K1", "K2", "K3", "part"])
 def _contrast_fwd_kernel(
-    x_ptr,  # (N, D) at stride_x
-    y_ptrs,  # G of (K, D) at strides_y
+    x_ptr,  # (N, D) at stride_x, or HALVES of them
+    y_ptrs,  # G of (K, D) at strides_y, likewise
+    unit_n_ptr,  # (N,) float32, with HALVES: what rows are to be multiplied by
+    unit_k_ptr,  # (ΣK,) float32, with HALVES
     target_ptr,  # (G, N) int64
     a_ptr,  # (ΣK,) float32
     b_ptr,  # (ΣK,) float32
@@ -100,6 +93,7 @@ def _contrast_fwd_kernel(
     stride_x,
     strides_y,
     D: tl.constexpr,
+    HALVES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_GROUPS: tl.constexpr,
     NEED_DX: tl.constexpr,
@@ -120,6 +114,8 @@ def _contrast_fwd_kernel(
     y_ptr, stride_y, K, first_k, first_s = keys_of_set(g, y_ptrs, strides_y, sizes, part)
     target_ptr += g * N.to(tl.int64)
     a_ptr += first_k
+    if HALVES:
+        unit_k_ptr += first_k
     if HAS_BIAS:
         b_ptr += first_k
     if HAS_GROUPS:
@@ -133,8 +129,10 @@ def _contrast_fwd_kernel(
     counted_n = target_n >= 0
     if HAS_GROUPS:
         group_n = tl.load(group_ptr + offs_n, mask=mask_n, other=0)
+    if HALVES:
+        unit_n = tl.load(unit_n_ptr + offs_n, mask=mask_n, other=0.0)
     if WHOLE:
-        x_nd = load_rows(x_ptr, stride_x, here_n, counted_n, here_d, D, EVEN_D)
+        x_nd = load_factor(x_ptr, stride_x, here_n, counted_n, here_d, D, EVEN_D, HALVES)
 
     max_n = tl.full((BLOCK_N,), -INF, tl.float32)
     sum_n = tl.zeros((BLOCK_N,), tl.float32)
@@ -147,14 +145,17 @@ def _contrast_fwd_kernel(
         block_ptr = y_ptr + start_k * stride_y
         scores_nk = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         if WHOLE:
-            y_kv = load_rows(block_ptr, stride_y, here_k, mask_k, here_d, D, EVEN_D)
-            scores_nk = product(x_nd, tl.trans(y_kv), scores_nk)
+            y_kv = load_factor(block_ptr, stride_y, here_k, mask_k, here_d, D, EVEN_D, HALVES)
+            scores_nk = scores(x_nd, y_kv, scores_nk, HALVES)
         else:
             for start_d in range(0, D, BLOCK_D):
-                x_nd = load_rows(x_ptr, stride_x, here_n, counted_n, start_d + here_d, D, EVEN_D)
-                y_kd = load_rows(block_ptr, stride_y, here_k, mask_k, start_d + here_d, D, EVEN_D)
-                scores_nk = product(x_nd, tl.trans(y_kd), scores_nk)
+                x_nd = load_factor(x_ptr, stride_x, here_n, counted_n, start_d + here_d, D, EVEN_D, HALVES)
+                y_kd = load_factor(block_ptr, stride_y, here_k, mask_k, start_d + here_d, D, EVEN_D, HALVES)
+                scores_nk = scores(x_nd, y_kd, scores_nk, HALVES)
         a_k, b_k = load_scale(a_ptr + start_k, b_ptr + start_k if HAS_BIAS else None, here_k, mask_k, HAS_BIAS)
+        if HALVES:
+            a_k *= tl.load(unit_k_ptr + start_k + here_k, mask=mask_k, other=0.0)
+            scores_nk *= unit_n[:, None]
         scores_nk = tl.fma(scores_nk, a_k[None, :], b_k[None, :])
         if HAS_GROUPS:
             group_k = tl.load(key_group_ptr + start_k + here_k, mask=mask_k, other=0)
@@ -182,9 +183,10 @@ def _contrast_fwd_kernel(
         sum_n = sum_n * shrink_n + tl.sum(p_nk, 1)
         if NEED_DX:
             if not WHOLE:
-                y_kv = load_rows(block_ptr, stride_y, here_k, mask_k, offs_v, D, EVEN_V)
-            weight_nk = (p_nk * a_k[None, :]).to(y_kv.dtype)
-            acc_nv = product(weight_nk, y_kv, acc_nv * shrink_n[:, None])
+                y_kv = load_factor(block_ptr, stride_y, here_k, mask_k, offs_v, D, EVEN_V, HALVES)
+            # p ≤ 1.
+            largest = tl.max(tl.abs(a_k)) if HALVES else 0.0
+            acc_nv = add_product(acc_nv * shrink_n[:, None], p_nk * a_k[None, :], largest, y_kv, HALVES)
 
     at = pid_s.to(tl.int64) * N + offs_n
     if pid_v == 0:
@@ -202,6 +204,8 @@ def _contrast_fwd_kernel(
 def _contrast_merge_kernel(
     x_ptr,
     y_ptrs,
+    unit_n_ptr,
+    unit_k_ptr,
     target_ptr,
     a_ptr,
     b_ptr,
@@ -226,16 +230,20 @@ def _contrast_merge_kernel(
     strides_y,
     D: tl.constexpr,
     D_OUT: tl.constexpr,
+    HALVES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NEED_DX: tl.constexpr,
     NEED_STATS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     g = tl.program_id(2)
     y_ptr, stride_y, K, first_k, first_s = keys_of_set(g, y_ptrs, strides_y, (K0, K1, K2, K3), part)
     parts = tl.cdiv(K, part)
     a_ptr += first_k
+    if HALVES:
+        unit_k_ptr += first_k
     if HAS_BIAS:
         b_ptr += first_k
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -247,6 +255,8 @@ def _contrast_merge_kernel(
     # A target beyond the keys, which only debug mode refuses on a GPU, is not read; its loss is NaN.
     known_n = target_n < K
     key_n = tl.minimum(tl.maximum(target_n, 0), K - 1)
+    if HALVES:
+        unit_k = tl.load(unit_k_ptr + key_n, mask=counted_n, other=0.0)
 
     max_n = tl.full((BLOCK_N,), -INF, tl.float32)
     top1_n = tl.zeros((BLOCK_N,), tl.int64)
@@ -274,8 +284,8 @@ def _contrast_merge_kernel(
     # An ignored row may see no key at all.
     sum_n = tl.where(counted_n, sum_n, 1.0)
     if NEED_DX:
-        offs_v = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        acc_nv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+        acc_nv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         at = first_n
         for _ in tl.range(0, parts, num_stages=MERGE_STAGES):
             shrink_n = tl.exp2(tl.load(max_ptr + at, mask=mask_n, other=0.0) - level_n)
@@ -283,6 +293,9 @@ def _contrast_merge_kernel(
             at += N
         y_nv = load_rows(y_ptr, stride_y, key_n, counted_n, offs_v, D, False).to(tl.float32)
         a_n = tl.load(a_ptr + key_n, mask=counted_n, other=0.0)
+        if HALVES:
+            y_nv += load_rows(y_ptr + D, stride_y, key_n, counted_n, offs_v, D, False).to(tl.float32)
+            a_n *= unit_k
         share_n = LN2 / sum_n
         dx_nv = acc_nv * share_n[:, None] - a_n[:, None] * y_nv
         dx_nv = tl.where(counted_n[:, None], dx_nv, 0.0)
@@ -290,17 +303,21 @@ def _contrast_merge_kernel(
         tl.store(dx_ptr + out_n[:, None] * D_OUT + offs_v[None, :], dx_nv, mask=mask_nv)
 
     if tl.program_id(1) == 0:
-        # The positive scores are the diagonal of one more tile, of the same instructions as all scores, so that a
-        # positive that is the maximum has its very bits. Finding each in its block would cost every score a comparison.
+        # The positive scores are the diagonal of one more tile, of the same instructions on the same columns as all
+        # scores, so that a positive that is the maximum has its very bits. Finding each in its block would cost every
+        # score a comparison.
         offs_d = tl.arange(0, BLOCK_D)
         scores_nn = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
-        for start_d in range(0, D, BLOCK_D):
-            x_nd = load_rows(x_ptr, stride_x, offs_n, counted_n, start_d + offs_d, D, False)
-            y_nd = load_rows(y_ptr, stride_y, key_n, counted_n, start_d + offs_d, D, False)
-            scores_nn = product(x_nd, tl.trans(y_nd), scores_nn)
+        for start_d in tl.range(0, D, BLOCK_D, num_stages=1):
+            x_nd = load_factor(x_ptr, stride_x, offs_n, counted_n, start_d + offs_d, D, False, HALVES)
+            y_nd = load_factor(y_ptr, stride_y, key_n, counted_n, start_d + offs_d, D, False, HALVES)
+            scores_nn = scores(x_nd, y_nd, scores_nn, HALVES)
         here = tl.arange(0, BLOCK_N)
         diagonal_n = tl.sum(tl.where(here[:, None] == here[None, :], scores_nn, 0.0), 1)
         scale_n, bias_n = load_scale(a_ptr, b_ptr, key_n, counted_n, HAS_BIAS)
+        if HALVES:
+            scale_n *= unit_k
+            diagonal_n *= tl.load(unit_n_ptr + offs_n, mask=mask_n, other=0.0)
         positive_n = tl.fma(diagonal_n, scale_n, bias_n)
         log_sum_n = tl.log(sum_n)
         # (m - s_t) + log l, not lse - s_t: the difference of two large numbers would lose the digits of a small loss.
@@ -338,12 +355,16 @@ def contrast_fwd(
     if n == 0:
         return
     dtype = functools.reduce(torch.promote_types, (y.dtype for y in keys), features.dtype)
-    x, ys = aligned_rows(features, dtype), tuple(aligned_rows(y, dtype) for y in keys)
-    d = x.shape[1]
-    tile = tile or tile_for("contrast_fwd", x)
+    halves = dtype == torch.float32
+    unit_k = torch.empty(sum(sizes) if halves else 0, dtype=dtype, device=features.device)
+    unit_ks = unit_k.split(sizes) if halves else [None] * len(sizes)
+    x, unit_n = factor_rows(features, dtype)
+    ys = tuple(factor_rows(y, dtype, unit)[0] for y, unit in zip(keys, unit_ks, strict=True))
+    d = x.shape[1] // 2 if halves else x.shape[1]
+    tile = tile or tile_for("contrast_fwd", dtype, d, x.device)
     if need_stats:
         # They want registers of their own.
-        tile = tile._replace(block_k=tile.block_k // 2)
+        tile = tile._replace(block_k=max(16, tile.block_k // (4 if halves else 2)))
     columns = triton.cdiv(d, tile.block_v) if need_dx else 1
     tiles = triton.cdiv(n, tile.block_n)
     blocks = sum(triton.cdiv(k, tile.block_k) for k in sizes)
@@ -358,8 +379,9 @@ def contrast_fwd(
                empty(parts, stats), empty(parts, stats, dtype=torch.int64))  # fmt: skip
     bias = None if bias is None else bias.float().contiguous()
     groups, key_groups = (None if group is None else group.contiguous() for group in (groups, key_groups))
-    inputs = (x, ys, targets.contiguous(), scale.float().contiguous(), bias, groups, key_groups)
-    flags = {"D": d, "HAS_BIAS": bias is not None, "NEED_DX": need_dx, "NEED_STATS": need_stats}
+    units = (unit_n, unit_k if halves else None)
+    inputs = (x, ys, *units, targets.contiguous(), scale.float().contiguous(), bias, groups, key_groups)
+    flags = {"D": d, "HALVES": halves, "HAS_BIAS": bias is not None, "NEED_DX": need_dx, "NEED_STATS": need_stats}
     lengths = (n, *sizes, *[0] * (MAX_SETS - len(sizes)), part)
     strides = (x.stride(0), tuple(y.stride(0) for y in ys))
     with torch.cuda.device_of(x):
@@ -369,6 +391,6 @@ def contrast_fwd(
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         _contrast_merge_kernel[triton.cdiv(n, MERGE_ROWS), triton.cdiv(d, MERGE_COLUMNS) if need_dx else 1, len(ys)](
-            *inputs[:5], *partial, *out, *lengths, *strides, **flags, D_OUT=features.shape[1],
-            BLOCK_N=MERGE_ROWS, BLOCK_D=MERGE_COLUMNS, num_warps=4,
+            *inputs[:7], *partial, *out, *lengths, *strides, **flags, D_OUT=features.shape[1],
+            BLOCK_N=MERGE_ROWS, BLOCK_D=tile.block_d, BLOCK_V=MERGE_COLUMNS, num_warps=4,
         )  # fmt: skip

