@@ -67,7 +67,7 @@ def siamese_all_pairs_fwd(
         for values_bn, sums in ((block.loss_bn, loss_sums), (block.slope_bn, slope_sums)):
             sums += torch.stack([torch.where(kind_bn, values_bn, 0).sum() for kind_bn in block.kinds_bn])
         counts += torch.stack([kind_bn.sum() for kind_bn in block.kinds_bn])
-    share = torch.where(counts > 0, 2 / counts, 0).to(dtype)
+    share = torch.where(counts > 0, 2 / counts.to(dtype), 0)
     return loss_sums / counts.clamp(min=1), slope_sums / counts.clamp(min=1), share
 
 

@@ -171,6 +171,17 @@ def test_sizes_are_those_of_random_resized_crop(size: tuple[int, int]) -> None:
         assert float(a.double().mean()) == pytest.approx(float(b.double().mean()), rel=0.02)
 
 
+@pytest.mark.parametrize("alpha", [0.05, 0.1, 0.6])
+def test_both_ends_of_the_places_are_as_likely(alpha: float) -> None:
+    """int((a1 - a0) u) with u < 1 never gives a1, however near to 1 a draw for a small alpha is."""
+    crops = sample_crops(torch.arange(20_000), (224, 224), scale=(0.25, 0.25), ratio=(1, 1), alpha=alpha)
+    places = 224 - 112
+    for start in crops[:, 0], crops[:, 1]:
+        assert int(start.max()) == places - 1
+        first, last = ((start == end).double().mean() for end in (0, places - 1))
+        assert abs(first - last) < 0.015
+
+
 @pytest.mark.parametrize("alpha", [0.1, 0.6, 1, 3])
 def test_place_is_beta(alpha: float) -> None:
     """Uniform for alpha 1, as in RandomResizedCrop."""

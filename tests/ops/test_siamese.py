@@ -68,6 +68,18 @@ def test_all_pairs_gradient(block: int, monkeypatch: pytest.MonkeyPatch) -> None
     )
 
 
+def test_all_pairs_gradient_has_the_digits_of_float64() -> None:
+    """Of one term, whose mean is over a number of pairs that is no power of two."""
+    arguments = problem(6, 3) | {"images": torch.arange(6), "prototypes": torch.tensor([0, 0, 0, 1, 1, 1])}
+    x, weight, bias = (arguments[name] for name in LEAVES)
+    siamese_all_pairs(**arguments).same_prototype.backward()
+    pairs = torch.tensor([[0, 1], [0, 2], [1, 2], [3, 4], [3, 5], [4, 5]]).T
+    rows = x.detach().requires_grad_()
+    logits = (rows[pairs[0]] - rows[pairs[1]]).abs() @ weight.detach() + bias.detach()
+    torch.nn.functional.softplus(-logits).mean().backward()
+    torch.testing.assert_close(x.grad, rows.grad, rtol=1e-12, atol=1e-14)
+
+
 def test_a_row_without_prototype_meets_only_its_own_image() -> None:
     arguments = problem(8, 5)
     arguments["images"] = torch.arange(4).repeat(2)
