@@ -81,7 +81,7 @@ TILES: dict[str, Table] = {
         "contrast_bwd_keys": {
             2: {
                 64: Tile(64, 128, 64, 64, 8, 3),
-                128: Tile(64, 128, 128, 128, 8, 3),
+                128: Tile(32, 128, 128, 128, 8, 3),
                 256: Tile(32, 128, 256, 256, 8, 2),
                 WIDE: Tile(32, 128, 64, 256, 8, 3),
             },
@@ -117,7 +117,7 @@ TILES: dict[str, Table] = {
             4: {
                 64: Tile(64, 128, 64, 64, 8, 3),
                 128: Tile(64, 128, 128, 128, 8, 2),
-                WIDE: Tile(64, 128, 64, 128, 8, 2),
+                WIDE: Tile(64, 128, 32, 128, 8, 2),
             },
         },
         "assign": {2: ASSIGN_HOPPER, 4: ASSIGN_HOPPER},

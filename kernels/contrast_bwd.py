@@ -9,9 +9,9 @@ Symmetric, the keys are the rows and s_ij = s_ji: dy_j = a Σ_i (q_ij + q_ji) x_
 N rows x, K keys y, D embedding, S parts of the rows. Rows with t(i) < 0 are ignored. docs/math/contrast.md derives it.
 
 A program owns a tile of keys and walks the rows, or one part of them, block by block, computing the scores again from
-the saved log-sum-exp. No two programs write one place and the parts are added in their order: no atomic, the same bits
-for the same sizes on the same GPU. In memory are S · K · D floats (and S is 1 where the key tiles fill the GPU), never
-the (N, K) scores.
+the saved log-sum-exp. p_t - 1 is saved too: found from the scores it would have the rounding of two large numbers. No
+two programs write one place and the parts are added in their order: no atomic, the same bits for the same sizes on the
+same GPU. In memory are S · K · D floats (and S is 1 where the key tiles fill the GPU), never the (N, K) scores.
 
 Source: FlashAttention-2, arXiv 2307.08691; the derivation is ours.
 """
@@ -49,7 +49,7 @@ def _contrast_bwd_keys_kernel(
     b_ptr,  # (K,) float32
     group_ptr,  # (N,) int64
     key_group_ptr,  # (K,) int64
-    lse_ptr,  # (N,) float32
+    saved_ptr,  # (2, N) float32: lse and p_t - 1
     grad_ptr,  # (N,) float32
     dy_ptr,  # (S, K, D) float32
     db_ptr,  # (S, K) float32
@@ -84,8 +84,9 @@ def _contrast_bwd_keys_kernel(
     if HAS_GROUPS:
         group_k = tl.load(key_group_ptr + offs_k, mask=mask_k, other=0)
     if SYMMETRIC:
-        lse_k = tl.load(lse_ptr + offs_k, mask=mask_k, other=INF) * LOG2E
+        lse_k = tl.load(saved_ptr + offs_k, mask=mask_k, other=INF) * LOG2E
         grad_k = tl.load(grad_ptr + offs_k, mask=mask_k, other=0.0)
+        target_q_k = tl.load(saved_ptr + N + offs_k, mask=mask_k, other=0.0) * grad_k
         target_k = tl.load(target_ptr + offs_k, mask=mask_k, other=-1)
     if WHOLE:
         y_kd = load_factor(y_ptr, stride_y, here_k, mask_k, here_d, D, EVEN_D, HALVES)
@@ -110,28 +111,29 @@ def _contrast_bwd_keys_kernel(
             unit_n = tl.load(unit_n_ptr + start_n + here_n, mask=mask_n, other=0.0)
             scores_kn *= unit_n[None, :]
         # An ignored row has p = 0 and g = 0, whatever came in for it.
-        lse_n = tl.where(target_n < 0, INF, tl.load(lse_ptr + start_n + here_n, mask=mask_n, other=0.0) * LOG2E)
+        row_ptr = saved_ptr + start_n
+        lse_n = tl.where(target_n < 0, INF, tl.load(row_ptr + here_n, mask=mask_n, other=0.0) * LOG2E)
         grad_n = tl.where(target_n < 0, 0.0, tl.load(grad_ptr + start_n + here_n, mask=mask_n, other=0.0))
+        target_q_n = tl.load(row_ptr + N + here_n, mask=mask_n, other=0.0) * grad_n
         scores_kn = tl.fma(scores_kn, a_k[:, None], b_k[:, None])
         p_kn = probability(scores_kn - lse_n[None, :], HALVES)
         # The target's place in this tile in 32 bits, or -1: a comparison per score at half the price.
         place_n = target_n - start_k
         place_n = tl.where((place_n >= 0) & (place_n < BLOCK_K), place_n, -1).to(tl.int32)
-        is_target_kn = here_k[:, None] == place_n[None, :]
         if HAS_GROUPS:
             group_n = tl.load(group_ptr + start_n + here_n, mask=mask_n, other=0)
             same_kn = group_k[:, None] == group_n[None, :]
-            p_kn = tl.where(same_kn & ~is_target_kn, 0.0, p_kn)
-        q_kn = tl.where(is_target_kn, p_kn - 1.0, p_kn) * grad_n[None, :]
+            p_kn = tl.where(same_kn, 0.0, p_kn)
+        q_kn = tl.where(here_k[:, None] == place_n[None, :], target_q_n[None, :], p_kn * grad_n[None, :])
         if SYMMETRIC:
             place_k = target_k - start_n
             place_k = tl.where((place_k >= 0) & (place_k < BLOCK_N), place_k, -1).to(tl.int32)
-            is_mine_kn = place_k[:, None] == here_n[None, :]
             p_kn = probability(scores_kn - lse_k[:, None], HALVES)
             if HAS_GROUPS:
-                p_kn = tl.where(same_kn & ~is_mine_kn, 0.0, p_kn)
+                p_kn = tl.where(same_kn, 0.0, p_kn)
             # A row beyond the last is 0, and so is its score: p may be infinite where all true scores are far below.
-            q_kn += tl.where(mask_n[None, :], tl.where(is_mine_kn, p_kn - 1.0, p_kn) * grad_k[:, None], 0.0)
+            p_kn = tl.where(mask_n[None, :], p_kn * grad_k[:, None], 0.0)
+            q_kn += tl.where(place_k[:, None] == here_n[None, :], target_q_k[:, None], p_kn)
         if HAS_BIAS:
             bias_k += tl.sum(q_kn, 1)
         if not WHOLE:
@@ -162,16 +164,18 @@ def contrast_bwd_keys(
     groups: Tensor | None,  # (N,) int64
     key_groups: Tensor | None,  # (K,) int64
     symmetric: bool,
-    lse: Tensor,  # (N,) float32
+    saved: Tensor,  # (2, N) float32: the forward's lse and p_t - 1
     grad: Tensor,  # (N,) float32, dL / dL_i
     *,
     tile: Tile | None = None,
     splits: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """dL/dy (K, D) and dL/db (K,), float32; tile and splits are for tests."""
+) -> tuple[Tensor, Tensor | None]:
+    """dL/dy (K, D), and dL/db (K,) where there is a bias, float32; tile and splits are for tests."""
     n, k, columns_out = len(features), *keys.shape
+    has_bias = bias is not None
     if n == 0:
-        return keys.new_zeros(k, columns_out, dtype=torch.float32), keys.new_zeros(k, dtype=torch.float32)
+        dy = keys.new_zeros(k, columns_out, dtype=torch.float32)
+        return dy, dy.new_zeros(k) if has_bias else None
     counted = targets >= 0
     # An ignored row is emptied before the product, so that not even a NaN in it reaches the keys' gradient. Masking
     # its load instead would let every load wait for a target.
@@ -194,17 +198,19 @@ def contrast_bwd_keys(
     part = part_length(n, parts, tile.block_n)
     parts = triton.cdiv(n, part)
     dy = torch.empty(parts, k, d, dtype=torch.float32, device=x.device)
-    db = torch.empty(parts, k, dtype=torch.float32, device=x.device)
+    db = torch.empty(parts, k if has_bias else 0, dtype=torch.float32, device=x.device)
     bias = None if bias is None else bias.float().contiguous()
     groups, key_groups = (None if group is None else group.contiguous() for group in (groups, key_groups))
     inputs = (x, y, unit_n, unit_k, targets.contiguous(), scale.float().contiguous(), bias, groups, key_groups)
     with torch.cuda.device_of(x):
         _contrast_bwd_keys_kernel[tiles, parts, columns](
-            *inputs, lse.contiguous(), grad.contiguous(), dy, db, n, k, part, x.stride(0), y.stride(0),
-            D=d, HALVES=halves, HAS_BIAS=bias is not None, HAS_GROUPS=groups is not None, SYMMETRIC=symmetric,
+            *inputs, saved.contiguous(), grad.contiguous(), dy, db, n, k, part, x.stride(0), y.stride(0),
+            D=d, HALVES=halves, HAS_BIAS=has_bias, HAS_GROUPS=groups is not None, SYMMETRIC=symmetric,
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_D=tile.block_d, BLOCK_V=tile.block_v,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     dy, db = (dy[0], db[0]) if parts == 1 else (dy.sum(0), db.sum(0))
     dy = dy[:, :columns_out].contiguous()
-    return (dy, db) if peak is None else (dy * peak, db * peak)
+    if peak is not None:
+        dy, db = dy * peak, db * peak
+    return dy, db if has_bias else None

@@ -200,6 +200,15 @@ def _contrast_fwd_kernel(
         tl.store(acc_ptr + at[:, None] * D + offs_v[None, :], acc_nv, mask=mask_nv)
 
 
+@triton.jit
+def minus_expm1(x):
+    """exp(-x) - 1 for x ≥ 0, with all digits where x is small."""
+    # Below 1/4 the series, whose next term is x^6 / 5040 of it.
+    s = tl.minimum(x, 0.25)
+    series = -s * (1 - s / 2 * (1 - s / 3 * (1 - s / 4 * (1 - s / 5 * (1 - s / 6)))))
+    return tl.where(x < 0.25, series, tl.exp(-x) - 1)
+
+
 @triton.jit(do_not_specialize=["N", "K0", "K1", "K2", "K3", "part"])
 def _contrast_merge_kernel(
     x_ptr,
@@ -214,10 +223,10 @@ def _contrast_merge_kernel(
     acc_ptr,
     spread_ptr,
     part_top1_ptr,
-    loss_ptr,  # (G, N) float32, as the next ones
-    lse_ptr,
+    loss_ptr,  # (G, N) float32
+    saved_ptr,  # (G, 2, N) float32: lse and p_t - 1
     dx_ptr,  # (G, N, D_OUT) float32
-    entropy_ptr,
+    entropy_ptr,  # (G, N) float32
     top1_ptr,  # (G, N) int64
     positive_ptr,
     N,
@@ -322,8 +331,11 @@ def _contrast_merge_kernel(
         log_sum_n = tl.log(sum_n)
         # (m - s_t) + log l, not lse - s_t: the difference of two large numbers would lose the digits of a small loss.
         loss_n = tl.where(known_n, (max_n - positive_n) * LN2 + log_sum_n, float("nan"))
-        tl.store(loss_ptr + out_n, tl.where(counted_n, loss_n, 0.0), mask=mask_n)
-        tl.store(lse_ptr + out_n, tl.where(counted_n, max_n * LN2 + log_sum_n, 0.0), mask=mask_n)
+        loss_n = tl.where(counted_n, loss_n, 0.0)
+        saved_n = g * N.to(tl.int64) + out_n
+        tl.store(loss_ptr + out_n, loss_n, mask=mask_n)
+        tl.store(saved_ptr + saved_n, tl.where(counted_n, max_n * LN2 + log_sum_n, 0.0), mask=mask_n)
+        tl.store(saved_ptr + N + saved_n, minus_expm1(loss_n), mask=mask_n)
         if NEED_STATS:
             # Neither term is negative: log l, and Σ p (m - s).
             entropy_n = log_sum_n - spread_n / sum_n * LN2
@@ -342,14 +354,14 @@ def contrast_fwd(
     key_groups: Tensor | None,  # (ΣK,) int64
     need_dx: bool,
     need_stats: bool,
-    out: tuple[Tensor, ...],  # loss, lse, dx, entropy, top1, positive logit; what is not needed has size 0
+    out: tuple[Tensor, ...],  # loss, saved, dx, entropy, top1, positive logit; what is not needed has size 0
     *,
     tile: Tile | None = None,
     splits: int | None = None,
 ) -> None:
-    """Writes loss, lse, dx, entropy, top1 and positive logit of every row in every set; tile and splits are for tests.
+    """Writes what a row has in every set: loss, saved (lse and p_t - 1), dx, entropy, top1 and positive logit.
 
-    With one set the (1, ...) in front may be left out.
+    With one set the (1, ...) in front may be left out. tile and splits are for tests.
     """
     n, sizes = len(features), tuple(map(len, keys))
     if n == 0:

@@ -30,7 +30,7 @@ struct Contrast {
   bool reduced;             // one loss: the rows' by the divisor, summed
   double divisor;           // of all losses and gradients; 1 where not reduced
   float* loss;              // (N,), reduced ()
-  float* lse;               // (N,)
+  float* lse;               // (2, N): the log-sum-exp, and p_t − 1 = expm1(−L), of every row
   // Forward. Each may be null, as may lse there.
   float* dx;                // (N, D) Σ_j p_ij a_j y_j − a_t y_t, by the divisor
   float* entropy;           // (N,), with top1 and positive: all or none

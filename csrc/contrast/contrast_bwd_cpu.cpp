@@ -1,5 +1,6 @@
 // Backward into the keys: q_ij = g_i (p_ij − [j = t(i)]), dy_j = a_j Σ_i q_ij x_i, db_j = Σ_i q_ij. The scores are computed
-// again from the saved log-sum-exp, 2 · 2 · N · K · D operations; no N × K matrix.
+// again from the saved log-sum-exp, 2 · 2 · N · K · D operations; no N × K matrix. p_t − 1 is that of the forward:
+// exp(s_t − lse) − 1 would have the rounding of two large numbers where little is left of it.
 //
 // The forward with the roles exchanged: a task owns a chunk of keys and walks all rows in blocks, so that no two tasks
 // write the same place. Rows are summed in their order: the same bits for any number of threads.
@@ -31,6 +32,7 @@ struct Block {
   std::vector<Hit> hits;  // by key, then row
   alignas(64) float lse[ROWS];
   alignas(64) float grad[ROWS];
+  alignas(64) float target_q[ROWS];  // q_{i,t(i)}
   alignas(64) float scale[ROWS];  // of the scores, where the rows have it not
   const float *across, *along;
 };
@@ -40,6 +42,9 @@ struct Scratch {
   std::vector<float> dy, db;
 };
 
+// q_{i,t(i)}
+inline float target_gradient(const Contrast& args, int64_t i) { return args.lse[args.N + i] * row_grad(args, i); }
+
 // scores[i] of one key and block become q_ij. Returns their sum. hit … end are the rows whose target the key is.
 inline float gradient_row(const Contrast& args, const Block& block, int64_t j, const Hit* hit, const Hit* end,
                           float* scores) {
@@ -47,13 +52,10 @@ inline float gradient_row(const Contrast& args, const Block& block, int64_t j, c
   for (int64_t i = 0; i < block.padded; i += LANES)
     store(scores + i, exp(load(scores + i) + b - load(block.lse + i)) * load(block.grad + i));
   if (args.group && args.key_group[j] >= block.lowest_group && args.key_group[j] <= block.highest_group) {
-    float seen[ROWS];
-    for (const Hit* h = hit; h < end; ++h) seen[h - hit] = scores[h->row];
     const int64_t* groups = args.group + block.first;
     for (int64_t i = 0; i < block.count; ++i) scores[i] = groups[i] == args.key_group[j] ? 0.f : scores[i];
-    for (const Hit* h = hit; h < end; ++h) scores[h->row] = seen[h - hit];
   }
-  for (; hit < end; ++hit) scores[hit->row] -= block.grad[hit->row];
+  for (; hit < end; ++hit) scores[hit->row] = block.target_q[hit->row];
   Vec total{};
   for (int64_t i = 0; i < block.padded; i += LANES) total += load(scores + i);
   return sum(total);
@@ -63,17 +65,23 @@ inline float gradient_row(const Contrast& args, const Block& block, int64_t j, c
 inline void symmetric_row(const Contrast& args, const Block& block, int64_t j, const Hit* hit, const Hit* end,
                           float* scores) {
   const float lse_j = args.lse[j], grad_j = row_grad(args, j);
-  const auto share = [&](float score, int64_t i) { return std::exp(score - block.lse[i]) * block.grad[i]; };
   // A group hides both ways, except where one is the other's target.
   const bool grouped = args.group && args.group[j] >= block.lowest_group && args.group[j] <= block.highest_group;
   const int64_t* groups = args.group ? args.group + block.first : nullptr;
   const int64_t mine = args.target[j] - block.first;
   const bool has_mine = mine >= 0 && mine < block.count;
-  float again = 0, seen[ROWS];
   const auto hidden = [&](int64_t i) { return grouped && groups[i] == args.group[j]; };
-  for (const Hit* h = hit; h < end; ++h)
-    seen[h - hit] = (hidden(h->row) ? share(scores[h->row], h->row) : 0.f) - block.grad[h->row];
-  if (has_mine) again = (hidden(mine) ? std::exp(scores[mine] - lse_j) * grad_j : 0.f) - grad_j;
+  const auto as_key = [&](int64_t i) {
+    if (args.target[block.first + i] == j) return block.target_q[i];
+    return hidden(i) ? 0.f : std::exp(scores[i] - block.lse[i]) * block.grad[i];
+  };
+  const auto as_row = [&](int64_t i) {
+    if (i == mine) return target_gradient(args, j);
+    return hidden(i) ? 0.f : std::exp(scores[i] - lse_j) * grad_j;
+  };
+  float of_hits[ROWS];
+  for (const Hit* h = hit; h < end; ++h) of_hits[h - hit] = as_key(h->row) + as_row(h->row);
+  const float of_mine = has_mine ? as_key(mine) + as_row(mine) : 0.f;
   for (int64_t i = 0; i < block.padded; i += LANES) {
     const Vec s = load(scores + i);
     store(scores + i, exp(s - load(block.lse + i)) * load(block.grad + i) + exp(s - lse_j) * grad_j);
@@ -81,8 +89,8 @@ inline void symmetric_row(const Contrast& args, const Block& block, int64_t j, c
   if (grouped)
     for (int64_t i = 0; i < block.count; ++i) scores[i] = groups[i] == args.group[j] ? 0.f : scores[i];
   std::fill(scores + block.count, scores + block.padded, 0.f);
-  for (const Hit* h = hit; h < end; ++h) scores[h->row] += seen[h - hit];
-  if (has_mine) scores[mine] += again;
+  for (const Hit* h = hit; h < end; ++h) scores[h->row] = of_hits[h - hit];
+  if (has_mine) scores[mine] = of_mine;
 }
 
 template <typename Number, int M>
@@ -147,6 +155,7 @@ void task(const Contrast& args, int64_t begin, int64_t end) {
       const bool counted = i < block.count && args.target[first + i] >= 0;
       block.lse[i] = counted ? args.lse[first + i] : INF;
       block.grad[i] = counted ? row_grad(args, first + i) : 0.f;
+      block.target_q[i] = counted ? target_gradient(args, first + i) : 0.f;
       float* row = loaded + i * args.D;
       // An ignored row is emptied, so that not even a NaN in it reaches the keys.
       block.scale[i] = counted ? load_factor_x<Number>(args, first + i, row) : 0.f;

@@ -258,11 +258,14 @@ void every_row(const Contrast& args, int threads) {
 
 void contrast_fwd(const Contrast& given, int threads) {
   Contrast args = given;
-  std::vector<float> losses(given.reduced ? given.N : 0);
-  if (given.reduced) args.loss = losses.data();
+  std::vector<float> losses(given.lse ? 0 : given.N);
+  args.loss = given.lse ? given.lse + given.N : losses.data();
   if (contrast_is_bounded(args) && !args.dx && !args.entropy) contrast_fwd_symmetric(args, threads);
   else every_row(args, threads);
-  if (given.reduced) *given.loss = static_cast<float>(std::accumulate(losses.begin(), losses.end(), 0.0) / given.divisor);
+  if (given.reduced) *given.loss = static_cast<float>(std::accumulate(args.loss, args.loss + args.N, 0.0) / given.divisor);
+  else std::copy(args.loss, args.loss + args.N, given.loss);
+  if (given.lse)
+    for (int64_t i = 0; i < args.N; ++i) args.loss[i] = std::expm1(-args.loss[i]);
 }
 
 }  // namespace FASTPROTO_ISA

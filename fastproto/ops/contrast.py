@@ -34,9 +34,9 @@ def _cpp_fwd(features: Tensor, keys: Tensor, *rest: Any) -> list[Tensor]:
 def _cpp_bwd_keys(features: Tensor, keys: Tensor, targets: Tensor, *rest: Any) -> list[Tensor]:
     if torch.float64 in (features.dtype, keys.dtype):
         return reference.contrast_bwd_keys(features, keys, targets, *rest)
-    scale, _, bias, *_, lse, grad = rest
+    scale, _, bias, *_, saved, grad = rest
     out = _key_gradients(keys, scale, bias, torch.float32)
-    results = (None, lse, None, None, None, None, grad, *out)
+    results = (None, saved, None, None, None, None, grad, *out)
     _launch("contrast_bwd_keys", results, None, features, keys, targets, *rest[:-2])
     return present(out)
 
@@ -44,19 +44,20 @@ def _cpp_bwd_keys(features: Tensor, keys: Tensor, targets: Tensor, *rest: Any) -
 def outputs(
     features: Tensor, need_dx: bool, need_stats: bool, *, reduced: bool = False, sets: tuple[int, ...] = ()
 ) -> tuple[Tensor | None, ...]:
-    """Loss, lse, dx, entropy, top1 and positive logit to be written; None for those that are not needed.
+    """Loss, what the backward saves, dx, entropy, top1 and positive logit to be written; None for what is not needed.
 
     Each (N,) or (N, D), with (G,) in front where there are that many sets of keys; one loss () where it is reduced.
+    Saved are lse and p_t - 1 of every row (2, N).
     """
     n, d = features.shape
     device, dtype = features.device, torch.float64 if features.dtype == torch.float64 else torch.float32
     loss = torch.empty(() if reduced else (*sets, n), dtype=dtype, device=device)
-    lse = torch.empty(*sets, n, dtype=dtype, device=device)
+    saved = torch.empty(*sets, 2, n, dtype=dtype, device=device)
     dx = torch.empty(*sets, n, d, dtype=dtype, device=device) if need_dx else None
     if not need_stats:
-        return loss, lse, dx, None, None, None
-    entropy, positive = torch.empty_like(lse), torch.empty_like(lse)
-    return loss, lse, dx, entropy, torch.empty_like(lse, dtype=torch.int64), positive
+        return loss, saved, dx, None, None, None
+    entropy = torch.empty(*sets, n, dtype=dtype, device=device)
+    return loss, saved, dx, entropy, torch.empty_like(entropy, dtype=torch.int64), torch.empty_like(entropy)
 
 
 def _key_gradients(
@@ -118,11 +119,11 @@ def _triton_fwd(
     from fastproto.kernels.contrast_fwd import contrast_fwd
 
     keys = keys if more_keys is None else torch.cat([keys, more_keys])
-    loss, lse, dx, *stats = outputs(features, need_dx, need_stats)
+    loss, saved, dx, *stats = outputs(features, need_dx, need_stats)
     a = _scale_of(keys, scale, scale_all)
     x, ys, a = unit_inputs(features, (keys,), a) if normalize else (features, (keys,), a)
     none = features.new_empty(0)
-    out = tuple(none if t is None else t for t in (loss, lse, dx, *stats))
+    out = tuple(none if t is None else t for t in (loss, saved, dx, *stats))
     contrast_fwd(x, ys, targets, a, *options, need_dx, need_stats, out)
     if dx is not None and normalize:
         counted = (targets >= 0)[:, None]
@@ -130,7 +131,7 @@ def _triton_fwd(
     if divisor is not None:
         assert loss is not None
         loss, dx = loss.sum() / divisor, None if dx is None else dx / divisor
-    return present((loss, lse, dx, *stats))
+    return present((loss, saved, dx, *stats))
 
 
 def _triton_bwd_keys(
@@ -140,11 +141,11 @@ def _triton_bwd_keys(
         return reference.contrast_bwd_keys(features, keys, targets, scale, scale_all, *rest)
     from fastproto.kernels.contrast_bwd import contrast_bwd_keys
 
-    *options, normalize, divisor, symmetric, lse, grad = rest
-    grad = (grad if divisor is None else grad / divisor).expand(lse.shape)
+    *options, normalize, divisor, symmetric, saved, grad = rest
+    grad = (grad if divisor is None else grad / divisor).expand(len(features))
     given = _scale_of(keys, scale, scale_all)
     x, (y,), a = unit_inputs(features, (keys,), given) if normalize else (features, (keys,), given)
-    dy, db = contrast_bwd_keys(x, y, targets, a, *options, symmetric, lse, grad)
+    dy, db = contrast_bwd_keys(x, y, targets, a, *options, symmetric, saved, grad)
     wide = keys.float()
     if normalize:
         length = torch.linalg.vector_norm(wide, dim=1).clamp(min=1e-12)
@@ -153,7 +154,7 @@ def _triton_bwd_keys(
     along = (wide * dy).sum(1)
     if normalize:
         dy = dy - wide * (along / length.square())[:, None]
-    return present((dy, None if scale is None else along / scale.float(), None if options[0] is None else db))
+    return present((dy, None if scale is None else along / scale.float(), db))
 
 
 def _suits_matrices(features: Tensor, *keys: Tensor | None) -> bool:
@@ -199,7 +200,7 @@ _fwd = Op(
 )
 _bwd_keys = Op(
     "contrast_bwd_keys",
-    f"({_ARGUMENTS} Tensor lse, Tensor grad) -> Tensor[]",
+    f"({_ARGUMENTS} Tensor saved, Tensor grad) -> Tensor[]",
     reference=reference.contrast_bwd_keys,
     cpp=_cpp_bwd_keys,
     triton=_triton_bwd_keys,
@@ -251,16 +252,17 @@ class _Contrast(torch.autograd.Function):
         ctx.normalize, ctx.dtype = normalize, features.dtype
         vectors, numbers = (bias, groups, key_groups), (normalize, ctx.divisor, symmetric)
         options = (*vectors, *numbers, more_keys, need_dx, need_stats)
-        loss, lse, *rest = _fwd(features, y, targets, a, ctx.scale_all, *options)
+        loss, saved, *rest = _fwd(features, y, targets, a, ctx.scale_all, *options)
         dx, *stats = rest if need_dx else (None, *rest)
         loss = loss if count is None else loss.sum() / count
-        for_keys = (lse, features, keys, targets, a, *vectors) if need_backward else ()
+        for_keys = (saved, features, keys, targets, a, *vectors) if need_backward else ()
         ctx.save_for_backward(dx, count, *for_keys)
         # No zeros as upstream gradients of what has none. The compiler makes none, and does not know the method.
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)
         if not need_stats:
             return (loss,)
+        lse = saved[0].clone()
         ctx.mark_non_differentiable(lse, *stats)
         return loss, lse, *stats
 
@@ -275,10 +277,10 @@ class _Contrast(torch.autograd.Function):
         if dx is not None:
             gradients[0] = ((grad[:, None] if grad.ndim else grad) * dx).to(ctx.dtype)
         if for_keys:
-            lse, features, keys, targets, scale, bias, *groups = for_keys
+            saved, features, keys, targets, scale, bias, *groups = for_keys
             symmetric, y = keys is None, features if keys is None else keys
             numbers = (ctx.normalize, ctx.divisor, symmetric)
-            results = _bwd_keys(features, y, targets, scale, ctx.scale_all, bias, *groups, *numbers, lse, grad)
+            results = _bwd_keys(features, y, targets, scale, ctx.scale_all, bias, *groups, *numbers, saved, grad)
             # Of keys, or the rows that they are, scale and bias: arguments 1 or 0, 3 and 4.
             leaves = ((0 if symmetric else 1, y), (3, scale), (4, bias))
             there = [(i, leaf) for i, leaf in leaves if leaf is not None]

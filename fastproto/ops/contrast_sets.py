@@ -36,8 +36,8 @@ def _one_by_one(backend: str) -> Callable[..., tuple[Tensor, ...]]:
             forward(features, y, t, a, 1.0, b, None, None, normalize, None, False, None, need_dx, False)
             for y, t, a, b in sets
         ]
-        loss, lse, *dx = (torch.stack(values) for values in zip(*results, strict=True))
-        return loss, lse, *(dx or [loss.new_empty(0)])
+        loss, saved, *dx = (torch.stack(values) for values in zip(*results, strict=True))
+        return loss, saved, *(dx or [loss.new_empty(0)])
 
     return run
 
@@ -58,7 +58,7 @@ def _triton_fwd(
         return _reference_fwd(features, keys, targets, scale, bias, normalize, need_dx)
     from fastproto.kernels.contrast_fwd import MAX_SETS, contrast_fwd
 
-    loss, lse, dx = _outputs(features, keys, need_dx)
+    loss, saved, dx = _outputs(features, keys, need_dx)
     none = loss.new_empty(0)
     x, ys, a = unit_inputs(features, keys, scale) if normalize else (features, keys, scale)
     start_k = 0
@@ -66,18 +66,18 @@ def _triton_fwd(
         sets = slice(first, first + MAX_SETS)
         here_k = slice(start_k, start_k + sum(map(len, ys[sets])))
         b = None if bias is None else bias[here_k]
-        out = (loss[sets], lse[sets], dx[sets], none, none, none)
+        out = (loss[sets], saved[sets], dx[sets], none, none, none)
         contrast_fwd(x, ys[sets], targets[sets], a[here_k], b, None, None, need_dx, False, out)
         start_k = here_k.stop
     if normalize and need_dx:
         # A row that no set counts gives nothing, not even a NaN.
         counted = (targets >= 0).any(0)[:, None]
         dx = reference.through_length(dx, *reference.unit_rows(torch.where(counted, features, 0)))
-    return loss, lse, dx
+    return loss, saved, dx
 
 
 def _outputs(features: Tensor, keys: Sequence[Tensor], need_dx: bool) -> tuple[Tensor, ...]:
-    """Loss (G, N), lse (G, N) and dx (G, N, D) to be written; dx of size 0 where it is not needed."""
+    """Loss (G, N), lse and p_t - 1 (G, 2, N) and dx (G, N, D) to be written; dx of size 0 where it is not needed."""
     out = present(outputs(features, need_dx, False, sets=(len(keys),)))
     return tuple(out if need_dx else [*out, out[0].new_empty(0)])
 
@@ -119,9 +119,9 @@ class _ContrastSets(torch.autograd.Function):
         *keys: Tensor,
     ) -> Tensor:
         need_x, _, *need_others = ctx.needs_input_grad
-        loss, lse, dx = _fwd(features, keys, targets, scale, bias, normalize, need_x)
+        loss, saved, dx = _fwd(features, keys, targets, scale, bias, normalize, need_x)
         ctx.normalize, ctx.dtype = normalize, features.dtype
-        for_keys = (lse, features, targets, scale, bias, *keys)
+        for_keys = (saved, features, targets, scale, bias, *keys)
         ctx.save_for_backward(dx, divisor, *(for_keys if any(need_others) else ()))
         return loss if divisor is None else loss.sum(1) / divisor
 
@@ -135,8 +135,8 @@ class _ContrastSets(torch.autograd.Function):
         if need_x:
             gradients[0] = (grad[..., None] * dx).sum(0).to(ctx.dtype)
         if for_keys:
-            lse, features, targets, scale, bias, *keys = for_keys
-            sets = zip(keys, targets, *_by_set(keys, scale, bias), lse, grad.expand(lse.shape), strict=True)
+            saved, features, targets, scale, bias, *keys = for_keys
+            sets = zip(keys, targets, *_by_set(keys, scale, bias), saved, grad.expand(targets.shape), strict=True)
             of_vectors: list[tuple[Tensor, Tensor]] = []
             for i, (y, t, a, b, *of_rows) in enumerate(sets):
                 if need_a or need_b or need_keys[i]:

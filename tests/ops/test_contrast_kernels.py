@@ -265,7 +265,7 @@ def test_keys_in_two_places_give_the_bits_of_one(dtype: torch.dtype) -> None:
 
 
 def test_ops_are_sound() -> None:
-    lse, of_rows, of_mean = torch.rand(9), torch.rand(9), torch.rand(())
+    saved, of_rows, of_mean = torch.rand(2, 9), torch.rand(9), torch.rand(())
     for arguments in (op_arguments(problem(9, 11, 5, normalize=True)), one_scale(problem(9, 11, 5))):
         for need_dx, need_stats in itertools.product((False, True), repeat=2):
             torch.library.opcheck(
@@ -274,7 +274,7 @@ def test_ops_are_sound() -> None:
         torch.library.opcheck(torch.ops.fastproto.contrast_fwd.default, (*arguments, 9.0, False, None, True, False))
         for divisor, grad in ((None, of_rows), (9.0, of_mean)):
             torch.library.opcheck(
-                torch.ops.fastproto.contrast_bwd_keys.default, (*arguments, divisor, False, lse, grad)
+                torch.ops.fastproto.contrast_bwd_keys.default, (*arguments, divisor, False, saved, grad)
             )
 
 

@@ -169,8 +169,8 @@ def test_small_float16_gradients_do_not_vanish() -> None:
         cast = [value.to(dtype) if value.is_floating_point() else value for value in tensors]
         options = (scale.to(dtype), 1.0, bias.to(dtype), None, None, False, None)
         with fastproto.backend(backend):
-            _, lse = torch.ops.fastproto.contrast_fwd(*cast, *options, False, None, False, False)
-            return torch.ops.fastproto.contrast_bwd_keys(*cast, *options, False, lse, grad.to(lse.dtype))
+            _, saved = torch.ops.fastproto.contrast_fwd(*cast, *options, False, None, False, False)
+            return torch.ops.fastproto.contrast_bwd_keys(*cast, *options, False, saved, grad.to(saved.dtype))
 
     pairs = zip(keys_gradient("triton", torch.float16), keys_gradient("reference", torch.double), strict=True)
     for ours, exact in pairs:
@@ -331,7 +331,7 @@ def test_only_ignored_rows_give_nothing() -> None:
 @on_gpu
 def test_ops_are_sound() -> None:
     tensors = op_arguments(problem(9, 11, 5, normalize=True, device=DEVICE))
-    rest = torch.rand(9, device=DEVICE), torch.rand(9, device=DEVICE)
+    rest = torch.rand(2, 9, device=DEVICE), torch.rand(9, device=DEVICE)
     with fastproto.backend("triton"):
         torch.library.opcheck(torch.ops.fastproto.contrast_fwd.default, (*tensors, None, False, None, True, True))
         torch.library.opcheck(torch.ops.fastproto.contrast_bwd_keys.default, (*tensors, None, False, *rest))
