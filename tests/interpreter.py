@@ -5,8 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from fastproto import _settings
+
+if _settings.triton_interpreted:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    # It would patch triton.language anew in every call of a device function, for half the time of these tests.
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda function: SimpleNamespace(restore=lambda: None)
 
 
 def run_interpreted(file: str) -> None:

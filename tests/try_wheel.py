@@ -1,12 +1,10 @@
 """Installs a wheel into an environment of its own and uses it there: ``python tests/try_wheel.py dist/*.whl``.
 
-The environment borrows this one's packages (torch alone is gigabytes) but not its fastproto: a path that a .pth file
-adds is searched last, and the .pth files in it, which an editable install lives by, are not read.
+The environment borrows this one's packages (torch alone is gigabytes) but not its fastproto.
 """
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -33,13 +31,16 @@ assert z.grad.isfinite().all()
 
 
 def environment(folder: Path) -> Path:
-    """A virtual environment that sees this one's packages; returns its Python."""
-    venv.create(folder, with_pip=True, symlinks=True)
+    """A virtual environment that sees this one's packages, pip among them, but for fastproto; returns its Python."""
+    venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     site = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True)
-    # Python 3.11 and before bring a setuptools that is too old.
-    shutil.rmtree(Path(site.strip(), "setuptools"), ignore_errors=True)
-    Path(site.strip(), "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    borrowed = folder / "borrowed"
+    borrowed.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if "fastproto" not in path.name:
+            (borrowed / path.name).symlink_to(path)
+    Path(site.strip(), "borrowed.pth").write_text(f"{borrowed}\n")
     return python
 
 

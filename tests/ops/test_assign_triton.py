@@ -33,12 +33,20 @@ def test_all_of_this_file_under_the_interpreter() -> None:
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under the interpreter: tiles that make small problems long, and fewer programs than there are tiles."""
+    """Under the interpreter: tiles that make small problems long, and fewer programs than there are tiles.
+
+    Where the interpreter takes as long for a large block as for a small one, two or three blocks that end in the
+    middle of the last.
+    """
     if not INTERPRETED:
         return
     from fastproto.kernels import _tiles, assign, assign_screen
 
     monkeypatch.setattr(assign_screen, "tile_for", lambda *_: _tiles.Tile(64, 64, 64, 0, 4, 1))
+    monkeypatch.setattr(assign_screen, "PACK_ROWS", 64)
+    monkeypatch.setattr(assign, "SETTLE_ROWS", 32)
+    monkeypatch.setattr(assign, "SETTLE_COLUMNS", 32)
+    monkeypatch.setattr(assign, "RESOLVE_COLUMNS", 32)
     monkeypatch.setattr(assign, "RESOLVE_PROGRAMS", 2)
 
 

@@ -295,7 +295,7 @@ def test_several_sets(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], n
 @pytest.mark.parametrize("dtype", HALVES)
 def test_several_sets_in_half_precision(dtype: torch.dtype) -> None:
     """As exact as one after another."""
-    arguments = test_contrast_sets.sets_problem(70, (40, 300, 200), 130, DEVICE)
+    arguments = test_contrast_sets.sets_problem(40, (40, 300, 200), 130, DEVICE)
     arguments["keys"] = [y.to(dtype) for y in arguments["keys"]]
     arguments |= {name: arguments[name].to(dtype) for name in ("features", "scale", "bias")}
     options = {"normalize": True, "mean": False}

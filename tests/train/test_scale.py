@@ -1,4 +1,4 @@
-"""Several processes against one with the whole batch: normalisation, and whole runs under torchrun."""
+"""Several processes against one with the whole batch: whole runs under torchrun."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastproto.testing import assert_matches_single_process
+from fastproto import cli
 from fastproto.train.checkpoint import Run, load_run, read_checkpoint, read_log
-from fastproto.train.sync_norm import SumBatchNorm, synchronise
 
 RECIPE = """
 data: imagefolder:{images}
@@ -33,36 +32,10 @@ optimizer: {{lr: 0.002, warmup: 0.5}}
 """
 
 
-class Norms(nn.Module):
-    """Normalisations of maps and rows, with and without weights, running statistics and a fixed momentum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        norms = [nn.BatchNorm2d(3), nn.BatchNorm1d(5, momentum=None), nn.BatchNorm1d(5, affine=False)]
-        norms.append(nn.BatchNorm1d(5, track_running_stats=False))
-        for norm in norms:
-            if norm.affine:
-                nn.init.uniform_(norm.weight)
-                nn.init.uniform_(norm.bias)
-        self.norms = synchronise(nn.ModuleList(norms), torch.device("cpu")).double()
-
-    def forward(self, maps: Tensor, rows: Tensor, upstream_maps: Tensor, upstream_rows: Tensor) -> Tensor:
-        out = (self.norms[0](maps) * upstream_maps).sum((1, 2, 3))
-        for norm in (*self.norms[1:], self.norms[1]):
-            out = out + (norm(rows) * upstream_rows).sum(1)
-        return out.square().mean()
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_normalisation_sees_the_rows_of_all_processes(world_size: int) -> None:
-    maps, rows = 3 + torch.randn(6, 3, 4, 2).double(), 1e3 + torch.randn(6, 5).double()
-    inputs = [maps.requires_grad_(), rows.requires_grad_(), torch.randn_like(maps), torch.randn_like(rows)]
-    assert all(isinstance(norm, SumBatchNorm) for norm in Norms().norms)
-    assert_matches_single_process(Norms(), inputs, world_size)
-
-
 @pytest.mark.parametrize("method", ["simclr", "pauc"])
-def test_two_processes_find_the_weights_of_one(tmp_path: Path, method: str, no_gloo_threads: dict[str, str]) -> None:
+def test_two_processes_find_the_weights_of_one(
+    tmp_path: Path, method: str, no_gloo_threads: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     draw = np.random.default_rng(0)
     for label, bright in (("dark", 0), ("light", 120)):
         (tmp_path / "images" / label).mkdir(parents=True)
@@ -71,16 +44,14 @@ def test_two_processes_find_the_weights_of_one(tmp_path: Path, method: str, no_g
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "images" / label / f"{index}.png")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(images=tmp_path / "images"))
+    arguments = ["train", str(recipe), "--method", method, "--out"]
+    assert cli.main([*arguments, str(tmp_path / "one")]) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    found = []
-    for start in ([sys.executable], torchrun):
-        run = tmp_path / str(len(found))
-        command = [*start, "-m", "fastproto", "train", str(recipe), "--method", method, "--out", str(run)]
-        done = subprocess.run(command, env=no_gloo_threads, capture_output=True, text=True, timeout=200, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("linear probe") == 1
-        found.append((load_run(run), read_log(run)))
-    (one, one_log), (two, two_log) = found
+    command = [*torchrun, "-m", "fastproto", *arguments, str(tmp_path / "two")]
+    done = subprocess.run(command, env=no_gloo_threads, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert capsys.readouterr().out.count("linear probe") == done.stdout.count("linear probe") == 1
+    (one, one_log), (two, two_log) = ((load_run(run), read_log(run)) for run in (tmp_path / "one", tmp_path / "two"))
     assert (one.config.devices, two.config.devices) == (1, 2)
     # Normalisation of few rows makes much of what rounding leaves, more with every step.
     for epoch, (row_one, row_two) in enumerate(zip(one_log, two_log, strict=True)):
