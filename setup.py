@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 CSRC = Path("csrc")
-CUDA = os.environ.get("FASTPROTO_CUDA", "auto")
+CUDA = os.environ.get("FASTPROTO_CUDA") or "auto"
 CUDA_ARCHS = os.environ.get("FASTPROTO_CUDA_ARCHS", "80;90;100").replace(",", ";").split(";")
 NVCC = shutil.which("nvcc")
 CXX_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]

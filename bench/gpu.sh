@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU, torch >= 2.11 and nvcc; needs no network and no virtual environment:
+# On a machine with an NVIDIA GPU, torch >= 2.11, nvcc, pybind11, setuptools >= 77 and pytest (with pytest-benchmark for
+# bench); needs no network and no virtual environment:
 #   bench/gpu.sh build    compiles for the GPUs that are there, or those of FASTPROTO_CUDA_ARCHS, and installs
 #   bench/gpu.sh test     the tests marked gpu, on eight processes where pytest-xdist is installed
 #   bench/gpu.sh bench    the benchmarks of the GPU; JSON goes to bench/results/GPU-NAME/
@@ -8,6 +9,10 @@
 # interpreter that holds torch, FASTPROTO_COMMIT the commit of a tree without .git. Where OUT names a folder, test,
 # bench and train copy bench/results/GPU-NAME to $OUT/GPU-NAME, and what they print is in $OUT/PART.log too.
 set -euo pipefail
+if [ -n "${OUT:-}" ]; then
+  mkdir -p "$OUT"
+  OUT=$(realpath "$OUT")
+fi
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1
 PYTHON=${PYTHON:-python3}
@@ -59,5 +64,5 @@ case "$part" in
       run "$@" 2>&1 | tee -i "$OUT/$part.log"
     fi
     ;;
-  *) sed -n '2,9p' "$0"; exit 2 ;;
+  *) sed -n '2,10p' "$0"; exit 2 ;;
 esac

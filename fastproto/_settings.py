@@ -31,6 +31,9 @@ def set_debug(enabled: bool) -> None:
 def backend(name: str) -> Iterator[None]:
     """Forces every op inside the ``with`` block to one backend: "reference", "cpp", "triton" or "cuda".
 
+    float64 is left to the reference by all of them: they sum in float32. So are rows for which plain matrix products
+    serve better than the Triton kernels (more than 256 columns, few of them).
+
     Raises:
         ValueError: no backend has that name.
         RuntimeError: raised by the op that is called, where that backend cannot run it; the message says why.

@@ -3,7 +3,7 @@
   fastproto train [RECIPE] --out RUN [options]    train an encoder without labels, evaluate it before and after
   fastproto eval RUN [--knn] [--linear] [...]     evaluate the encoder of a run, add to RUN/evaluation.json
   fastproto report RUN... [--out PAGE]            write RUN/report.html, or one page that compares several runs
-  fastproto export RUN --to FORMAT                write the encoder for torchvision, timm or onnx into RUN/export
+  fastproto export RUN --to FORMAT                write the encoder to RUN/export: torchvision, timm, onnx, safetensors
   fastproto cluster EMBEDDINGS --k K --out DIR    k-means of the rows of a .npy, .npz, .parquet or .safetensors file
   fastproto views IMAGE... --out PICTURE          boxes, crops and augmented views of images in one picture
   fastproto info                                  versions, devices, and which backend runs each operation
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -99,7 +100,7 @@ def train(arguments: Sequence[str]) -> int:
     first = getattr(rank_zero_only, "rank", 0) == 0
     if first:
         print(f"{config.method} on {config.data}, settings of {recipe or 'no recipe'}")
-    hint = f"go on with: fastproto train --out {folder} --resume"
+    hint = f"go on with: fastproto train --out {shlex.quote(str(folder))} --resume"
     with StopRequest() as stop:
         try:
             result = run_loop(config, dataset, folder, resume=resume, stop=stop)

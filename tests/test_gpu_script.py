@@ -52,8 +52,9 @@ def test_results_and_output_are_kept_whatever_comes(tmp_path: Path) -> None:
     for name in ("nvidia-h200/runs", "amd-epyc"):
         (tmp_path / "bench" / "results" / name).mkdir(parents=True)
     (tmp_path / "bench" / "results" / "nvidia-h200" / "runs" / "x.json").write_text("{}")
-    (tmp_path / "out").mkdir()
-    done = run(tmp_path, "train", "digits", "--epochs", "2", OUT=str(tmp_path / "out"), STATUS="3")
+    # Relative to where it is called.
+    out = os.path.relpath(tmp_path / "out")
+    done = run(tmp_path, "train", "digits", "--epochs", "2", OUT=out, STATUS="3")
     assert done.returncode == 3
     assert done.stdout.endswith("bench/table.py --minutes 8.5 digits --epochs 2\n")
     assert (tmp_path / "out" / "train.log").read_text() == done.stdout

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,7 +51,19 @@ def expect_temperature(temperature: float, op: str, *, signed: bool = False) -> 
     """At least 1e-8; with ``signed`` its magnitude, as lightly wants it."""
     expect_type(temperature, (float, int), op, "temperature", "a number")
     size, expected = (abs(temperature), "a magnitude of at least 1e-8") if signed else (temperature, "at least 1e-8")
-    expect(size >= 1e-8, op, "temperature", expected, temperature)
+    expect(1e-8 <= size < math.inf, op, "temperature", f"{expected}, finite", temperature)
+
+
+def expect_counts(op: str, **counts: Any) -> None:
+    for argument, count in counts.items():
+        expect_type(count, (int, np.integer), op, argument, "an int of at least 1")
+        expect(count >= 1, op, argument, "an int of at least 1", count)
+
+
+def expect_weights(op: str, **weights: Any) -> None:
+    for argument, weight in weights.items():
+        expect_type(weight, (int, float, np.number), op, argument, "a finite number")
+        expect(math.isfinite(weight), op, argument, "a finite number", weight)
 
 
 def expect_views(x0: Tensor, x1: Tensor, op: str, names: tuple[str, str]) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastproto.losses._common import expect_temperature, expect_views
+from fastproto.losses._common import expect_temperature, expect_views, expect_weights
 from fastproto.losses._gather import gather_rows
 from fastproto.losses.contrast import InfoNCELoss
 from fastproto.losses.distribution import (
@@ -62,8 +62,8 @@ class PAUCLoss(nn.Module):
         of at least float32.
 
     Raises:
-        ValueError: τ < 1e-8, t ≤ 0, an unknown correlation, shapes or numbers of sets that do not fit, an assignment
-            out of range, or φ that is not positive.
+        ValueError: τ < 1e-8, t ≤ 0, an unknown correlation, weights that are not finite, shapes or numbers of sets that
+            do not fit, an assignment out of range, or φ that is not positive.
         TypeError: something is no tensor, or of another dtype.
 
     Example:
@@ -98,6 +98,8 @@ class PAUCLoss(nn.Module):
         expect_temperature(temperature, "PAUCLoss")
         expect_t(uniform_t, "PAUCLoss", "uniform_t")
         expect_kind(correlation, "PAUCLoss", "correlation")
+        weights = {"align_weight": align_weight, "uniform_weight": uniform_weight}
+        expect_weights("PAUCLoss", **weights, correlation_weight=correlation_weight)
         self.align_weight = align_weight
         self.uniform_weight = uniform_weight
         self.correlation_weight = correlation_weight

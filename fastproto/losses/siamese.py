@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastproto._check import FLOATS, INTEGERS, expect, expect_index, expect_tensor
-from fastproto.losses._common import expect_reduction, expect_views, reduce_rows, widen
+from fastproto.losses._common import expect_counts, expect_reduction, expect_views, reduce_rows, widen
 from fastproto.ops.siamese import siamese_all_pairs, siamese_pairs
 
 
@@ -129,7 +129,8 @@ class SiameseMetricLoss(nn.Module):
         scalar of at least float32.
 
     Raises:
-        ValueError: an unknown ``pairs``, shapes or devices that do not fit, or an assignment below -1.
+        ValueError: an unknown ``pairs``, a ``feature_dim`` below 1, shapes or devices that do not fit, or an assignment
+            below -1.
         TypeError: something is no tensor, or of another dtype.
 
     Example:
@@ -151,6 +152,7 @@ class SiameseMetricLoss(nn.Module):
     def __init__(self, feature_dim: int, pairs: str = "all") -> None:
         super().__init__()
         expect(pairs in ("all", "sampled"), "SiameseMetricLoss", "pairs", '"all" or "sampled"', repr(pairs))
+        expect_counts("SiameseMetricLoss", feature_dim=feature_dim)
         self.pairs = pairs
         self.metric = nn.Linear(feature_dim, 1)
 

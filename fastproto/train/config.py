@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
@@ -95,6 +96,8 @@ class ViewConfig:
     box_interval: int = 40
 
     def __post_init__(self) -> None:
+        if self.size is not None:
+            _expect_at_least(1, "views", size=self.size)
         threshold = self.box_threshold
         expect(0 <= threshold < 1, "views", "box_threshold", "a number from 0 to below 1", threshold)
         _expect_at_least(1, "views", box_interval=self.box_interval)
@@ -130,6 +133,8 @@ class PrototypeConfig:
         _expect_at_least(0, "prototypes", warmup=self.warmup)
         _expect_at_least(1, "prototypes", interval=self.interval, n_iter=self.n_iter, n_init=self.n_init)
         _expect_at_least(1, "prototypes", whiten_dim=self.whiten_dim)
+        holds = 0 < self.temperature < math.inf
+        expect(holds, "prototypes", "temperature", "a finite number above 0", self.temperature)
 
 
 @dataclass(frozen=True)
@@ -177,8 +182,10 @@ class LossConfig:
     correlation: Literal["cross", "covariance"] = "cross"
 
     def __post_init__(self) -> None:
-        holds = self.temperature is None or self.temperature > 0
-        expect(holds, "loss", "temperature", "a number above 0, or null", self.temperature)
+        holds = self.temperature is None or 0 < self.temperature < math.inf
+        expect(holds, "loss", "temperature", "a finite number above 0, or null", self.temperature)
+        for name in ("contrast", "prototype", "metric", "align", "uniform", "correlation"):
+            _expect_at_least(0, "loss", **{f"{name}_weight": getattr(self, f"{name}_weight")})
 
 
 @dataclass(frozen=True)
@@ -200,8 +207,8 @@ class OptimizerConfig:
     warmup: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("lr", "momentum", "weight_decay", "warmup"):
-            expect(getattr(self, name) >= 0, "optimizer", name, "a number >= 0", getattr(self, name))
+        _expect_at_least(0, "optimizer", lr=self.lr, weight_decay=self.weight_decay, warmup=self.warmup)
+        expect(0 <= self.momentum < 1, "optimizer", "momentum", "a number from 0 to below 1", self.momentum)
 
 
 @dataclass(frozen=True)
@@ -294,6 +301,7 @@ class Config:
     def __post_init__(self) -> None:
         _expect_at_least(1, "config", epochs=self.epochs, devices=self.devices)
         _expect_at_least(2, "config", keep=self.keep)
+        expect(0 <= self.seed < 2**63, "config", "seed", f"0 to {2**63 - 1}", self.seed)
         if self.image_size is not None:
             _expect_at_least(1, "config", image_size=self.image_size)
         if self.workers is not None:
@@ -392,4 +400,5 @@ def _settings(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def _expect_at_least(least: float, group: str, **settings: float) -> None:
     for name, value in settings.items():
-        expect(value >= least, group, name, f"a number >= {least}", value)
+        number = "a finite number" if isinstance(value, float) else "a number"
+        expect(least <= value < math.inf, group, name, f"{number} >= {least}", value)

@@ -187,6 +187,9 @@ def train(
             if online is not None:
                 online.log(row, step=epoch + 1)
 
+    # Asked while the last epoch was saved.
+    if asked_anywhere(stop, device):
+        raise Interrupted
     clock.start("evaluation")
     after = evaluate(method.eval().encoder, dataset, device=device)
     last = clock.take()

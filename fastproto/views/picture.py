@@ -141,7 +141,8 @@ def _shrunk(image: Tensor) -> Tensor:
     height, width = image.shape[1:]
     share = min(1.0, LONGEST / max(height, width))
     size = (max(1, round(share * height)), max(1, round(share * width)))
-    return crop_resize(image[None], torch.tensor([[0, 0, height, width]], dtype=torch.int32), size)[0]
+    small = crop_resize(image[None], torch.tensor([[0, 0, height, width]], dtype=torch.int32), size)[0]
+    return small.clamp(max=1)  # rounding leaves 1.0000004
 
 
 def _shortened(name: str) -> str:

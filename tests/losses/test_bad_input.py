@@ -6,6 +6,7 @@ are made from those, so that no loss can miss one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -187,3 +188,21 @@ def test_nan_in_is_nan_out(name: str, argument: str) -> None:
     arguments[argument][1, 2] = torch.nan
     result = loss.make(**loss.options)(**arguments)
     assert (result if isinstance(result, Tensor) else result[0]).isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: losses.SPCLLoss(3, -1), "SPCLLoss: num_prototypes expected an int of at least 1, got int -1"),
+        (lambda: losses.SPCLLoss(0, 3), "SPCLLoss: feature_dim expected an int of at least 1, got int 0"),
+        (lambda: losses.SPCLLoss(3, 3, metric_weight=math.nan), "SPCLLoss: metric_weight expected a finite number"),
+        (lambda: losses.SiameseMetricLoss("a"), "SiameseMetricLoss: feature_dim expected an int of at least 1, got str"),
+        (lambda: losses.PAUCLoss(align_weight="x"), "PAUCLoss: align_weight expected a finite number, got str 'x'"),
+        (lambda: losses.NTXentLoss(math.inf), "NTXentLoss: temperature expected a magnitude .*, finite, got float inf"),
+        (lambda: losses.NegativeCosineSimilarity(eps="x"), "NegativeCosineSimilarity: eps expected a number"),
+        (lambda: losses.NegativeCosineSimilarity(dim=1.0), "NegativeCosineSimilarity: dim expected an int"),
+    ],
+)
+def test_what_a_loss_is_made_with_is_checked_at_once(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()

@@ -96,8 +96,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     config = replace(tiny_config, method=method, epochs=3, optimizer=settings)  # type: ignore[arg-type]
     loop.train(config, tiny_data, tmp_path / "whole")
     whole = at_the_end(tmp_path / "whole", config, tiny_data)
-    # Six steps in all: in the middle of an epoch, and after its last step.
-    for stops in ((1,), (4,), (3, 1, 1), (6,)):
+    # Six steps in all: in the middle of an epoch, after its last step, and before the last evaluation.
+    for stops in ((1,), (4,), (3, 1, 1), (6,), (7,)):
         folder = tmp_path / "-".join(map(str, stops))
         for attempt, steps in enumerate(stops):
             with pytest.raises(loop.Interrupted):
@@ -266,7 +266,7 @@ def test_the_best_checkpoint_stays(
 
 @pytest.mark.usefixtures("no_evaluation")
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, tiny_config: Config, tiny_data: Dataset) -> None:
-    config = replace(tiny_config, method="simclr", loss=LossConfig(contrast_weight=math.inf))
+    config = replace(tiny_config, method="simclr", loss=LossConfig(contrast_weight=1e300))
     with pytest.raises(FloatingPointError, match=r"^diverged in epoch 1: loss (inf|nan), loss/contrast (inf|nan)$"):
         loop.train(config, tiny_data, tmp_path)
 
