@@ -5,12 +5,13 @@
     <x, y> = 2^-e 2^-f (<l_x, h_y> + <h_x, l_y> + <h_x, h_y>)
 
 Each half has 11 bits and the second one a sign of its own: 23 bits of float32's 24, down to 2^-39 of a row's largest
-number. What is left out, <l_x, l_y>, is 2^-22 of the product at most. Three products at the rate of float16 are several
+number. What is left out, <l_x, l_y>, is at most 2^-22 of each |x_d y_d|. Three products at the rate of float16 are several
 times as fast as float32 on the ordinary cores: an H200 has 790 / 3 TFLOP/s against 60. docs/math/contrast.md has the
 bounds.
 
-Tensor cores cut off what is below the last digit of the sum, always towards zero. So the small terms come first, and a
-sum over a whole loop (add_product) adds the sum of each block on the ordinary cores, which round.
+Tensor cores cut off what is below the last digit of the sum, always towards zero. So the small terms come first, and
+sums of a loop, over columns (scores) or keys (add_product), are made of each block's own by the ordinary cores, which
+round.
 
 Source: the split is that of Ootomo and Yokota, arXiv 2203.03341.
 """
@@ -28,8 +29,8 @@ BLOCK_N, BLOCK_D = 16, 128
 
 @triton.jit
 def powers(largest):
-    """2^e and 2^-e with 2^e · largest in [2^14, 2^15): float16 ends below 2^16. Of 0 some power, of what ends float32
-    the next that has both."""
+    """2^e and 2^-e with 2^e · largest in [2^14, 2^15): float16 ends below 2^16. Below 2^-112, 0 among it, e is 126: the
+    inverse is to be a normal number too."""
     exponent = largest.to(tl.int32, bitcast=True) >> 23
     up = tl.minimum(tl.maximum(2 * 127 + 14 - exponent, 1), 253)
     return (up << 23).to(tl.float32, bitcast=True), ((254 - up) << 23).to(tl.float32, bitcast=True)
@@ -52,12 +53,14 @@ def load_factor(ptr, stride, offs_n, mask_n, offs_d, D: tl.constexpr, EVEN: tl.c
 
 
 @triton.jit
-def scores(x, y, acc, HALVES: tl.constexpr):
-    """acc + x · yᵀ in float32, of tuples as load_factor has them."""
+def scores(x, y, HALVES: tl.constexpr):
+    """x · yᵀ in float32, of tuples as load_factor has them."""
     if HALVES:
-        acc = tl.dot(x[1], tl.trans(y[0]), acc)
-        acc = tl.dot(x[0], tl.trans(y[1]), acc)
-    return tl.dot(x[0], tl.trans(y[0]), acc)
+        small = tl.dot(x[1], tl.trans(y[0]))
+        small = tl.dot(x[0], tl.trans(y[1]), small)
+        return tl.dot(x[0], tl.trans(y[0]), small)
+    else:
+        return tl.dot(x[0], tl.trans(y[0]))
 
 
 @triton.jit
@@ -88,7 +91,7 @@ def _halves_kernel(
     BLOCK_D: tl.constexpr,
 ):
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)  # a column may be as far from the next as rows are many
     mask_n = offs_n < N
     row_ptr = x_ptr + offs_n[:, None] * stride_n
     largest_n = tl.zeros((BLOCK_N,), tl.float32)

@@ -75,7 +75,7 @@ TILES: dict[str, Table] = {
             4: {
                 64: Tile(64, 64, 64, 64, 8, 2),
                 128: Tile(128, 32, 128, 128, 8, 2),
-                WIDE: Tile(128, 64, 64, 128, 8, 2),
+                WIDE: Tile(64, 64, 64, 128, 8, 2),
             },
         },
         "contrast_bwd_keys": {
@@ -88,7 +88,7 @@ TILES: dict[str, Table] = {
             4: {
                 64: Tile(64, 64, 64, 64, 8, 2),
                 128: Tile(64, 64, 128, 128, 8, 2),
-                WIDE: Tile(64, 64, 64, 128, 8, 2),
+                WIDE: Tile(32, 64, 64, 128, 8, 2),
             },
         },
         "assign": {2: ASSIGN_HOPPER, 4: ASSIGN_HOPPER},

@@ -87,6 +87,7 @@ def _contrast_bwd_keys_kernel(
         lse_k = tl.load(saved_ptr + offs_k, mask=mask_k, other=INF) * LOG2E
         grad_k = tl.load(grad_ptr + offs_k, mask=mask_k, other=0.0)
         target_q_k = tl.load(saved_ptr + N + offs_k, mask=mask_k, other=0.0) * grad_k
+        largest_grad = tl.max(tl.abs(grad_k))
         target_k = tl.load(target_ptr + offs_k, mask=mask_k, other=-1)
     if WHOLE:
         y_kd = load_factor(y_ptr, stride_y, here_k, mask_k, here_d, D, EVEN_D, HALVES)
@@ -98,15 +99,15 @@ def _contrast_bwd_keys_kernel(
         mask_n = here_n < tl.minimum(N - start_n, BLOCK_N).to(tl.int32)
         block_ptr = x_ptr + start_n * stride_x
         target_n = tl.load(target_ptr + start_n + here_n, mask=mask_n, other=-1)
-        scores_kn = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
         if WHOLE:
             x_nv = load_factor(block_ptr, stride_x, here_n, mask_n, here_d, D, EVEN_D, HALVES)
-            scores_kn = scores(y_kd, x_nv, scores_kn, HALVES)
+            scores_kn = scores(y_kd, x_nv, HALVES)
         else:
+            scores_kn = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
             for start_d in range(0, D, BLOCK_D):
                 y_kd = load_factor(y_ptr, stride_y, here_k, mask_k, start_d + here_d, D, EVEN_D, HALVES)
                 x_nd = load_factor(block_ptr, stride_x, here_n, mask_n, start_d + here_d, D, EVEN_D, HALVES)
-                scores_kn = scores(y_kd, x_nd, scores_kn, HALVES)
+                scores_kn += scores(y_kd, x_nd, HALVES)
         if HALVES:
             unit_n = tl.load(unit_n_ptr + start_n + here_n, mask=mask_n, other=0.0)
             scores_kn *= unit_n[None, :]
@@ -144,7 +145,7 @@ def _contrast_bwd_keys_kernel(
             q_kn *= unit_n[None, :]
             largest = tl.max(tl.abs(grad_n) * unit_n)
             if SYMMETRIC:
-                largest += tl.max(tl.abs(grad_k)) * tl.max(unit_n)
+                largest += largest_grad * tl.max(unit_n)
         acc_kv = add_product(acc_kv, q_kn, largest, x_nv, HALVES)
 
     at = pid_s.to(tl.int64) * K + offs_k
@@ -180,9 +181,8 @@ def contrast_bwd_keys(
     # An ignored row is emptied before the product, so that not even a NaN in it reaches the keys' gradient. Masking
     # its load instead would let every load wait for a target.
     dtype = torch.promote_types(features.dtype, keys.dtype)
-    (x, unit_n), (y, unit_k) = (
-        factor_rows(rows, dtype) for rows in (torch.where(counted[:, None], features, 0), keys)
-    )
+    x, unit_n = factor_rows(torch.where(counted[:, None], features, 0), dtype)
+    y, unit_k = factor_rows(keys, dtype)
     halves = unit_n is not None
     peak = None
     if dtype == torch.float16:

@@ -143,15 +143,15 @@ def _contrast_fwd_kernel(
     for start_k in range(begin, tl.minimum(begin + part, K), BLOCK_K):
         mask_k = here_k < tl.minimum(K - start_k, BLOCK_K).to(tl.int32)
         block_ptr = y_ptr + start_k * stride_y
-        scores_nk = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         if WHOLE:
             y_kv = load_factor(block_ptr, stride_y, here_k, mask_k, here_d, D, EVEN_D, HALVES)
-            scores_nk = scores(x_nd, y_kv, scores_nk, HALVES)
+            scores_nk = scores(x_nd, y_kv, HALVES)
         else:
+            scores_nk = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
             for start_d in range(0, D, BLOCK_D):
                 x_nd = load_factor(x_ptr, stride_x, here_n, counted_n, start_d + here_d, D, EVEN_D, HALVES)
                 y_kd = load_factor(block_ptr, stride_y, here_k, mask_k, start_d + here_d, D, EVEN_D, HALVES)
-                scores_nk = scores(x_nd, y_kd, scores_nk, HALVES)
+                scores_nk += scores(x_nd, y_kd, HALVES)
         a_k, b_k = load_scale(a_ptr + start_k, b_ptr + start_k if HAS_BIAS else None, here_k, mask_k, HAS_BIAS)
         if HALVES:
             a_k *= tl.load(unit_k_ptr + start_k + here_k, mask=mask_k, other=0.0)
@@ -184,8 +184,8 @@ def _contrast_fwd_kernel(
         if NEED_DX:
             if not WHOLE:
                 y_kv = load_factor(block_ptr, stride_y, here_k, mask_k, offs_v, D, EVEN_V, HALVES)
-            # p ≤ 1.
-            largest = tl.max(tl.abs(a_k)) if HALVES else 0.0
+            # p ≤ 1, and 0 where a bias of -inf hides the key.
+            largest = tl.max(tl.where(b_k == -INF, 0.0, tl.abs(a_k))) if HALVES else 0.0
             acc_nv = add_product(acc_nv * shrink_n[:, None], p_nk * a_k[None, :], largest, y_kv, HALVES)
 
     at = pid_s.to(tl.int64) * N + offs_n
@@ -320,7 +320,7 @@ def _contrast_merge_kernel(
         for start_d in tl.range(0, D, BLOCK_D, num_stages=1):
             x_nd = load_factor(x_ptr, stride_x, offs_n, counted_n, start_d + offs_d, D, False, HALVES)
             y_nd = load_factor(y_ptr, stride_y, key_n, counted_n, start_d + offs_d, D, False, HALVES)
-            scores_nn = scores(x_nd, y_nd, scores_nn, HALVES)
+            scores_nn += scores(x_nd, y_nd, HALVES)
         here = tl.arange(0, BLOCK_N)
         diagonal_n = tl.sum(tl.where(here[:, None] == here[None, :], scores_nn, 0.0), 1)
         scale_n, bias_n = load_scale(a_ptr, b_ptr, key_n, counted_n, HAS_BIAS)
@@ -335,7 +335,8 @@ def _contrast_merge_kernel(
         saved_n = g * N.to(tl.int64) + out_n
         tl.store(loss_ptr + out_n, loss_n, mask=mask_n)
         tl.store(saved_ptr + saved_n, tl.where(counted_n, max_n * LN2 + log_sum_n, 0.0), mask=mask_n)
-        tl.store(saved_ptr + N + saved_n, minus_expm1(loss_n), mask=mask_n)
+        # Rounding may leave a loss below 0, p not above 1. NaN stays.
+        tl.store(saved_ptr + N + saved_n, minus_expm1(tl.where(loss_n < 0, 0.0, loss_n)), mask=mask_n)
         if NEED_STATS:
             # Neither term is negative: log l, and Σ p (m - s).
             entropy_n = log_sum_n - spread_n / sum_n * LN2

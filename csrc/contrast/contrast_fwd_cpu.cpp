@@ -265,7 +265,9 @@ void contrast_fwd(const Contrast& given, int threads) {
   if (given.reduced) *given.loss = static_cast<float>(std::accumulate(args.loss, args.loss + args.N, 0.0) / given.divisor);
   else std::copy(args.loss, args.loss + args.N, given.loss);
   if (given.lse)
-    for (int64_t i = 0; i < args.N; ++i) args.loss[i] = std::expm1(-args.loss[i]);
+    parallel_for((args.N + 1023) / 1024, threads, [&](int64_t block) {
+      for (int64_t i = block * 1024; i < std::min(args.N, block * 1024 + 1024); ++i) args.loss[i] = std::expm1(-args.loss[i]);
+    });
 }
 
 }  // namespace FASTPROTO_ISA

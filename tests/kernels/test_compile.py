@@ -87,7 +87,7 @@ def constants(tile: _tiles.Tile, d: int, flags: dict[str, bool], *, halves: bool
 
 def most_spilled(arch: str, flags: dict[str, bool]) -> int:
     """Without wgmma the tile that stays lives in registers too, and options beside it leave a few bytes no room."""
-    return max(MOST_SPILLED, 0 if flags == PLAIN else {"default": 136, "sm_90": 0, "sm_100": 8}[arch])
+    return max(MOST_SPILLED, 0 if flags == PLAIN else {"default": 160, "sm_90": 0, "sm_100": 8}[arch])
 
 
 @pytest.mark.parametrize("flags", [PLAIN, FULL, NT_XENT], ids=["plain", "full", "nt_xent"])
@@ -112,7 +112,7 @@ def test_half_precision_tiles(name: str, arch: str, flags: dict[str, bool]) -> N
 def test_float32_tiles(name: str, arch: str, flags: dict[str, bool]) -> None:
     """Pairs of float16 rows, which tensor cores multiply."""
     for widest, tile in _tiles.TILES[arch][name][4].items():
-        if flags != PLAIN and widest != 128:
+        if flags != PLAIN and arch != "sm_90" and widest != 128:
             continue  # minutes for what the others say already
         d = 2 * tile.block_v if widest == _tiles.WIDE else widest
         if flags["NEED_STATS"] and name == "contrast_fwd":

@@ -71,7 +71,7 @@ def test_lengths_far_from_one(power: int) -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("d", [24, 130])
+@pytest.mark.parametrize("d", [24, 130, *([] if INTERPRETED else [768])])
 @pytest.mark.parametrize("temperature", [0.01, 0.2])
 def test_as_exact_as_plain_float32(d: int, temperature: float) -> None:
     # Under the interpreter a product is numpy's: the positive's logit has not the bits that it has among the others.
@@ -79,12 +79,14 @@ def test_as_exact_as_plain_float32(d: int, temperature: float) -> None:
 
 
 @on_gpu
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of an overflow that is cut to 1
 def test_logits_of_millions_have_finite_gradients() -> None:
     """There a logit and its log-sum-exp differ by more than 1 of rounding, and exp of that may not leave float16."""
-    arguments = problem(33, 70, 24, grouped=False, device=DEVICE)
+    arguments = problem(33, 70, 130, grouped=False, device=DEVICE)
     arguments["scale"] = torch.full_like(arguments["scale"], 3e8)
-    ours = run("triton", arguments, torch.float32)
-    assert all(value.isfinite().all() for value in ours)
+    copies = arguments | {"features": arguments["keys"][:33].clone(), "targets": torch.arange(33, device=DEVICE)}
+    for case in (arguments, copies):
+        assert all(value.isfinite().all() for value in run("triton", case, torch.float32))
 
 
 @on_gpu
