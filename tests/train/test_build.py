@@ -162,7 +162,6 @@ def test_more_than_there_are_images_is_refused(tiny_config: Config, made: Datase
             {"encoder": EncoderConfig("timm/vit_tiny_patch16_224")},
             r"encoder: timm/vit_tiny_patch16_224 does not take images of \(20, 20\)",
         ),
-        ({"prototypes": PrototypeConfig(num=(5,), temperature=-1.0)}, "PrototypeBank: temperature expected above 0"),
         (
             {"prototypes": PrototypeConfig(num=(5, 41))},
             r"PrototypeBank: num_prototypes expected 1 ... .* 40, got int 41",

@@ -78,6 +78,7 @@ def test_a_file_says_all_of_a_configuration(tmp_path: Path) -> None:
         ("seed: -1", "config: seed expected 0 to 9223372036854775807, got int -1"),
         ("seed: 99999999999999999999", "config: seed expected 0 to 9223372036854775807, got int 99999999999999999999"),
         ("views: {size: 0}", "views: size expected a number >= 1, got int 0"),
+        ("prototypes: {temperature: -1}", "prototypes: temperature expected a finite number above 0, got float -1.0"),
         ("prototypes: {temperature: .inf}", "prototypes: temperature expected a finite number above 0, got float inf"),
         ("loss: {temperature: 0}", "loss: temperature expected a finite number above 0, or null, got float 0.0"),
         ("loss: {temperature: .inf}", "loss: temperature expected a finite number above 0, or null, got float inf"),
