@@ -5,9 +5,9 @@
     <x, y> = 2^-e 2^-f (<l_x, h_y> + <h_x, l_y> + <h_x, h_y>)
 
 Each half has 11 bits and the second one a sign of its own: 23 bits of float32's 24, down to 2^-39 of a row's largest
-number. What is left out, <l_x, l_y>, is at most 2^-22 of each |x_d y_d|. Three products at the rate of float16 are several
-times as fast as float32 on the ordinary cores: an H200 has 790 / 3 TFLOP/s against 60. docs/math/contrast.md has the
-bounds.
+number. What is left out, <l_x, l_y>, is at most 2^-22 of each |x_d y_d|. Three products at the rate of float16 are
+several times as fast as float32 on the ordinary cores: an H200 has 790 / 3 TFLOP/s against 60. docs/math/contrast.md
+has the bounds.
 
 Tensor cores cut off what is below the last digit of the sum, always towards zero. So the small terms come first, and
 sums of a loop, over columns (scores) or keys (add_product), are made of each block's own by the ordinary cores, which
