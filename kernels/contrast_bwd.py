@@ -156,6 +156,11 @@ def _contrast_bwd_keys_kernel(
         tl.store(db_ptr + at, bias_k, mask=mask_k)
 
 
+def with_groups(tile: Tile) -> Tile:
+    """The tile of float32 rows where groups hide keys, which want registers of their own."""
+    return tile._replace(block_n=tile.block_n // 2)
+
+
 def contrast_bwd_keys(
     features: Tensor,  # (N, D) float32, float16 or bfloat16
     keys: Tensor,  # (K, D) likewise
@@ -191,8 +196,7 @@ def contrast_bwd_keys(
     d = x.shape[1] // 2 if halves else x.shape[1]
     tile = tile or tile_for("contrast_bwd_keys", dtype, d, x.device)
     if halves and groups is not None:
-        # They want registers of their own.
-        tile = tile._replace(block_n=tile.block_n // 2)
+        tile = with_groups(tile)
     columns, tiles = triton.cdiv(d, tile.block_v), triton.cdiv(k, tile.block_k)
     parts = splits or choose_splits(tiles * columns, triton.cdiv(n, tile.block_n), x.device)
     part = part_length(n, parts, tile.block_n)

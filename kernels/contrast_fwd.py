@@ -345,6 +345,11 @@ def _contrast_merge_kernel(
             tl.store(positive_ptr + out_n, tl.where(counted_n, positive_n * LN2, 0.0), mask=mask_n)
 
 
+def with_stats(tile: Tile, halves: bool) -> Tile:
+    """The tile where stats are needed, which want registers of their own."""
+    return tile._replace(block_k=max(16, tile.block_k // (4 if halves else 2)))
+
+
 def contrast_fwd(
     features: Tensor,  # (N, D) float32, float16 or bfloat16
     keys: Sequence[Tensor],  # G of (K, D) likewise, at most MAX_SETS
@@ -376,8 +381,7 @@ def contrast_fwd(
     d = x.shape[1] // 2 if halves else x.shape[1]
     tile = tile or tile_for("contrast_fwd", dtype, d, x.device)
     if need_stats:
-        # They want registers of their own.
-        tile = tile._replace(block_k=max(16, tile.block_k // (4 if halves else 2)))
+        tile = with_stats(tile, halves)
     columns = triton.cdiv(d, tile.block_v) if need_dx else 1
     tiles = triton.cdiv(n, tile.block_n)
     blocks = sum(triton.cdiv(k, tile.block_k) for k in sizes)

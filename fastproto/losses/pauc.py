@@ -98,8 +98,12 @@ class PAUCLoss(nn.Module):
         expect_temperature(temperature, "PAUCLoss")
         expect_t(uniform_t, "PAUCLoss", "uniform_t")
         expect_kind(correlation, "PAUCLoss", "correlation")
-        weights = {"align_weight": align_weight, "uniform_weight": uniform_weight}
-        expect_weights("PAUCLoss", **weights, correlation_weight=correlation_weight)
+        expect_weights(
+            "PAUCLoss",
+            align_weight=align_weight,
+            uniform_weight=uniform_weight,
+            correlation_weight=correlation_weight,
+        )
         self.align_weight = align_weight
         self.uniform_weight = uniform_weight
         self.correlation_weight = correlation_weight

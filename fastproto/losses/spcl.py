@@ -84,8 +84,12 @@ class SPCLLoss(nn.Module):
         super().__init__()
         expect_temperature(temperature, "SPCLLoss", signed=True)
         expect_counts("SPCLLoss", feature_dim=feature_dim, num_prototypes=num_prototypes)
-        weights = {"contrast_weight": contrast_weight, "metric_weight": metric_weight}
-        expect_weights("SPCLLoss", **weights, prototype_weight=prototype_weight)
+        expect_weights(
+            "SPCLLoss",
+            contrast_weight=contrast_weight,
+            metric_weight=metric_weight,
+            prototype_weight=prototype_weight,
+        )
         self.contrast_weight = contrast_weight
         self.metric_weight = metric_weight
         self.prototype_weight = prototype_weight

@@ -184,8 +184,8 @@ class LossConfig:
     def __post_init__(self) -> None:
         holds = self.temperature is None or 0 < self.temperature < math.inf
         expect(holds, "loss", "temperature", "a finite number above 0, or null", self.temperature)
-        for name in ("contrast", "prototype", "metric", "align", "uniform", "correlation"):
-            _expect_at_least(0, "loss", **{f"{name}_weight": getattr(self, f"{name}_weight")})
+        weights = {name: value for name, value in vars(self).items() if name.endswith("_weight")}
+        _expect_at_least(0, "loss", **weights)
 
 
 @dataclass(frozen=True)

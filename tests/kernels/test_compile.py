@@ -99,7 +99,7 @@ def test_half_precision_tiles(name: str, arch: str, flags: dict[str, bool]) -> N
             continue  # minutes for what the others say already
         d = 2 * tile.block_v if widest == _tiles.WIDE else widest
         if flags["NEED_STATS"] and name == "contrast_fwd":
-            tile = tile._replace(block_k=tile.block_k // 2)
+            tile = contrast_fwd.with_stats(tile, halves=False)
         compiled = compile_kernel(name, arch, "bf16", tile.warps, tile.stages, constants(tile, d, flags))
         assert registers_and_stack(compiled)[1] <= most_spilled(arch, flags), (d, tile)
         assert compiled.metadata.shared <= SHARED[arch], (d, tile)
@@ -116,9 +116,9 @@ def test_float32_tiles(name: str, arch: str, flags: dict[str, bool]) -> None:
             continue  # minutes for what the others say already
         d = 2 * tile.block_v if widest == _tiles.WIDE else widest
         if flags["NEED_STATS"] and name == "contrast_fwd":
-            tile = tile._replace(block_k=max(16, tile.block_k // 4))
+            tile = contrast_fwd.with_stats(tile, halves=True)
         if flags["HAS_GROUPS"] and name == "contrast_bwd_keys":
-            tile = tile._replace(block_n=tile.block_n // 2)
+            tile = contrast_bwd.with_groups(tile)
         compiled = compile_kernel(name, arch, "fp16", tile.warps, tile.stages, constants(tile, d, flags, halves=True))
         assert registers_and_stack(compiled)[1] <= most_spilled(arch, flags), (d, tile)
         assert compiled.metadata.shared <= SHARED[arch], (d, tile)
