@@ -41,9 +41,19 @@ inline std::vector<Isa> supported_isas() {
   return isas;
 }
 
-// The one in use: the widest, unless set_isa asked for a narrower one.
+// The widest but for one: vdpbf16ps does two products where an FMA does one, and on AMD's cores issues as often, but on Intel's
+// (Emerald Rapids) every 2.2 cycles where two FMAs issue in each. There bfloat16 is faster widened.
+inline Isa fastest_isa() {
+  const Isa widest = supported_isas().back();
+#if defined(__x86_64__)
+  if (widest == Isa::avx512_bf16 && __builtin_cpu_is("intel")) return Isa::avx512_vnni;
+#endif
+  return widest;
+}
+
+// The one in use: the fastest, unless set_isa asked for another.
 inline Isa& current_isa() {
-  static Isa isa = supported_isas().back();
+  static Isa isa = fastest_isa();
   return isa;
 }
 
