@@ -17,10 +17,6 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__SSE__)
-#include <xmmintrin.h>
-#endif
-
 #include "dtype.h"
 
 namespace fastproto {
@@ -71,7 +67,7 @@ inline float largest(Vec v) {
 // relative error (3.1e-9, found by Remez exchange), 2^n in the exponent bits. Below −87.33 (the smallest normal number) 0,
 // whatever the rest made of it; above 88.7 the caller has subtracted too little; NaN stays NaN.
 inline Vec exp(Vec x) {
-  const Vec magic = splat(12582912.f);  // 1.5 · 2^23: adding it rounds to an integer, which stands in the low bits
+  const Vec magic = splat(12582912.f);  // 1.5 · 2^23: adding it rounds to an integer, which stands in the low 9 bits
   const Vec shifted = x * 1.44269504088896341f + magic;
   const Vec n = shifted - magic;
   const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -82,7 +78,7 @@ inline Vec exp(Vec x) {
   p = p * r + 0.4999999403953552f;
   p = p * r + 1.f;
   p = p * r + 1.f;
-  const IntVec power = ((IntVec)shifted - (IntVec)magic + 127) << 23;
+  const IntVec power = ((IntVec)shifted << 23) + (127 << 23);
   return x < splat(-87.33f) ? Vec{} : p * (Vec)power;
 }
 
@@ -165,6 +161,13 @@ inline void load_row(const void* data, int dtype, int64_t offset, int64_t size, 
   }
 }
 
+// Such a row where it lies, or from `out` if it has to be widened. A copy read at once would wait for its stores.
+inline const float* read_row(const void* data, int dtype, int64_t offset, int64_t size, float* out) {
+  if (static_cast<Dtype>(dtype) == Dtype::float32) return static_cast<const float*>(data) + offset;
+  load_row(data, dtype, offset, size, out);
+  return out;
+}
+
 // Memory that starts at a cache line: a vector that crosses two costs two loads.
 class Buffer {
  public:
@@ -206,26 +209,11 @@ inline float dot(const float* a, const float* b, int64_t size) {
 inline float inverse_length(const float* row, int64_t size) {
   return 1.f / std::max(std::sqrt(dot(row, row, size)), 1e-12f);
 }
-inline void scale_row(float* row, int64_t size, float factor) {
-  for (int64_t i = 0; i < size; ++i) row[i] *= factor;
-}
-
-// out[d, r] = rows[r, d] of four rows, stride elements from one d to the next.
-inline void transpose_four(const float* rows, int64_t D, float* out, int64_t stride) {
-  int64_t d = 0;
-#if defined(__SSE__)
-  for (; d + 4 <= D; d += 4) {
-    __m128 a = _mm_loadu_ps(rows + d), b = _mm_loadu_ps(rows + D + d);
-    __m128 c = _mm_loadu_ps(rows + 2 * D + d), e = _mm_loadu_ps(rows + 3 * D + d);
-    _MM_TRANSPOSE4_PS(a, b, c, e);
-    _mm_storeu_ps(out + d * stride, a);
-    _mm_storeu_ps(out + (d + 1) * stride, b);
-    _mm_storeu_ps(out + (d + 2) * stride, c);
-    _mm_storeu_ps(out + (d + 3) * stride, e);
-  }
-#endif
-  for (; d < D; ++d)
-    for (int64_t r = 0; r < 4; ++r) out[d * stride + r] = rows[r * D + d];
+// out = row · factor; out may be the row.
+inline void scale_row(const float* row, int64_t size, float factor, float* out) {
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) store(out + i, load(row + i) * factor);
+  for (; i < size; ++i) out[i] = row[i] * factor;
 }
 
 // Of two vectors, halves of HALF lanes: the lower of each pair of them, of a then of b, and the upper.
@@ -272,20 +260,34 @@ template <typename Number> inline void to_words(float* rows, int64_t count, int6
   }
 }
 
+// A panel (D, WIDTH) of `count` rows, zero beyond them, from row R on: LANES rows and columns at a time are turned.
+template <int WIDTH, int R = 0> inline void pack_panel(const float* rows, int64_t count, int64_t D, float* panel) {
+  constexpr int USED = std::min(LANES, WIDTH - R);
+  int64_t d = 0;
+  for (; d + LANES <= D; d += LANES) {
+    Vec v[LANES];
+#pragma GCC unroll 16
+    for (int r = 0; r < LANES; ++r) v[r] = r < USED && R + r < count ? load(rows + (R + r) * D + d) : Vec{};
+    transpose_registers(v);
+#pragma GCC unroll 16
+    for (int l = 0; l < LANES; ++l) {
+      float* to = panel + (d + l) * WIDTH + R;
+      // A whole vector also where only part of it is the panel's: what it writes beyond, the next line writes again.
+      if (USED == LANES || (R == 0 && d + l + 1 < D)) store(to, v[l]);
+      else std::memcpy(to, &v[l], USED * sizeof(float));
+    }
+  }
+  for (; d < D; ++d)
+    for (int r = R; r < R + USED; ++r) panel[d * WIDTH + r] = r < count ? rows[r * D + d] : 0;
+  if constexpr (R + USED < WIDTH) pack_panel<WIDTH, R + USED>(rows, count, D, panel);
+}
+
 // The layouts of a block of rows (count × D, words, leading dimension D) that the products need, zero where padded:
 // the left factor tall (count' / MR, D, MR); the right factor across (count' / NR, D, NR), with the rows along the lanes,
 // or along (D' / NR, count', NR), with D along the lanes.
-template <int WIDTH>
-inline void pack_panels(const float* rows, int64_t count, int64_t D, float* panels) {
-  for (int64_t first = 0; first < count; first += WIDTH, panels += D * WIDTH) {
-    const int64_t width = std::min<int64_t>(WIDTH, count - first);
-    int64_t r = 0;
-    for (; r + 4 <= width; r += 4) transpose_four(rows + (first + r) * D, D, panels + r, WIDTH);
-    for (; r < width; ++r)
-      for (int64_t d = 0; d < D; ++d) panels[d * WIDTH + r] = rows[(first + r) * D + d];
-    for (; r < WIDTH; ++r)
-      for (int64_t d = 0; d < D; ++d) panels[d * WIDTH + r] = 0;
-  }
+template <int WIDTH> inline void pack_panels(const float* rows, int64_t count, int64_t D, float* panels) {
+  for (int64_t first = 0; first < count; first += WIDTH, panels += D * WIDTH)
+    pack_panel<WIDTH>(rows + first * D, std::min<int64_t>(WIDTH, count - first), D, panels);
 }
 inline void pack_tall(const float* rows, int64_t count, int64_t D, float* panels) {
   pack_panels<MR>(rows, count, D, panels);
@@ -296,8 +298,13 @@ inline void pack_across(const float* rows, int64_t count, int64_t D, float* pane
 inline void pack_along(const float* rows, int64_t count, int64_t D, int64_t padded_count, float* panels) {
   for (int64_t first = 0; first < D; first += NR) {
     const int64_t width = std::min<int64_t>(NR, D - first);
-    for (int64_t r = 0; r < padded_count; ++r, panels += NR)
-      for (int64_t d = 0; d < NR; ++d) panels[d] = r < count && d < width ? rows[r * D + first + d] : 0;
+    for (int64_t r = 0; r < padded_count; ++r, panels += NR) {
+      if (r < count && width == NR) {
+        for (int v = 0; v < NV; ++v) store(panels + v * LANES, load(rows + r * D + first + v * LANES));
+      } else {
+        for (int64_t d = 0; d < NR; ++d) panels[d] = r < count && d < width ? rows[r * D + first + d] : 0;
+      }
+    }
   }
 }
 

@@ -172,9 +172,9 @@ void task(const Contrast& args, int64_t begin, int64_t end) {
   }
   for (int64_t j = begin; j < end; ++j) {
     float *from = dy + (j - begin) * width, *to = args.dy + j * args.D;
-    load_row(args.y, args.y_dtype, j * args.stride_y, args.D, loaded);
-    const float inverse = args.normalize ? inverse_length(loaded, args.D) : 1.f;
-    scale_row(loaded, args.D, inverse);
+    const float* key = read_row(args.y, args.y_dtype, j * args.stride_y, args.D, loaded);
+    const float inverse = args.normalize ? inverse_length(key, args.D) : 1.f;
+    scale_row(key, args.D, inverse, loaded);
     if (args.da) args.da[j] = dot(from, loaded, args.D);
     if (args.db) args.db[j] = db[j - begin];
     const float a = inverse_temperature(args, j);

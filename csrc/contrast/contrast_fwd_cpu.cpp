@@ -61,12 +61,14 @@ inline float finish_scores(const Contrast& args, const Block& block, int64_t i, 
   if (block.biased)
     for (int64_t j = 0; j < block.padded; j += LANES) store(scores + j, load(scores + j) + load(block.b + j));
   if (args.group) hide_group(args, block, i, scores);
-  Vec best = splat(LOWEST);
-  for (int64_t j = 0; j < block.padded; j += LANES) {
-    const Vec s = load(scores + j);
-    best = s > best ? s : best;
-  }
-  return largest(best);
+  Vec best[NV];  // in turns: a maximum waits four cycles for the one before it
+  std::fill(best, best + NV, splat(LOWEST));
+  for (int64_t j = 0; j < block.padded; j += NR)
+    for (int v = 0; v < NV; ++v) {
+      const Vec s = load(scores + j + v * LANES);
+      best[v] = s > best[v] ? s : best[v];
+    }
+  return largest(best[0] > best[1] ? best[0] : best[1]);
 }
 
 // Entropy and top1 want more of a block than the loss does.

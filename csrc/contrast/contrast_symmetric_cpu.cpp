@@ -58,7 +58,7 @@ void pack(const Contrast& args, int threads, Blocks& blocks) {
     for (int64_t i = 0; i < size; ++i) load_feature(args, begin + i, x + i * args.D);
     pack_across(x, size, args.D, blocks.across.data() + b * blocks.columns * args.D);
     pack_along(x, size, args.D, blocks.columns, blocks.along.data() + b * blocks.columns * blocks.width);
-    scale_row(x, size * args.D, inverse_temperature(args, 0));
+    scale_row(x, size * args.D, inverse_temperature(args, 0), x);
     pack_tall(x, size, args.D, blocks.tall.data() + b * blocks.rows * args.D);
     if (!args.group) return;
     const auto [low, high] = std::minmax_element(args.group + begin, args.group + begin + size);

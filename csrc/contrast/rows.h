@@ -20,10 +20,9 @@ typedef std::conditional_t<LANES == 16, BFloat16, float> Product16;
 
 // Row i of x. Returns 1 / |x_i|, or 1 where it is taken as it is.
 inline float load_feature(const Contrast& args, int64_t i, float* out) {
-  load_row(args.x, args.x_dtype, i * args.stride_x, args.D, out);
-  if (!args.normalize) return 1.f;
-  const float inverse = inverse_length(out, args.D);
-  scale_row(out, args.D, inverse);
+  const float* row = read_row(args.x, args.x_dtype, i * args.stride_x, args.D, out);
+  const float inverse = args.normalize ? inverse_length(row, args.D) : 1.f;
+  scale_row(row, args.D, inverse, out);
   return inverse;
 }
 
@@ -34,17 +33,17 @@ inline float row_grad(const Contrast& args, int64_t i) {
   return static_cast<float>(args.grad[i * args.grad_stride] / args.divisor);
 }
 
-// Key j as it came, from either of the two places.
-inline void load_raw_key(const Contrast& args, int64_t j, float* out) {
-  if (args.more && j >= args.K_first) load_row(args.more, args.y_dtype, (j - args.K_first) * args.stride_more, args.D, out);
-  else load_row(args.y, args.y_dtype, j * args.stride_y, args.D, out);
+// Key j as it came, from either of the two places; see read_row.
+inline const float* read_key(const Contrast& args, int64_t j, float* out) {
+  if (args.more && j >= args.K_first) return read_row(args.more, args.y_dtype, (j - args.K_first) * args.stride_more, args.D, out);
+  return read_row(args.y, args.y_dtype, j * args.stride_y, args.D, out);
 }
 
 // Key j times a_j: the scale is paid once per key, not once per score.
 inline void load_key(const Contrast& args, int64_t j, float* out) {
-  load_raw_key(args, j, out);
+  const float* key = read_key(args, j, out);
   const float a = inverse_temperature(args, j);
-  scale_row(out, args.D, args.normalize ? a * inverse_length(out, args.D) : a);
+  scale_row(key, args.D, args.normalize ? a * inverse_length(key, args.D) : a, out);
 }
 
 // Row i of x, and key j, as the product in Number takes them. Return what is left to scale their scores with.
@@ -61,7 +60,7 @@ template <typename Number> inline float load_factor_y(const Contrast& args, int6
     load_key(args, j, out);
     return 1.f;
   }
-  load_raw_key(args, j, out);
+  read_key(args, j, out);  // bfloat16, so it stands in `out`
   const float a = inverse_temperature(args, j);
   return args.normalize ? a * inverse_length(out, args.D) : a;
 }
