@@ -144,7 +144,7 @@ def device_name(device: str) -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists() and (found := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
-        model = found[1]
+        model = re.sub(r"\((R|TM)\)| Processor\b| CPU\b", "", found[1])
     flags = cpuinfo.read_text() if cpuinfo.exists() else ""
     isa = "avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "baseline"
     return f"{model} {torch.get_num_threads()} threads {isa}"

@@ -1,4 +1,4 @@
-"""Renders bench/results/ as Markdown: ``python bench/report.py`` prints all, ``--readme`` writes the newest in."""
+"""Renders bench/results/ as Markdown: ``python bench/report.py`` prints all, ``--readme`` writes what is whole in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RUN_COLUMNS = {"minutes": "{:.1f}", "clustering_minutes": "{:.1f}", "loss_ms": "
 
 PARTS = ("draws cifar", "draws imagenet", "localize")  # of the views: the README shows the whole
 
-LINE = ("suite", "work", "shape", "dtype", "device")  # of one line of the table
+LINE = ("suite", "work", "shape", "dtype")  # of one line of a table
 
 
 def load() -> list[dict]:
@@ -41,10 +41,9 @@ def load() -> list[dict]:
     return rows
 
 
-def newest(rows: list[dict]) -> list[dict]:
-    """Of each suite the rows of the CPU and of the GPU that ran it last, without parts of what is there as a whole."""
-    last = {(row["suite"], on_cpu(row)): row["device"] for row in sorted(rows, key=lambda row: row["date"])}
-    return [row for row in rows if row["device"] == last[row["suite"], on_cpu(row)] and row["work"] not in PARTS]
+def whole(rows: list[dict]) -> list[dict]:
+    """The rows without parts of what is there as a whole."""
+    return [row for row in rows if row["work"] not in PARTS]
 
 
 def on_cpu(row: dict) -> bool:
@@ -53,30 +52,42 @@ def on_cpu(row: dict) -> bool:
 
 
 def markdown(rows: list[dict]) -> str:
-    """One table line per piece of work: ours, the best other, and the memory of both."""
+    """A table for the CPUs and one for the GPUs, if there are any."""
+    kinds = ([row for row in rows if on_cpu(row)], [row for row in rows if not on_cpu(row)])
+    return "\n\n".join(_table(kind) for kind in kinds if kind)
+
+
+def _table(rows: list[dict]) -> str:
+    """A line per piece of work and a column per machine: our time, the best other's, and the memory of both on the last."""
+    devices = list(dict.fromkeys(row["device"] for row in rows))
     lines = [
-        "| op | work | fastproto | best other | extra memory: ours, other |",
-        "| --- | --- | --- | --- | --- |",
+        f"| op | work | {' | '.join(devices)} | extra memory: ours, other |",
+        "| --- | --- |" + " --- |" * (len(devices) + 1),
     ]
-    works = dict.fromkeys(tuple(row[key] for key in LINE) for row in rows)
-    for work in works:
-        mine = [row for row in rows if tuple(row[key] for key in LINE) == work]
-        ours = mine[0]
-        others = [row for row in mine if not row["method"].startswith("fastproto")]
-        if not others:
-            continue  # ours beside ours
-        best = min(others, key=lambda row: row["median_ms"])
-        what = f"{ours['work']}, {ours['shape']}, {ours['dtype']}" + ("" if on_cpu(ours) else f", {ours['device']}")
-        lines.append(
-            f"| {ours['suite']} | {what} | {ours['median_ms']:.2f} ms | "
-            f"{best['method']} {best['median_ms']:.2f} ms ({best['median_ms'] / ours['median_ms']:.1f}×) | "
-            f"{ours['peak_extra_mib']:.0f}, {best['peak_extra_mib']:.0f} MiB |"
-        )
-    suites: dict[str, dict[str, None]] = {}
-    for row in rows:
-        suites.setdefault(f"{row['device']}, torch {row['torch']}, commit {row['commit']}", {})[row["suite"]] = None
-    lines += ["", "Measured on " + "; ".join(f"{place} ({', '.join(of)})" for place, of in suites.items()) + "."]
-    return "\n".join(lines)
+    for line in dict.fromkeys(tuple(row[key] for key in LINE) for row in rows):
+        cells, memory = [], ""
+        for device in devices:
+            mine = [row for row in rows if tuple(row[key] for key in LINE) == line and row["device"] == device]
+            others = [row for row in mine if not row["method"].startswith("fastproto")]
+            if not others:
+                cells.append("")
+                continue
+            ours, best = mine[0], min(others, key=lambda row: row["median_ms"])
+            ratio = best["median_ms"] / ours["median_ms"]
+            cells.append(f"**{ours['median_ms']:.2f} ms**, {best['method']} {best['median_ms']:.2f} ({ratio:.1f}×)")
+            memory = f"{ours['peak_extra_mib']:.0f}, {best['peak_extra_mib']:.0f} MiB"
+        if memory:  # else ours beside ours
+            suite, *what = line
+            lines.append(f"| {suite} | {', '.join(what)} | {' | '.join(cells)} | {memory} |")
+    commits = []
+    for device in devices:
+        suites: dict[str, dict[str, None]] = {}
+        for row in rows:
+            if row["device"] == device:
+                suites.setdefault(f"torch {row['torch']}, commit {row['commit']}", {})[row["suite"]] = None
+        places = (f"{at} ({', '.join(of)})" for at, of in suites.items())
+        commits.append(f"{device}: {', '.join(places)}")
+    return "\n".join([*lines, "", f"Measured on {'; '.join(commits)}."])
 
 
 def runs_markdown() -> str:
@@ -119,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     readme = parser.parse_args().readme
-    table = "\n\n".join(filter(None, [markdown(newest(load()) if readme else load()), runs_markdown()]))
+    table = "\n\n".join(filter(None, [markdown(whole(load()) if readme else load()), runs_markdown()]))
     if not readme:
         print(table)
         return

@@ -18,21 +18,27 @@ from harness import Suite, Work
 def test_results_load_and_stand_in_the_readme() -> None:
     rows = report.load()
     assert rows
-    assert report.markdown(report.newest(rows)) in report.README.read_text()
+    assert report.markdown(report.whole(rows)) in report.README.read_text()
     assert report.runs_markdown() in report.README.read_text()
 
 
-def test_of_two_machines_the_one_that_ran_a_suite_last_stands_in_the_readme() -> None:
-    days = {("a", "old"): "2026-01-09", ("a", "new"): "2026-01-10", ("b", "old"): "2026-01-08"}
-    rows = [{"suite": suite, "device": device, "date": date, "work": "w"} for (suite, device), date in days.items()]
-    assert report.newest(rows) == rows[1:]
+def row(device: str, method: str, ms: float, **options: str) -> dict:
+    made = {"suite": "s", "work": "w", "shape": "2 x 3", "dtype": "float32", "torch": "2", "commit": "abc"}
+    return {**made, "device": device, "method": method, "median_ms": ms, "peak_extra_mib": ms, **options}
 
 
-def test_a_gpu_stands_in_the_readme_beside_a_cpu() -> None:
-    days = {"x 2 threads avx2": "2026-01-09", "x 2 threads avx512": "2026-01-10"}
-    days |= {"G1": "2026-01-12", "G2": "2026-01-11"}
-    rows = [{"suite": "a", "device": device, "date": date, "work": "w"} for device, date in days.items()]
-    assert report.newest(rows) == rows[1:3]
+def test_machines_stand_beside_each_other_with_their_best_peer() -> None:
+    fast, slow = "x 2 threads avx512", "x 2 threads avx2"
+    rows = [row(fast, "fastproto", 2), row(fast, "a", 5), row(fast, "b", 3)]
+    rows += [row(slow, "fastproto", 4), row(slow, "a", 8), row(slow, "fastproto", 1, work="ours beside ours")]
+    gpu = [row("G1", "fastproto", 1, commit="def"), row("G1", "a", 9, commit="def")]
+    table, *others = report.markdown(rows + gpu).split("\n\n| op")
+    assert f"| op | work | {fast} | {slow} | extra memory: ours, other |" in table
+    assert "| s | w, 2 x 3, float32 | **2.00 ms**, b 3.00 (1.5×) | **4.00 ms**, a 8.00 (2.0×) | 4, 8 MiB |" in table
+    assert "ours beside ours" not in table
+    assert f"Measured on {fast}: torch 2, commit abc (s); {slow}: torch 2, commit abc (s)." in table
+    assert len(others) == 1 and "**1.00 ms**, a 9.00 (9.0×)" in others[0]
+    assert report.whole([*rows, row(fast, "a", 1, work=report.PARTS[0])]) == rows
 
 
 @pytest.fixture
