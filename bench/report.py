@@ -58,7 +58,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def _table(rows: list[dict]) -> str:
-    """A line per piece of work and a column per machine: our time, the best other's, and the memory of both on the last."""
+    """A line per piece of work and a column per machine: our time, the best other's; memory of both on the last."""
     devices = list(dict.fromkeys(row["device"] for row in rows))
     lines = [
         f"| op | work | {' | '.join(devices)} | extra memory: ours, other |",
