@@ -58,7 +58,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def _table(rows: list[dict]) -> str:
-    """A line per piece of work and a column per machine: our time, the best other's; memory of both on the last."""
+    """A line per piece of work; per machine our time, and that of the best other in it; memory of both on the last."""
     devices = list(dict.fromkeys(row["device"] for row in rows))
     lines = [
         f"| op | work | {' | '.join(devices)} | extra memory: ours, other |",
@@ -74,7 +74,7 @@ def _table(rows: list[dict]) -> str:
                 continue
             ours, best = mine[0], min(others, key=lambda row: row["median_ms"])
             ratio = best["median_ms"] / ours["median_ms"]
-            cells.append(f"**{ours['median_ms']:.2f} ms**, {best['method']} {best['median_ms']:.2f} ({ratio:.1f}×)")
+            cells.append(f"{ours['median_ms']:.2f} ms ({ratio:.1f}× {best['method']})")
             memory = f"{ours['peak_extra_mib']:.0f}, {best['peak_extra_mib']:.0f} MiB"
         if memory:  # else ours beside ours
             suite, *what = line
@@ -84,10 +84,13 @@ def _table(rows: list[dict]) -> str:
         suites: dict[str, dict[str, None]] = {}
         for row in rows:
             if row["device"] == device:
-                suites.setdefault(f"torch {row['torch']}, commit {row['commit']}", {})[row["suite"]] = None
+                suites.setdefault(f"commit {row['commit']}", {})[row["suite"]] = None
         places = (f"{at} ({', '.join(of)})" for at, of in suites.items())
         commits.append(f"{device}: {', '.join(places)}")
-    return "\n".join([*lines, "", f"Measured on {'; '.join(commits)}."])
+    versions = ", ".join(dict.fromkeys(row["torch"] for row in rows))
+    return "\n".join(
+        [*lines, "", f"2.0× a peer: in half of its time. Measured with torch {versions} on {'; '.join(commits)}."]
+    )
 
 
 def runs_markdown() -> str:
