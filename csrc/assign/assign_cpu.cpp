@@ -179,7 +179,7 @@ void assign(const Assign& args, int threads) {
   order_centers(args, centers);
   Chunks chunks(args, threads);
   Effort effort;
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || (defined(__AVX2__) && FASTPROTO_AVX_VNNI)
   if (has_vnni() && args.exact && centers.screened && args.D <= MAX_D_OF_BYTES) {
     pack_centers<int8_t>(args, centers, threads);
     run<int8_t, true>(args, centers, chunks.trials, threads, effort);

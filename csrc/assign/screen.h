@@ -33,26 +33,26 @@ constexpr int64_t MAX_D_OF_BYTES = 1 << 16;
 // acc + Σ c · x of the numbers in every word.
 template <typename Number, bool VNNI>
 inline IntVec dot_words(IntVec acc, IntVec c, IntVec x) {
+  constexpr bool BYTES = sizeof(Number) == 1;
+  static_assert(VNNI || !BYTES);
+  // As assembly, since these files are compiled for all CPUs with AVX-512, or with AVX2.
 #if defined(__AVX512F__)
-  // As assembly, since this file is compiled for all CPUs with AVX-512.
-  if constexpr (sizeof(Number) == 1) {
-    static_assert(VNNI);
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(c));
-    return acc;
-  } else if constexpr (VNNI) {
-    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(c));
-    return acc;
-  }
-  return acc + (IntVec)_mm512_madd_epi16((__m512i)c, (__m512i)x);
+  if constexpr (BYTES) __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(c));
+  else if constexpr (VNNI) __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(c));
+  else acc += (IntVec)_mm512_madd_epi16((__m512i)c, (__m512i)x);
+#elif defined(__AVX2__) && FASTPROTO_AVX_VNNI
+  if constexpr (BYTES) __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(x), "x"(c));
+  else if constexpr (VNNI) __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(acc) : "x"(x), "x"(c));
+  else acc += (IntVec)_mm256_madd_epi16((__m256i)c, (__m256i)x);
 #elif defined(__AVX2__)
-  return acc + (IntVec)_mm256_madd_epi16((__m256i)c, (__m256i)x);
+  acc += (IntVec)_mm256_madd_epi16((__m256i)c, (__m256i)x);
 #elif defined(__SSE2__)
-  return acc + (IntVec)_mm_madd_epi16((__m128i)c, (__m128i)x);
+  acc += (IntVec)_mm_madd_epi16((__m128i)c, (__m128i)x);
 #else
   for (int l = 0; l < LANES; ++l)
     acc[l] += int32_t(int16_t(c[l])) * int16_t(x[l]) + int32_t(int16_t(c[l] >> 16)) * int16_t(x[l] >> 16);
-  return acc;
 #endif
+  return acc;
 }
 
 // One bit per lane: whether it is true.

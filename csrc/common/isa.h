@@ -1,7 +1,12 @@
 // Which instruction set the CPU kernels use. Every file under csrc/*/ whose name ends in _cpu.cpp is compiled once per
 // instruction set, in a namespace of that name (FASTPROTO_ISA); the choice falls at run time. What few instructions beyond
-// AVX-512's core are worth having (VNNI's integer products, bfloat16's) stand as assembly behind has_vnni and has_bf16.
+// AVX2 and AVX-512's core are worth having (VNNI's integer products, bfloat16's) stand as assembly behind has_vnni and
+// has_bf16.
 #pragma once
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <stdexcept>
 #include <string>
@@ -9,13 +14,21 @@
 
 namespace fastproto {
 
-enum class Isa { baseline, avx2, avx512, avx512_vnni, avx512_bf16 };
+// The assemblers beside GCC 12 and clang 12 know the VNNI of CPUs without AVX-512.
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ : __GNUC__) >= 12
+#define FASTPROTO_AVX_VNNI 1
+#else
+#define FASTPROTO_AVX_VNNI 0
+#endif
+
+enum class Isa { baseline, avx2, avx2_vnni, avx512, avx512_vnni, avx512_bf16 };
 
 inline const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::avx512_bf16: return "avx512_bf16";
     case Isa::avx512_vnni: return "avx512_vnni";
     case Isa::avx512: return "avx512";
+    case Isa::avx2_vnni: return "avx2_vnni";
     case Isa::avx2: return "avx2";
     default: return "baseline";
   }
@@ -28,6 +41,8 @@ inline std::vector<Isa> supported_isas() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) {
     isas.push_back(Isa::avx2);
+    unsigned eax = 0, ebx, ecx, edx;
+    if (FASTPROTO_AVX_VNNI && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 4 & 1) isas.push_back(Isa::avx2_vnni);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd")) {
       isas.push_back(Isa::avx512);
@@ -57,7 +72,7 @@ inline Isa& current_isa() {
   return isa;
 }
 
-inline bool has_vnni() { return current_isa() >= Isa::avx512_vnni; }
+inline bool has_vnni() { return current_isa() == Isa::avx2_vnni || current_isa() >= Isa::avx512_vnni; }
 inline bool has_bf16() { return current_isa() >= Isa::avx512_bf16; }
 
 inline void set_isa(const std::string& name) {
@@ -79,6 +94,7 @@ inline void set_isa(const std::string& name) {
     case ::fastproto::Isa::avx512_bf16:                                                      \
     case ::fastproto::Isa::avx512_vnni:                                                      \
     case ::fastproto::Isa::avx512: RESULT ::fastproto::avx512::FUNCTION(__VA_ARGS__); break; \
+    case ::fastproto::Isa::avx2_vnni:                                                        \
     case ::fastproto::Isa::avx2: RESULT ::fastproto::avx2::FUNCTION(__VA_ARGS__); break;     \
     default: RESULT ::fastproto::baseline::FUNCTION(__VA_ARGS__);                            \
   }
