@@ -99,6 +99,7 @@ def expect_index(index: Tensor, op: str, argument: str, size: int | None, ignore
 
     ``size`` None sets no upper end. Returns how many entries are not ``ignore_index`` where it has counted them.
     """
+    expect_type(ignore_index, (int, np.integer), op, "ignore_index", "an int")
     if not index.numel() or not reads_data(index):
         return None
     low, high, count = _range_of(index, ignore_index)

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 
 namespace fastproto {
@@ -18,6 +20,14 @@ std::tuple<int64_t, int64_t, int64_t> index_range(const T* index, int64_t count,
     counted += index[i * stride] != ignored;
   }
   return {low, high, counted};
+}
+
+// The check of Python does not run in compiled code, and an index too high would be an address of something else.
+inline void expect_below(const int64_t* index, int64_t count, int64_t size, const char* argument) {
+  for (int64_t i = 0; i < count; ++i)
+    if (index[i] >= size)
+      throw std::invalid_argument(std::string(argument) + " expected below " + std::to_string(size) + ", got " +
+                                  std::to_string(index[i]));
 }
 
 }  // namespace fastproto

@@ -6,6 +6,7 @@
 
 #include <array>
 
+#include "../common/index_range.h"
 #include "contrast.h"
 
 namespace fastproto {
@@ -40,6 +41,7 @@ template <typename Run> auto contrast_binding(Run run) {
     args.dy = reinterpret_cast<float*>(at[14]);
     args.da = reinterpret_cast<float*>(at[15]);
     args.db = reinterpret_cast<float*>(at[16]);
+    expect_below(args.target, args.N, args.K, "contrast: targets");
     pybind11::gil_scoped_release release;
     run(args, threads);
   };

@@ -6,6 +6,8 @@
 // Scratch per thread: 2 · LANES lines of floats and the tap tables. Same bits for any number of threads.
 #include "crop_resize.h"
 
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #if defined(__AVX2__)
@@ -158,9 +160,24 @@ template <typename Out> void one_crop(const CropResize& args, int64_t r) {
   stream_end();
 }
 
+// The check of Python does not run in compiled code, and what is outside of an image is somebody else's memory.
+void expect_inside(const CropResize& args) {
+  for (int64_t r = 0; r < args.R; ++r) {
+    const int64_t n = args.image_of(r);
+    const bool known = n >= 0 && n < args.images.count;
+    const int32_t* crop = args.crops + 4 * r;
+    const auto fits = [&](int side, int64_t length) {
+      return crop[side] >= 0 && crop[side + 2] > 0 && int64_t{crop[side]} + crop[side + 2] <= length;
+    };
+    if (!known || !fits(0, args.images[n].height) || !fits(1, args.images[n].width))
+      throw std::invalid_argument("crop_resize: crops[" + std::to_string(r) + "] is not inside its image");
+  }
+}
+
 }  // namespace
 
 void crop_resize(const CropResize& args, int threads) {
+  expect_inside(args);
   with_dtype(args.out_dtype, [&](auto zero) {
     using Out = decltype(zero);
     if constexpr (std::is_same_v<Out, double>) {

@@ -6,6 +6,7 @@
 
 #include <array>
 
+#include "../common/index_range.h"
 #include "update.h"
 
 namespace fastproto {
@@ -22,6 +23,7 @@ template <typename Run> auto update_binding(Run run) {
     args.rounder = reinterpret_cast<const double*>(at[3]);
     args.sums = reinterpret_cast<double*>(at[4]);
     args.counts = reinterpret_cast<double*>(at[5]);
+    expect_below(args.label, args.N, args.K, "update: labels");
     pybind11::gil_scoped_release release;
     run(args, threads);
   };

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fastproto._check import FLOATS, expect, expect_tensor, expect_type
 
+NUMBERS = (float, int, np.floating, np.integer)
+
 
 def widen(x: Tensor) -> Tensor:
     """At least float32: where sums and norms of half precision inputs are taken."""
@@ -49,7 +51,7 @@ def expect_reduction(reduction: str, op: str) -> None:
 
 def expect_temperature(temperature: float, op: str, *, signed: bool = False) -> None:
     """At least 1e-8; with ``signed`` its magnitude, as lightly wants it."""
-    expect_type(temperature, (float, int), op, "temperature", "a number")
+    expect_type(temperature, NUMBERS, op, "temperature", "a number")
     size, expected = (abs(temperature), "a magnitude of at least 1e-8") if signed else (temperature, "at least 1e-8")
     expect(1e-8 <= size < math.inf, op, "temperature", f"{expected}, finite", temperature)
 
@@ -62,7 +64,7 @@ def expect_counts(op: str, **counts: Any) -> None:
 
 def expect_weights(op: str, **weights: Any) -> None:
     for argument, weight in weights.items():
-        expect_type(weight, (int, float, np.number), op, argument, "a finite number")
+        expect_type(weight, NUMBERS, op, argument, "a finite number")
         expect(math.isfinite(weight), op, argument, "a finite number", weight)
 
 

@@ -84,7 +84,7 @@ def nt_xent(
         features,
         None if keys is features else keys,
         rows.roll(n),
-        1 / temperature,
+        1 / float(temperature),
         groups=groups,
         key_groups=key_groups,
         normalize=True,
@@ -120,6 +120,8 @@ def info_nce(
         TypeError: something is no tensor, or of another dtype.
         ValueError: shapes or devices do not fit, τ < 1e-8, or an unknown reduction.
 
+    Distributed: nothing has to be gathered; with one queue and N on every rank DDP's mean equals one process.
+
     Memory: grows with N · D. With (N + M) · D where own keys and queue are joined, on a GPU or if their dtypes differ,
     and where the rows of the queue are not contiguous. The (N, M) logits exist in the reference backend only.
 
@@ -137,7 +139,7 @@ def info_nce(
     divisor = max(n, 1) if reduction == "mean" else None
     if queue is None:
         rows = torch.arange(n, device=query.device)
-        (loss,) = contrast_unchecked(query, key.detach(), rows, 1 / temperature, normalize=True, divisor=divisor)
+        (loss,) = contrast_unchecked(query, key.detach(), rows, 1 / float(temperature), normalize=True, divisor=divisor)
     else:
         expect_tensor(queue, "info_nce", "queue", ("M", query.shape[1]), FLOATS, query.device)
         loss = _against_queue(query, key.detach(), queue.detach(), temperature, divisor)
@@ -155,7 +157,7 @@ def _against_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: float
     in_queue = (torch.arange(n + queue.shape[0], device=device) >= n).long()
     rows = torch.arange(n, device=device)
     (loss,) = contrast_unchecked(
-        query, keys, rows, 1 / temperature, groups=torch.zeros_like(rows), key_groups=in_queue, normalize=True,
+        query, keys, rows, 1 / float(temperature), groups=torch.zeros_like(rows), key_groups=in_queue, normalize=True,
         divisor=divisor, more_keys=more,
     )  # fmt: skip
     if key.requires_grad:
@@ -183,7 +185,8 @@ class NTXentLoss(nn.Module):
         gather_distributed: contrast with the views of all ranks; with a bank, enqueue those of all ranks.
 
     Attributes:
-        bank: the bank (M, D), a buffer, or None.
+        bank: the bank (M, D), a buffer, or None. It moves to the device of ``out0``. A state without one, such as
+            lightly's, leaves it as it is.
         bank_ptr: the next row to be written, a buffer (), or None.
 
     Shape:
@@ -204,7 +207,8 @@ class NTXentLoss(nn.Module):
     Distributed: with ``gather_distributed`` local rows are set against gathered candidates, whose gradients are summed
     over ranks, so DDP's mean of the gradients equals one process on the whole batch. The first rank's bank is given to
     all before the first step, and all enqueue the same rows, so they hold one bank. Every rank has the same N. Without
-    it every rank contrasts within its own batch, or with a bank of its own.
+    it every rank contrasts within its own batch, or with a bank of its own: in a module that DDP wraps, give (M, D) and
+    DDP ``broadcast_buffers=False``, or before every step it puts the first rank's bank in place of the others.
 
     Memory: grows with N · D, gathered with that of all ranks, and M · D. Logits exist in the reference backend only.
 
@@ -249,7 +253,10 @@ class NTXentLoss(nn.Module):
         if self.bank is None:
             self._start_bank(out0.shape[1], out0.device)
         assert self.bank is not None
-        expect_tensor(out0, "NTXentLoss", "out0", ("N", self.bank.shape[1]), FLOATS, self.bank.device)
+        assert self.bank_ptr is not None
+        expect_tensor(out0, "NTXentLoss", "out0", ("N", self.bank.shape[1]))
+        if self.bank.device != out0.device:
+            self.bank, self.bank_ptr = self.bank.to(out0.device), self.bank_ptr.to(out0.device)
         training = torch.is_grad_enabled() and out0.requires_grad
         if self.gather_distributed and training:
             self._share_bank()
@@ -265,6 +272,9 @@ class NTXentLoss(nn.Module):
         )
 
     def _start_bank(self, dim: int, device: torch.device | None = None) -> None:
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):  # else training could not write to it
+                return self._start_bank(dim, device)
         self.bank = F.normalize(torch.randn(self._bank_rows, dim, device=device), dim=1)
         self.bank_ptr = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -292,12 +302,29 @@ class NTXentLoss(nn.Module):
         end = self.bank_ptr + batch.shape[0]
         self.bank_ptr.copy_(torch.where(end < self._bank_rows, end, 0))
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        # A bank of M rows that has seen no batch takes the shape of the saved one.
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = {prefix + name for name in ("bank", "bank_ptr")}
         saved = state_dict.get(prefix + "bank")
-        if self.bank is None and self._bank_rows > 0 and saved is not None:
-            self.bank, self.bank_ptr = saved.clone(), torch.zeros_like(state_dict[prefix + "bank_ptr"])
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self._bank_rows > 0 and saved is not None:
+            if len(saved) != self._bank_rows:
+                error_msgs.append(f"size mismatch for {prefix}bank: {len(saved)} rows saved, {self._bank_rows} wanted")
+                return
+            if self.bank is None:  # one that has seen no batch takes the width of the saved one
+                self._start_bank(saved.shape[1], saved.device)
+        more = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *more)
+        if not names & state_dict.keys():
+            # Saved before the first batch, or by lightly, which does not save its bank: ours stays as it is.
+            missing_keys[:] = [name for name in missing_keys if name not in names]
 
 
 class InfoNCELoss(nn.Module):
@@ -326,7 +353,7 @@ class InfoNCELoss(nn.Module):
     Distributed: nothing has to be gathered. With the same queue and N on every rank DDP's mean of the gradients equals
     one process on the whole batch; without a queue the negatives are the keys of a rank's own batch.
 
-    Memory: grows with (N + M) · D. The (N, M) logits exist in the reference backend only.
+    Memory: as that of :func:`fastproto.losses.functional.info_nce`.
 
     Source: MoCo, arXiv 1911.05722, Eq. 1; MoCo v2, arXiv 2003.04297 (τ 0.2).
     """

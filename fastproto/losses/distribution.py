@@ -142,11 +142,14 @@ def uniformity(x: Tensor, *, t: float = 2, mask: Tensor | None = None) -> Tensor
     expect_t(t, "uniformity")
     mask = _mask_of(x, mask, "uniformity")
     x_nd = unit(_masked(x, mask))
+    # Distances do not change with the origin. From their mean points that are close together have small coordinates, and
+    # what is left of the scores is not the difference of large numbers.
+    x_nd = _masked(x_nd - x_nd.detach().sum(0) / mask.sum().clamp(min=1), mask)
     n, rows = len(x_nd), torch.arange(len(x_nd), device=x.device)
     pairs = mask.sum() * (mask.sum() - 1)
     # -t ||x_i - x_j||² = s_ij - t |x_i|², with the scale 2t and the bias -t |x_j|² in the contrast of all rows with all
     # others. Its rows are lse_i - s_i,t(i), so each takes a row that counts as target, and s_i,t(i) is added again.
-    square_n = x_nd.detach().square().sum(1)
+    square_n = x_nd.square().sum(1)
     bias = torch.where(mask, -t * square_n, -math.inf)
     is_first = mask & (mask.cumsum(0) == 1)
     is_second = mask & (mask.cumsum(0) == 2)
@@ -156,7 +159,6 @@ def uniformity(x: Tensor, *, t: float = 2, mask: Tensor | None = None) -> Tensor
     with torch.autocast(x.device.type, enabled=False):
         first_d, second_d = is_first.to(x_nd.dtype) @ x_nd, is_second.to(x_nd.dtype) @ x_nd
         partner_n = torch.where(is_first, (first_d * second_d).sum(), x_nd @ first_d)
-    # The squares are constants: a row of length 1 stays on the sphere.
     partner_square_n = torch.where(is_first, (square_n * is_second).sum(), (square_n * is_first).sum())
     lse_n = contrasted + 2 * t * partner_n - t * (partner_square_n + square_n)
     # A log-sum-exp over nothing has no gradient: without a pair it is over zeros, and dropped.

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastproto._check import FLOATS, INTEGERS, expect, expect_index, expect_tensor, expect_type, reads_data
-from fastproto.losses._common import expect_reduction, widen
+from fastproto._check import FLOATS, INTEGERS, expect, expect_index, expect_tensor, expect_type, is_integer, reads_data
+from fastproto.losses._common import NUMBERS, expect_reduction, widen
 from fastproto.losses._gather import from_first_rank, gather_rows, rank_and_world, sum_over_ranks
 from fastproto.ops.contrast import Contrast, contrast_unchecked
 from fastproto.ops.contrast_sets import contrast_sets
+
+LEAST = 1e-8  # concentration, as the least temperature of the others: 1 / φ must be a float32
 
 # One prototype set, or one entry per set.
 Tensors = Tensor | Sequence[Tensor]
@@ -51,7 +54,7 @@ def proto_nce(
         features: (N, D), float16, bfloat16, float32 or float64, as are all that follow but the assignments.
         prototypes: (K, D), frozen or with a gradient.
         assignments: the prototype of each row (N,) int64 or int32, or ``ignore_index``.
-        concentration: φ > 0, one number or (K,), with a gradient where it asks for one.
+        concentration: φ of at least 1e-8, one number or (K,), with a gradient where it asks for one.
         bias: b (K,), with a gradient where it asks for one.
         normalize: scale the rows of features and prototypes to length 1.
         num_negatives: r, to sum only over the batch's distinct positives and r other prototypes, drawn uniformly
@@ -72,7 +75,7 @@ def proto_nce(
 
     Raises:
         TypeError: something is no tensor, or of another dtype.
-        ValueError: shapes, devices or numbers of sets do not fit, an assignment is out of range, φ is not positive
+        ValueError: shapes, devices or numbers of sets do not fit, an assignment is out of range, φ is below 1e-8
             (tensors are read on the CPU, on CUDA with ``fastproto.set_debug(True)``), or an unknown reduction.
 
     Memory: grows with (N + K) · D, with negatives (N + r) · D in place of K · D; frozen prototypes get no gradient and
@@ -91,6 +94,7 @@ def proto_nce(
     expect_tensor(features, "proto_nce", "features", ("N", "D"))
     expect_reduction(reduction, "proto_nce")
     _expect_num_negatives(num_negatives, "proto_nce")
+    expect_type(generator, (torch.Generator, type(None)), "proto_nce", "generator", "a torch.Generator or None")
     sets = _sets(prototypes, assignments, concentration, bias)
     counts = [_expect_set(features, keys, labels, phi, b, ignore_index) for keys, labels, phi, b in sets]
     if len(sets) > 1 and num_negatives is None and not return_stats:
@@ -129,7 +133,7 @@ def _sets(prototypes: Any, assignments: Any, concentration: Any, bias: Any) -> l
     count = len(prototypes)
     expect(count > 0, "proto_nce", "prototypes", "a tensor or at least one", prototypes)
     expect_type(assignments, (list, tuple), "proto_nce", "assignments", f"a list of {count} tensors")
-    if isinstance(concentration, (float, int)):
+    if isinstance(concentration, NUMBERS):
         concentration = [concentration] * count
     expect_type(concentration, (list, tuple), "proto_nce", "concentration", f"a number or a list of {count}")
     bias = [None] * count if bias is None else bias
@@ -153,15 +157,15 @@ def _expect_set(features: Tensor, keys: Any, labels: Any, phi: Any, bias: Any, i
         expect_tensor(phi, "proto_nce", "concentration", (k,), FLOATS, device)
         if reads_data(phi):
             low = float(phi.detach().min())
-            expect(low > 0, "proto_nce", "concentration", "positive values", f"a minimum of {low}")
+            expect(low >= LEAST, "proto_nce", "concentration", f"values of at least {LEAST}", f"a minimum of {low}")
     else:
-        expect_type(phi, (float, int), "proto_nce", "concentration", "a number or a (K,) tensor")
-        expect(phi > 0, "proto_nce", "concentration", "a positive number", phi)
+        expect_type(phi, NUMBERS, "proto_nce", "concentration", "a number or a (K,) tensor")
+        expect(LEAST <= phi < math.inf, "proto_nce", "concentration", f"at least {LEAST}, finite", phi)
     return count
 
 
 def _expect_num_negatives(num_negatives: int | None, op: str) -> None:
-    fits = num_negatives is None or (isinstance(num_negatives, int) and num_negatives >= 0)
+    fits = num_negatives is None or (is_integer(num_negatives) and num_negatives >= 0)
     expect(fits, op, "num_negatives", "None or an integer of at least 0", num_negatives)
 
 
@@ -197,7 +201,7 @@ def _concatenated(values: Sequence[float | Tensor], prototypes: Sequence[Tensor]
 
 
 def _inverse(phi: float | Tensor) -> float | Tensor:
-    return widen(phi).reciprocal() if isinstance(phi, Tensor) else 1 / phi
+    return widen(phi).reciprocal() if isinstance(phi, Tensor) else 1 / float(phi)
 
 
 def _sample_keys(
@@ -270,7 +274,7 @@ class ProtoNCELoss(nn.Module):
         float64. assignments: (N,) int64 or int32, -1 for rows that do not count. Output: scalar of at least float32.
 
     Raises:
-        ValueError: shapes, devices or numbers of sets do not fit, an assignment is out of range, or φ is not positive
+        ValueError: shapes, devices or numbers of sets do not fit, an assignment is out of range, or φ is below 1e-8
             (tensors are read on the CPU, on CUDA with ``fastproto.set_debug(True)``).
         TypeError: something is no tensor, or of another dtype.
 

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastproto.losses import InfoNCELoss, NTXentLoss
@@ -260,9 +261,44 @@ def test_compiles_as_one_graph(loss_fn: torch.nn.Module, extra: tuple[Tensor, ..
         (lambda x: NTXentLoss(memory_bank_size=1.5), TypeError, r"expected 0, M or \(M, D\), got float 1.5"),
         (lambda x: NTXentLoss(memory_bank_size=(4, 0)), ValueError, r"memory_bank_size expected 0, M or \(M, D\)"),
         (lambda x: NTXentLoss(memory_bank_size=(4, 3))(x, x, torch.arange(4)), ValueError, "assignments expected None"),
-        (lambda x: NTXentLoss(memory_bank_size=(4, 2))(x, x), ValueError, r"NTXentLoss: out0 expected \(N, 2\) on cpu"),
+        (lambda x: NTXentLoss(memory_bank_size=(4, 2))(x, x), ValueError, r"NTXentLoss: out0 expected \(N, 2\), got"),
+        (lambda x: nt_xent(x, x, x[:, 0].long(), ignore_index=None), TypeError, "ignore_index expected an int, got None"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_by_name(call: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(torch.randn(4, 3))
+
+
+def test_bank_started_in_inference_mode_can_be_trained_with() -> None:
+    loss_fn = NTXentLoss(memory_bank_size=8)
+    out0, out1 = torch.randn(2, 4, 3)
+    with torch.inference_mode():
+        loss_fn(out0, out1)
+    loss_fn(out0.clone().requires_grad_(), out1).backward()
+    torch.testing.assert_close(loss_fn.bank[:4], F.normalize(out1, dim=1))
+
+
+@pytest.mark.parametrize("saved", [4, 16])
+@pytest.mark.parametrize("started", [False, True])
+def test_bank_of_another_size_is_not_loaded(saved: int, started: bool) -> None:
+    other, loss_fn = NTXentLoss(memory_bank_size=(saved, 3)), NTXentLoss(memory_bank_size=(8, 3) if started else 8)
+    with pytest.raises(RuntimeError, match=f"size mismatch for bank: {saved} rows saved, 8 wanted"):
+        loss_fn.load_state_dict(other.state_dict())
+
+
+def test_bank_stays_where_a_state_has_none() -> None:
+    """That of a loss that has seen no batch, or of lightly's, which does not save its bank."""
+    loss_fn = NTXentLoss(memory_bank_size=(8, 3))
+    before = loss_fn.bank.clone()
+    for state in (NTXentLoss(memory_bank_size=8).state_dict(), {}):
+        loss_fn.load_state_dict(state)
+        assert torch.equal(loss_fn.bank, before)
+    with pytest.raises(RuntimeError, match='Missing key.*"bank_ptr"'):
+        loss_fn.load_state_dict({"bank": before})
+
+
+def test_bank_follows_its_input_to_another_device() -> None:
+    loss_fn = NTXentLoss(memory_bank_size=(8, 3))
+    loss_fn(torch.randn(4, 3, device="meta"), torch.randn(4, 3, device="meta"))
+    assert loss_fn.bank.device.type == loss_fn.bank_ptr.device.type == "meta"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastproto.losses import AlignmentLoss, CorrelationLoss, UniformityLoss
@@ -183,6 +184,24 @@ def test_half_inputs_autocast_and_strides(term: Callable[..., Tensor], dtype: to
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(term(a.T.contiguous().T, b), loss)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 0.1, 1.0])
+def test_uniformity_of_points_close_together_keeps_its_digits(spread: float) -> None:
+    """Near collapse, which it is there to show, distances are differences of nearly equal numbers."""
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) * spread + 1
+
+    def plain(x: Tensor) -> Tensor:
+        return torch.pdist(F.normalize(x, dim=1)).square().mul(-2).exp().mean().log()
+
+    def run(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]:
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        loss = function(leaf)
+        return [loss.detach().double(), *torch.autograd.grad(loss, leaf)]
+
+    ours, plains, right = run(uniformity, x.dtype), run(plain, x.dtype), run(plain, torch.float64)
+    assert abs(ours[0] - right[0]) < 5e-7  # a log-sum-exp of 63 numbers near 1
+    assert (ours[1] - right[1]).abs().max() <= 2 * (plains[1] - right[1]).abs().max()
 
 
 def test_compiles_as_one_graph() -> None:
