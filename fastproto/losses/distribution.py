@@ -142,8 +142,8 @@ def uniformity(x: Tensor, *, t: float = 2, mask: Tensor | None = None) -> Tensor
     expect_t(t, "uniformity")
     mask = _mask_of(x, mask, "uniformity")
     x_nd = unit(_masked(x, mask))
-    # Distances do not change with the origin. From their mean points that are close together have small coordinates, and
-    # what is left of the scores is not the difference of large numbers.
+    # Distances do not change with the origin. Seen from their mean, points close together have small coordinates, and
+    # their scores are not differences of large numbers.
     x_nd = _masked(x_nd - x_nd.detach().sum(0) / mask.sum().clamp(min=1), mask)
     n, rows = len(x_nd), torch.arange(len(x_nd), device=x.device)
     pairs = mask.sum() * (mask.sum() - 1)

@@ -200,8 +200,9 @@ def test_uniformity_of_points_close_together_keeps_its_digits(spread: float) -> 
         return [loss.detach().double(), *torch.autograd.grad(loss, leaf)]
 
     ours, plains, right = run(uniformity, x.dtype), run(plain, x.dtype), run(plain, torch.float64)
-    assert abs(ours[0] - right[0]) < 5e-7  # a log-sum-exp of 63 numbers near 1
-    assert (ours[1] - right[1]).abs().max() <= 2 * (plains[1] - right[1]).abs().max()
+    assert abs(ours[0] - right[0]) < 1e-6  # log-sum-exps of some 63 · 64 numbers near 1
+    allowed = 2 * (plains[1] - right[1]).abs().max() + 4e-6 * right[1].abs().max()
+    assert (ours[1] - right[1]).abs().max() <= allowed
 
 
 def test_compiles_as_one_graph() -> None:

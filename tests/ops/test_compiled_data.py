@@ -18,7 +18,7 @@ IMAGES = torch.zeros(2, 3, 9, 8, dtype=torch.uint8)
 
 
 def refused(function: Callable[..., object], *arguments: object) -> str:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="expected below|not inside") as error:
         torch.compile(function, backend="eager")(*arguments)
     return str(error.value).partition("\n")[0]
 
@@ -38,7 +38,7 @@ def test_targets_and_labels(wrong: int) -> None:
 
 
 @needs_cpp
-@pytest.mark.parametrize("crop", [(0, 0, 10, 8), (-1, 0, 4, 4), (0, 0, 0, 4), (0, 5, 9, 4), (2**31 - 1, 0, 2**31 - 1, 8)])
+@pytest.mark.parametrize("crop", [(0, 0, 10, 8), (-1, 0, 4, 4), (0, 0, 0, 4), (0, 5, 9, 4), (2**31 - 1, 0, 9, 8)])
 def test_crops(crop: tuple[int, ...]) -> None:
     crops = torch.tensor([(0, 0, 9, 8), crop], dtype=torch.int32)
     assert refused(lambda: crop_resize(IMAGES, crops, 4)) == "crop_resize: crops[1] is not inside its image"
@@ -50,4 +50,4 @@ def test_crops(crop: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("image", [-1, 2])
 def test_indices_of_images(image: int) -> None:
     crops, index = torch.tensor([(0, 0, 9, 8)], dtype=torch.int32), torch.tensor([image])
-    assert refused(lambda: crop_resize(IMAGES, crops, 4, index=index)) == "crop_resize: crops[0] is not inside its image"
+    assert "crops[0] is not inside" in refused(lambda: crop_resize(IMAGES, crops, 4, index=index))
