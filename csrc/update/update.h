@@ -1,8 +1,9 @@
 // Sums and counts of the rows that carry each label, on a grid: what the CPU kernel takes.
 //
-//   sums_k = Σ_{n: label_n = k} [w_n x_n]        counts_k = Σ_{n: label_n = k} [w_n]        [v] = (v + r) − r
+//   sums_k = Σ_{n: label_n = k} w_n x_n        counts_k = Σ_{n: label_n = k} w_n
 //
-// The rounder r is so large that float64 adds up multiples of its resolution without an error, in any order.
+// each as Σ [v] and Σ [v − [v]]', where [v] = (v + r) − r: the rounder r is so large that float64 adds up multiples of its
+// resolution without an error, in any order, and the fine one, r', does so for what the coarse one leaves.
 // N rows, K clusters, D dimensions. Rows labelled −1 are left out.
 #pragma once
 
@@ -17,9 +18,9 @@ struct Update {
   int x_dtype;
   const int64_t* label;   // (N,)
   const double* weight;   // (N,); null: 1
-  const double* rounder;  // (2,) of w x and of w
-  double* sums;           // (K, D), zeros
-  double* counts;         // (K,), zeros
+  const double* rounder;  // (2, 2): coarse and fine, of w x and of w
+  double* sums;           // (2, K, D): coarse and fine, zeros
+  double* counts;         // (2, K), zeros
 };
 
 namespace baseline { void update(const Update& args, int threads); }

@@ -20,12 +20,11 @@ namespace fastproto {
 namespace FASTPROTO_ISA {
 namespace {
 
-// total += [w x]
-void add_row(const float* x, double weight, double rounder, int64_t D, double* total) {
-  for (int64_t d = 0; d < D; ++d) {
-    const double value = weight * x[d];
-    total[d] += (value + rounder) - rounder;
-  }
+// Adds [v] and [v − [v]]'.
+inline void add(double value, double rounder, double fine_rounder, double& coarse, double& fine) {
+  const double rounded = (value + rounder) - rounder;
+  coarse += rounded;
+  fine += ((value - rounded) + fine_rounder) - fine_rounder;
 }
 
 }  // namespace
@@ -42,17 +41,20 @@ void update(const Update& args, int threads) {
 
   const int64_t item = args.x_dtype == static_cast<int>(Dtype::float32) ? 4 : 2;
   const int64_t row_stride = args.stride_x * item, row_bytes = args.D * item;
+  const double of_x = args.rounder[0], fine_of_x = args.rounder[2];
+  double* const fine_sums = args.sums + args.K * args.D;
   std::mutex borders[64];
   const int64_t rows = std::max<int64_t>(256, counted / (8 * std::max(threads, 1)) + 1);
   parallel_for((counted + rows - 1) / rows, threads, [&](int64_t t) {
-    thread_local std::vector<double> total;
+    thread_local std::vector<double> coarse, fine;
     thread_local std::vector<float> row;
     row.resize(args.D);
     const int64_t last = std::min(counted, (t + 1) * rows);
     for (int64_t i = t * rows; i < last;) {
       const int64_t k = args.label[order[i]];
-      double count = 0;
-      total.assign(args.D, 0.);
+      double count = 0, fine_count = 0;
+      coarse.assign(args.D, 0.), fine.assign(args.D, 0.);
+      double *const coarse_d = coarse.data(), *const fine_d = fine.data();
       for (; i < last && args.label[order[i]] == k; ++i) {
         const int64_t n = order[i];
         // Rows out of order are what the CPU cannot foresee.
@@ -61,12 +63,13 @@ void update(const Update& args, int threads) {
             __builtin_prefetch(static_cast<const char*>(args.x) + order[i + 4] * row_stride + b);
         const double weight = args.weight ? args.weight[n] : 1.;
         load_row(args.x, args.x_dtype, n * args.stride_x, args.D, row.data());
-        add_row(row.data(), weight, args.rounder[0], args.D, total.data());
-        count += (weight + args.rounder[1]) - args.rounder[1];
+        const float* const x = row.data();
+        for (int64_t d = 0; d < args.D; ++d) add(weight * x[d], of_x, fine_of_x, coarse_d[d], fine_d[d]);
+        add(weight, args.rounder[1], args.rounder[3], count, fine_count);
       }
       std::lock_guard<std::mutex> lock(borders[k % 64]);
-      for (int64_t d = 0; d < args.D; ++d) args.sums[k * args.D + d] += total[d];
-      args.counts[k] += count;
+      for (int64_t d = 0; d < args.D; ++d) args.sums[k * args.D + d] += coarse[d], fine_sums[k * args.D + d] += fine[d];
+      args.counts[k] += count, args.counts[args.K + k] += fine_count;
     }
   });
 }

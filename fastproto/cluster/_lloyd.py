@@ -12,7 +12,7 @@ from torch import Tensor
 from fastproto.cluster._rows import Rows
 from fastproto.cluster.bounds import Search
 from fastproto.cluster.concentration import from_radii, radii
-from fastproto.ops.update import rounder, update
+from fastproto.ops.update import two_rounders, update_parts
 
 
 class Iteration(NamedTuple):
@@ -40,15 +40,16 @@ def lloyd(rows: Rows, spherical: bool, search: Search) -> Step:
     """The mean of the rows nearest to each centre; with ``spherical``, of unit length. Reads all rows once."""
 
     def step(centers: Tensor) -> Iteration:
-        sums = torch.zeros_like(centers, dtype=torch.float64)
-        counts = torch.zeros_like(sums[:, 0])
+        parts = torch.zeros(2, *centers.shape, dtype=torch.float64, device=centers.device)
+        count_parts = torch.zeros_like(parts[..., 0])
         distance = torch.zeros(rows.local, dtype=torch.float32, device=rows.device)
         for here, x, weights in rows.chunks():
             labels, distance[here] = search.nearest(here.start, x, centers)
-            chunk_sums, chunk_counts = update(x, labels, len(centers), weights, rows.rounders)
-            sums += chunk_sums
-            counts += chunk_counts
-        rows.sum(sums, counts)
+            chunk_sums, chunk_counts = update_parts(x, labels, len(centers), weights, rows.rounders)
+            parts += chunk_sums
+            count_parts += chunk_counts
+        rows.sum(parts, count_parts)
+        sums, counts = parts.sum(0), count_parts.sum(0)
         means = torch.where(counts[:, None] > 0, sums / counts[:, None], centers.double()).to(centers.dtype)
         return Iteration(unit(means) if spherical else means, rows.weighted_sum(distance), counts)
 
@@ -63,10 +64,12 @@ def assign_all(rows: Rows, centers: Tensor, search: Search) -> Assignment:
     for here, x, _ in rows.chunks():
         labels[here], distance[here] = search.nearest(here.start, x, centers)
         radius[here, 0] = radii(x, labels[here], centers)
-    rounders = torch.stack([rows.rounder(radius), rounder(radius.new_ones(()), rows.total)])
-    sums, counts = update(radius, labels, len(centers), None, rounders)
-    rows.sum(sums, counts)
-    phi = from_radii(sums[:, 0], counts).to(centers.dtype)
+    most = rows.max(radius.abs().max() if len(radius) else radius.new_zeros(()))
+    rounders = two_rounders(torch.stack([most, torch.ones_like(most)]), rows.total)
+    parts, count_parts = update_parts(radius, labels, len(centers), None, rounders)
+    rows.sum(parts, count_parts)
+    counts = count_parts.sum(0)
+    phi = from_radii(parts.sum(0)[:, 0], counts).to(centers.dtype)
     return Assignment(labels.to(rows.home), float(rows.weighted_sum(distance)), counts.long(), phi)
 
 

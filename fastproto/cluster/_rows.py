@@ -13,7 +13,7 @@ from torch import Tensor
 from fastproto._check import describe, expect, expect_tensor, expect_type, reads_data
 from fastproto.cluster._stream import Array, Stream, as_tensor
 from fastproto.ops.assign import assign
-from fastproto.ops.update import largest, round_to_grid, rounder
+from fastproto.ops.update import largest, round_to_grid, rounder, two_rounders
 
 # Rows that have to be copied (from a file, from another device, to another type) come in pieces of about this size.
 CHUNK_BYTES = 1 << 26
@@ -29,7 +29,7 @@ class Rows:
         chunk_rows: rows in a chunk; None for all of them, or 64 MiB where they may have to be copied.
     """
 
-    # 1.5 · 2^e for the sums of w x and of w, (2,) float64; see ops/update.py. Set by ``survey``.
+    # Of the sums of w x and of w, (2, 2) float64; see ``two_rounders``. Set by ``survey``.
     rounders: Tensor
 
     def __init__(
@@ -103,7 +103,7 @@ class Rows:
         if not bool(most.isfinite().all()):
             self.refuse(op)
         expect(bool(most[1] > 0), op, "sample_weight", "a sum above 0", 0.0)
-        self.rounders = torch.stack([rounder(value, self.total) for value in most])
+        self.rounders = two_rounders(most, self.total)
 
     def rounder(self, values: Tensor) -> Tensor:
         """What makes sums of these values (N,) exact, of this and of all other ranks' rows: () float64."""

@@ -86,8 +86,8 @@ class KMeans:
         minimise  J = Σ_n w_n ||x_n - c_label(n)||²,    or with ``spherical`` maximise  J = Σ_n w_n <x_n, c_label(n)>
     over unit centres. The N x K matrix of distances is never held at once. The same seed gives the same bits, whatever
     the run and however the rows are divided over chunks, threads and ranks: every sum over rows is exact, of numbers
-    rounded to a grid first. A fit reads its rows once to refuse what is not finite, once for each iteration, and once
-    to assign them in the end.
+    rounded to some 2^-102 N² of the largest first. A fit reads its rows once to refuse what is not finite, once for
+    each iteration, and once to assign them in the end.
 
     Args:
         n_clusters: K.

@@ -1,10 +1,11 @@
 """update: the sum and the number of the rows that carry each label, the same in any order.
 
-    sums_kd = Σ_{n: label_n = k} [w_n x_nd]        counts_k = Σ_{n: label_n = k} [w_n]
+    sums_kd = Σ_{n: label_n = k} w_n x_nd        counts_k = Σ_{n: label_n = k} w_n
 
-[v] is v rounded to a grid so coarse that float64 adds up all rows without an error. Sums of parts then add up to the
-sum of the whole, bit by bit, whatever the threads, chunks or ranks that they come from. Rows labelled -1 belong
-nowhere. N rows, K clusters, D dimensions.
+Each number v is taken in two parts, [v] + [v - [v]]': v rounded to a grid so coarse that float64 adds up all rows
+without an error, and what is left of it on a grid as much finer, so that one huge row does not round away the others.
+Sums of parts then add up to the sum of the whole, bit by bit, whatever threads, chunks or ranks they come from. Rows
+labelled -1 belong nowhere. N rows, K clusters, D dimensions.
 """
 
 from __future__ import annotations
@@ -21,20 +22,40 @@ def update(
     labels: Tensor,  # (N,) int64
     num_clusters: int,
     weights: Tensor | None,  # (N,) float
-    rounders: Tensor,  # (2,) float64, of w x and of w
+    rounders: Tensor,  # (2, 2) float64: coarse and fine, of w x and of w
 ) -> tuple[Tensor, Tensor]:
+    """The coarse and the fine part of the sums (2, K, D) and of the counts (2, K), float64."""
     # Row K collects what is ignored, and is cut off at the end.
-    sums_kd = torch.zeros(num_clusters + 1, x.shape[1], dtype=torch.float64, device=x.device)
-    counts_k = torch.zeros(num_clusters + 1, dtype=torch.float64, device=x.device)
+    sums_2kd = torch.zeros(2, num_clusters + 1, x.shape[1], dtype=torch.float64, device=x.device)
+    counts_2k = torch.zeros(2, num_clusters + 1, dtype=torch.float64, device=x.device)
     index_n = torch.where(labels < 0, num_clusters, labels)
     weight_n = torch.ones_like(index_n, dtype=torch.float64) if weights is None else weights.double()
-    counts_k.index_add_(0, index_n, round_to_grid(weight_n, rounders[1]))
+    _add(counts_2k, index_n, weight_n, rounders[:, 1])
     chunk = max(1, CHUNK_ELEMENTS // x.shape[1])
     for start in range(0, x.shape[0], chunk):
         here = slice(start, start + chunk)
         values_nd = x[here].double() * weight_n[here, None]
-        sums_kd.index_add_(0, index_n[here], round_to_grid(values_nd, rounders[0]))
-    return sums_kd[:num_clusters], counts_k[:num_clusters]
+        _add(sums_2kd, index_n[here], values_nd, rounders[:, 0])
+    return sums_2kd[:, :num_clusters], counts_2k[:, :num_clusters]
+
+
+def _add(totals: Tensor, index: Tensor, values: Tensor, rounders: Tensor) -> None:
+    coarse = round_to_grid(values, rounders[0])
+    totals[0].index_add_(0, index, coarse)
+    totals[1].index_add_(0, index, round_to_grid(values - coarse, rounders[1]))
+
+
+def two_rounders(
+    most: Tensor,  # (2,) float64: the largest w |x| and the largest w
+    count: int,
+) -> Tensor:
+    """Coarse and fine rounders of ``count`` such numbers, (2, 2) float64.
+
+    What the coarse grid leaves of a number is at most half of its step, 2^-52 of the power of two in its rounder.
+    """
+    coarse = torch.stack([rounder(value, count) for value in most])
+    fine = torch.stack([rounder(value * 2.0**-52, count) for value in coarse])
+    return torch.stack([coarse, fine])
 
 
 def rounder(

@@ -18,7 +18,7 @@ IMAGES = torch.zeros(2, 3, 9, 8, dtype=torch.uint8)
 
 
 def refused(function: Callable[..., object], *arguments: object) -> str:
-    with pytest.raises(ValueError, match="expected below|not inside") as error:
+    with pytest.raises(ValueError, match=r"expected below|not inside") as error:
         torch.compile(function, backend="eager")(*arguments)
     return str(error.value).partition("\n")[0]
 

@@ -13,7 +13,7 @@ from ops.test_contrast_triton import DEVICE, INTERPRETED, assert_captured, gpu_a
 from torch import Tensor
 
 import fastproto
-from fastproto.ops.update import largest, rounder, update
+from fastproto.ops.update import largest, two_rounders, update, update_parts
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests of this file run here themselves")
@@ -38,8 +38,9 @@ def problem(n: int, k: int, d: int, weighted: bool = True) -> tuple[Tensor, Tens
 
 
 def triton(*args: object) -> tuple[Tensor, Tensor]:
+    """Parts where rounders are given."""
     with fastproto.backend("triton"):
-        return update(*args)
+        return (update_parts if len(args) == 5 else update)(*args)
 
 
 def assert_reference(*args: object) -> None:
@@ -61,12 +62,15 @@ def test_equals_the_reference(n: int, k: int, d: int, dtype: torch.dtype, weight
 
 @on_gpu
 def test_products_are_rounded_before_they_are_added() -> None:
-    """In float64 w x is not exact; a multiply-add with the rounder would give other bits for half of these."""
+    """In float64 w x is not exact; a multiply-add with the rounder would give other parts for half of these."""
     x, labels, k, weights = problem(200, 7, 24)
     x, weights = x.double() * torch.rand(200, 24, device=DEVICE), weights.double() / 3
     # The coarser the grid, the more often w x lies so near the middle of two of its points that one rounding decides.
     x[0] = x[0].sign() * 2.0**40
-    assert_reference(x, labels, k, weights)
+    arguments = x, labels, k, weights, two_rounders(torch.stack(largest(x, weights)), len(x))
+    with fastproto.backend("reference"):
+        expected = update_parts(*arguments)
+    assert all(map(torch.equal, triton(*arguments), expected))
 
 
 @on_gpu
@@ -76,7 +80,7 @@ def test_ignored_rows_are_not_read() -> None:
     labels[::7], x[::7] = -1, torch.nan
     weights[::7] = torch.nan
     kept = labels >= 0
-    rounders = torch.stack([rounder(value, 70) for value in largest(x[kept], weights[kept])])
+    rounders = two_rounders(torch.stack(largest(x[kept], weights[kept])), 70)
     expected = triton(x[kept], labels[kept], k, weights[kept], rounders)
     assert all(map(torch.equal, triton(x, labels, k, weights, rounders), expected))
     sums, counts = triton(x, torch.full_like(labels, -1), k, weights, rounders)
@@ -90,20 +94,22 @@ def test_labels_beyond_the_clusters_add_to_nothing() -> None:
     from fastproto.kernels.update import update
 
     x, labels = torch.ones(6, 3, device=DEVICE), torch.tensor([0, 2, 1, 9, 2, -1], device=DEVICE)
-    rounders = torch.full((2,), 64.0, dtype=torch.float64, device=DEVICE)
+    rounders = torch.full((2, 2), 64.0, dtype=torch.float64, device=DEVICE)
     sums, counts = update(x, labels, 2, None, rounders)
-    assert torch.equal(sums, torch.ones_like(sums))
-    assert torch.equal(counts, torch.ones_like(counts))
+    assert torch.equal(sums[0], torch.ones_like(sums[0]))
+    assert torch.equal(counts[0], torch.ones_like(counts[0]))
+    assert not sums[1].any()
+    assert not counts[1].any()
 
 
 @on_gpu
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_nan_stays_in_its_cluster() -> None:
     x, labels, k, weights = problem(70, 5, 40)
-    rounders = torch.stack([rounder(value, 70) for value in largest(x, weights)])
+    rounders = two_rounders(torch.stack(largest(x, weights)), 70)
     labels[3], x[3, 7] = 2, torch.nan
     sums, counts = triton(x, labels, k, weights, rounders)
-    assert sums.isnan().nonzero().tolist() == [[2, 7]]
+    assert sums.sum(0).isnan().nonzero().tolist() == [[2, 7]]
     assert counts.isfinite().all()
 
 
@@ -119,7 +125,7 @@ def test_any_order_of_the_rows_gives_the_same_bits() -> None:
 @on_gpu
 def test_sums_of_parts_add_up_to_the_sum_of_the_whole_bit_by_bit() -> None:
     x, labels, k, weights = problem(150, 7, 40)
-    rounders = torch.stack([rounder(value, 150) for value in largest(x, weights)])
+    rounders = two_rounders(torch.stack(largest(x, weights)), 150)
     whole = triton(x, labels, k, weights, rounders)
     parts = [triton(x[i], labels[i], k, weights[i], rounders) for i in torch.arange(150, device=DEVICE).split(37)]
     for sums, total in zip(zip(*parts, strict=True), whole, strict=True):
@@ -181,7 +187,6 @@ def test_addresses_beyond_two_to_the_31() -> None:
     x[-1] = 3.0
     labels = torch.zeros(n, dtype=torch.int64, device=DEVICE)
     labels[-1] = 1
-    rounders = torch.stack([rounder(torch.tensor(value, device=DEVICE), n) for value in (3.0, 1.0)])
-    sums, counts = update(x, labels, 2, None, rounders)
+    sums, counts = update(x, labels, 2)
     assert counts.tolist() == [n - 1, 1]
     assert sums[:, [0, 63]].tolist() == [[n - 1, n - 1], [3, 3]]
