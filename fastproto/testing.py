@@ -39,15 +39,17 @@ def assert_matches_single_process(
     Args:
         loss_fn: a module or function that can be pickled; it is called with ``inputs`` and returns a scalar. The
             parameters of a module are replicated.
-        inputs: tensors, which are split by rows over the ranks; ``nn.Parameter``s, which are replicated; the rest
-            is passed as it is. Gradients are compared for those that require one.
+        inputs: tensors, which are split by rows over the ranks; ``nn.Parameter``s, which are replicated; lists and
+            tuples of these; the rest is passed as it is. Gradients are compared for those that require one.
         world_size: number of processes; it divides the number of rows.
         rtol, atol: tolerances of torch.testing.assert_close.
 
     Raises:
         AssertionError: loss, a gradient or a buffer differs; the message names it.
-        ValueError: the rows do not divide by ``world_size``.
+        ValueError: the rows do not divide by ``world_size``, or that is below 1.
         TypeError: ``inputs`` is a tensor and not a sequence of them.
+
+    Random numbers start from one seed in every process, so that all draw the same.
 
     Example:
         >>> from fastproto.losses import NTXentLoss
@@ -56,18 +58,21 @@ def assert_matches_single_process(
 
         In a script, call it under ``if __name__ == "__main__":``, as the processes import the script again.
     """
-    expect_type(inputs, (list, tuple), "assert_matches_single_process", "inputs", "a list or tuple")
-    for position, value in enumerate(inputs):
+    op = "assert_matches_single_process"
+    expect_type(inputs, (list, tuple), op, "inputs", "a list or tuple")
+    expect_type(world_size, int, op, "world_size", "an int of at least 1")
+    expect(world_size >= 1, op, "world_size", "an int of at least 1", world_size)
+    tensors = _tensors(inputs)
+    for name, value in tensors.items():
         if _is_split(value):
             fits = value.dim() > 0 and value.shape[0] % world_size == 0
-            name = f"inputs[{position}]"
-            expect(fits, "assert_matches_single_process", name, f"rows divisible by {world_size}", value)
-    inputs = [_leaf(value) for value in inputs]
-    expected = _loss_and_gradients(copy.deepcopy(loss_fn), inputs)
+            expect(fits, op, name, f"rows divisible by {world_size}", value)
+    with torch.random.fork_rng(devices=[]):
+        expected = _loss_and_gradients(loss_fn, _leaves(inputs))
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_rank_main, (world_size, folder, loss_fn, inputs), nprocs=world_size)
+        spawn(_rank_main, (world_size, folder, loss_fn, _leaves(inputs)), nprocs=world_size)
         ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
-    split = {f"inputs[{position}]" for position, value in enumerate(inputs) if _is_split(value)}
+    split = {name for name, value in tensors.items() if _is_split(value)}
     compare = partial(torch.testing.assert_close, rtol=rtol, atol=atol)
     for name, value in expected.items():
         parts = [rank[name] for rank in ranks]
@@ -84,16 +89,28 @@ def _is_split(value: Any) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
 
 
-def _leaf(value: Any, rank: int = 0, world_size: int = 1) -> Any:
+def _tensors(value: Any, name: str = "inputs") -> dict[str, Tensor]:
+    """The tensors of an input, by name."""
+    if isinstance(value, (list, tuple)):
+        parts = (_tensors(part, f"{name}[{position}]") for position, part in enumerate(value))
+        return {name: tensor for part in parts for name, tensor in part.items()}
+    return {name: value} if isinstance(value, Tensor) else {}
+
+
+def _leaves(value: Any, rank: int = 0, world_size: int = 1) -> Any:
     """One rank's own copy of an input."""
+    if isinstance(value, (list, tuple)):
+        return [_leaves(part, rank, world_size) for part in value]
     if not _is_split(value):
         return copy.deepcopy(value)
     return value.detach().tensor_split(world_size)[rank].clone().requires_grad_(value.requires_grad)
 
 
 def _loss_and_gradients(loss_fn: Callable[..., Tensor], inputs: Sequence[Any]) -> Result:
+    loss_fn = copy.deepcopy(loss_fn)
+    torch.manual_seed(0)
     loss = loss_fn(*inputs)
-    leaves = {f"inputs[{position}]": value for position, value in enumerate(inputs) if isinstance(value, Tensor)}
+    leaves = _tensors(inputs)
     if isinstance(loss_fn, nn.Module):
         leaves |= dict(loss_fn.named_parameters())
     leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
@@ -109,8 +126,7 @@ def _rank_main(rank: int, world_size: int, folder: str, loss_fn: Callable[..., T
     dist.init_process_group("gloo", f"file://{folder}/store", timeout, rank=rank, world_size=world_size)
     try:
         torch.set_num_threads(1)
-        local = [_leaf(value, rank, world_size) for value in inputs]
         # Tensors are handed to the ranks in shared memory: a buffer that one updates would change under the others.
-        torch.save(_loss_and_gradients(copy.deepcopy(loss_fn), local), Path(folder) / f"{rank}.pt")
+        torch.save(_loss_and_gradients(loss_fn, _leaves(inputs, rank, world_size)), Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()

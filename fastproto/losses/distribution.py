@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastproto._check import INTEGERS, expect, expect_index, expect_tensor, expect_type
-from fastproto.losses._common import expect_reduction, expect_views, reduce_rows, unit, widen
+from fastproto.losses._common import NUMBERS, expect_reduction, expect_views, reduce_rows, unit, widen
 from fastproto.ops.contrast import contrast_unchecked
 
 # Barlow Twins' weight of the off-diagonal entries, arXiv 2103.03230.
@@ -37,8 +37,9 @@ def batch_prototypes(features: Tensor, assignments: Tensor, *, ignore_index: int
     one prototype are equal, and ``mask`` is true at the first row of each prototype present.
 
     Args:
-        features: (N, D), not normalised.
-        assignments: (N,), non-negative, or ``ignore_index``: such a row is in no prototype, is 0 and not in the mask.
+        features: (N, D) float16, bfloat16, float32 or float64, not normalised.
+        assignments: (N,) int64 or int32, non-negative, or ``ignore_index``: such a row is in no prototype, is 0 and not
+            in the mask.
         ignore_index: the assignment of rows without a prototype.
 
     Returns:
@@ -54,6 +55,8 @@ def batch_prototypes(features: Tensor, assignments: Tensor, *, ignore_index: int
         BatchPrototypes(prototypes=tensor([[0.7071, 0.7071],
                 [0.7071, 0.7071],
                 [0.0000, 1.0000]]), mask=tensor([ True, False,  True]))
+
+    Distributed: the batch is a rank's own.
 
     Memory: grows with N · D and N².
 
@@ -85,7 +88,7 @@ def alignment(
         L_i = ||unit(x0_i) - unit(x1_i)||^alpha
 
     Args:
-        x0, x1: (N, D), not normalised.
+        x0, x1: (N, D) float16, bfloat16, float32 or float64, not normalised.
         alpha: alpha >= 1.
         mask: the rows that count (N,) bool; by default all.
         reduction: "mean" over the rows that count, "sum", or "none" for the rows (N,), 0 where masked.
@@ -96,6 +99,8 @@ def alignment(
     Raises:
         TypeError: something is no tensor, or of another dtype.
         ValueError: shapes or devices do not fit, alpha < 1, or an unknown reduction.
+
+    Distributed: row by row; DDP's mean equals one process where as many rows count on every rank.
 
     Memory: grows with N · D.
 
@@ -119,7 +124,7 @@ def uniformity(x: Tensor, *, t: float = 2, mask: Tensor | None = None) -> Tensor
         L = log mean_{i≠j} exp(-t · ||unit(x_i) - unit(x_j)||²)
 
     Args:
-        x: (N, D), not normalised.
+        x: (N, D) float16, bfloat16, float32 or float64, not normalised.
         t: t > 0.
         mask: the rows that count (N,) bool; by default all.
 
@@ -129,6 +134,8 @@ def uniformity(x: Tensor, *, t: float = 2, mask: Tensor | None = None) -> Tensor
     Raises:
         TypeError: something is no tensor, or of another dtype.
         ValueError: shapes or devices do not fit, or t is not positive.
+
+    Distributed: pairs are those of a rank's own batch.
 
     Memory: grows with N · D; with N² on the reference backend.
 
@@ -176,7 +183,7 @@ def cross_correlation(x0: Tensor, x1: Tensor, *, mask: Tensor | None = None) -> 
     Rows are not scaled to length 1. A dimension that is constant has R_ab = 0.
 
     Args:
-        x0, x1: (N, D).
+        x0, x1: (N, D) float16, bfloat16, float32 or float64.
         mask: the rows that count (N,) bool; by default all.
 
     Returns:
@@ -185,6 +192,8 @@ def cross_correlation(x0: Tensor, x1: Tensor, *, mask: Tensor | None = None) -> 
     Raises:
         TypeError: something is no tensor, or of another dtype.
         ValueError: shapes or devices do not fit.
+
+    Distributed: statistics are those of a rank's own batch.
 
     Memory: grows with N · D and D².
 
@@ -214,7 +223,7 @@ def covariance(x: Tensor, *, mask: Tensor | None = None) -> Tensor:
     Rows are not scaled to length 1.
 
     Args:
-        x: (N, D).
+        x: (N, D) float16, bfloat16, float32 or float64.
         mask: the rows that count (N,) bool; by default all.
 
     Returns:
@@ -223,6 +232,8 @@ def covariance(x: Tensor, *, mask: Tensor | None = None) -> Tensor:
     Raises:
         TypeError: something is no tensor, or of another dtype.
         ValueError: shapes or devices do not fit.
+
+    Distributed: statistics are those of a rank's own batch.
 
     Memory: grows with N · D and D².
 
@@ -242,13 +253,13 @@ def covariance(x: Tensor, *, mask: Tensor | None = None) -> Tensor:
 
 def expect_alpha(alpha: float, op: str) -> None:
     # Below 1 the gradient is infinite where two views agree.
-    expect_type(alpha, (float, int), op, "alpha", "a number")
-    expect(alpha >= 1, op, "alpha", "at least 1", alpha)
+    expect_type(alpha, NUMBERS, op, "alpha", "a number")
+    expect(1 <= alpha < math.inf, op, "alpha", "at least 1, finite", alpha)
 
 
 def expect_t(t: float, op: str, argument: str = "t") -> None:
-    expect_type(t, (float, int), op, argument, "a number")
-    expect(t > 0, op, argument, "a positive number", t)
+    expect_type(t, NUMBERS, op, argument, "a number")
+    expect(0 < t < math.inf, op, argument, "a positive number, finite", t)
 
 
 def expect_kind(kind: str, op: str, argument: str = "kind") -> None:
@@ -331,7 +342,7 @@ class UniformityLoss(nn.Module):
 
     Example:
         >>> UniformityLoss()(torch.eye(3))
-        tensor(-4.)
+        tensor(-4.0000)
 
     Distributed: pairs are those of a rank's own batch.
 

@@ -25,8 +25,9 @@ def siamese_metric(
         M(a, b, t) = BCEwithLogits(<w, |a - b|> + β, t)
 
     Args:
-        a, b: raw backbone features (N, C).
-        same: t (N,), 1 where a pair shares a prototype, 0 where not, ``ignore_index`` for pairs that do not count.
+        a, b: raw backbone features (N, C), float16, bfloat16, float32 or float64.
+        same: t (N,) int64, int32 or bool, 1 where a pair shares a prototype, 0 where not, ``ignore_index`` for pairs
+            that do not count.
         weight, bias: w (C,) and β ().
         reduction: "mean" over the pairs that count, "sum", or "none" for the pairs (N,), 0 where ignored.
         ignore_index: the label of pairs that do not count.
@@ -42,6 +43,8 @@ def siamese_metric(
         >>> a, b = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[1.0, 2.0], [3.0, 1.0]])
         >>> siamese_metric(a, b, torch.tensor([1, -1]), torch.tensor([-1.0, -1.0]), torch.tensor(2.0))
         tensor(0.1269)
+
+    Distributed: pairs are a rank's own; DDP's mean equals one process where as many count on every rank.
 
     Memory: a - b (N, C).
 
@@ -71,8 +74,9 @@ def siamese_metric_all_pairs(
     same, however rare one of them is.
 
     Args:
-        features0, features1: raw backbone features of the two views (N, C).
-        assignments: the prototype of each image (N,); with ``ignore_index`` an image only pairs its own two views.
+        features0, features1: raw backbone features of the two views (N, C), float16, bfloat16, float32 or float64.
+        assignments: the prototype of each image (N,) int64 or int32; with ``ignore_index`` an image only pairs its own
+            two views.
         weight, bias: w (C,) and β ().
         ignore_index: the assignment of images without a prototype.
 
@@ -88,6 +92,8 @@ def siamese_metric_all_pairs(
         >>> weight, bias = torch.tensor([-1.0]), torch.tensor(2.0)
         >>> siamese_metric_all_pairs(features, features, torch.tensor([0, 0, 1]), weight, bias)
         tensor(0.3936)
+
+    Distributed: pairs are those of a rank's own batch; SPCLLoss gathers where asked to.
 
     Memory: grows with N · C; nothing of size (N, N, C), and nothing of size (N, N) is kept.
 

@@ -38,7 +38,7 @@ class Everything(nn.Module):
         self.spcl = SPCLLoss(C, K, 0.3, 1.0, 2.0, 0.5, gather_distributed=True).double()
         self.method = method
 
-    def forward(self, out0: Tensor, out1: Tensor, h0: Tensor, h1: Tensor, labels: Tensor, *sets: Tensor) -> Tensor:
+    def forward(self, out0: Tensor, out1: Tensor, h0: Tensor, h1: Tensor, labels: Tensor, sets: list[Tensor]) -> Tensor:
         rank = dist.get_rank() if dist.is_initialized() else 0
         torch.manual_seed(rank)  # what is drawn at random has to come from the first rank
         in_batch = NTXentLoss(0.2, gather_distributed=True)
@@ -86,7 +86,7 @@ def test_everything_that_gathers(world_size: int) -> None:
     # On the first rank all rows count, on the last none or few do.
     labels = torch.tensor([0, 3, 19, 3, 0, 7, -1, 3, -1, -1, -1, -1])
     prototypes, phi = nn.Parameter(torch.randn(K, D).double()), nn.Parameter(torch.rand(K).double() + 0.2)
-    inputs = [rows(N, D), rows(N, D), rows(N, C), rows(N, C), labels, prototypes, phi]
+    inputs = [rows(N, D), rows(N, D), rows(N, C), rows(N, C), labels, [prototypes, phi]]
     assert_matches_single_process(Everything(moco() if world_size == 2 else None), inputs, world_size)
 
 
@@ -135,5 +135,9 @@ def test_one_process_gathers_nothing() -> None:
 def test_bad_input_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"inputs\[0\] expected rows divisible by 2, got float64 \(3, 4\)"):
         assert_matches_single_process(InfoNCELoss(), (rows(3, 4), rows(3, 4)))
+    with pytest.raises(ValueError, match=r"inputs\[1\]\[0\] expected rows divisible by 2, got float64 \(3, 4\)"):
+        assert_matches_single_process(InfoNCELoss(), (rows(4, 4), [rows(3, 4)]))
     with pytest.raises(TypeError, match="inputs expected a list or tuple"):
         assert_matches_single_process(InfoNCELoss(), rows(3, 4))
+    with pytest.raises(ValueError, match="world_size expected an int of at least 1, got int 0"):
+        assert_matches_single_process(InfoNCELoss(), (rows(4, 4), rows(4, 4)), 0)
