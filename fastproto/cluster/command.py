@@ -27,6 +27,7 @@ from fastproto.cluster.kmeans import KMeans
 
 STARTS = ("random", "k-means++")
 SUMMARY = "summary.json"
+FILES = ("centers.npy", "labels.npy", "concentration.npy", "clusters.png", SUMMARY)
 LISTED = 10
 
 
@@ -48,10 +49,16 @@ def cluster_file(
         options: of ``KMeans``; ``init`` may also name a file of centres, ``device`` None is a GPU where there is one.
 
     Raises:
-        ValueError: input, options or folder that this cannot work with. Nothing is written.
+        ValueError: input, options or folder that this cannot work with, or an input that would be replaced. Nothing is
+            written.
         OSError: the results cannot be written. Nothing is left behind.
     """
     check_folder(folder, overwrite)
+    start = options.get("init", STARTS[0])
+    inputs = {"embeddings": path} | ({} if start in STARTS else {"--init": Path(start)})
+    for argument, read in inputs.items():
+        replaced = any(_is_same(read, folder / name) for name in FILES)
+        expect(not replaced, "cluster", argument, f"another file than those replaced in {folder}", str(read))
     x = read_matrix(path, key)
     settings = options | {"device": _device(options.get("device"), options.get("engine"))}
     # A mapped array is read in pieces too, so that of a file no more than one piece is in memory.
@@ -128,6 +135,14 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     there = _existing(folder)
     writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
     expect(writable, "cluster", "--out", "a folder that can be written", f"{folder}: {there} is none")
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    """Whether both are there and lead to one file."""
+    try:
+        return path.samefile(other)
+    except OSError:
+        return False
 
 
 def _is_clustering(folder: Path) -> bool:

@@ -151,10 +151,6 @@ def test_a_folder_is_overwritten_only_where_asked_and_only_a_clustering(
     assert (out / "notes.txt").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "x.npy"]
 
-    # Its own centres can be clustered into the folder they lie in.
-    assert cluster(out / "centers.npy", out, "--overwrite", k=2) == 0
-    assert np.load(out / "labels.npy").shape == (5,)
-
     capsys.readouterr()
     other = tmp_path / "other"
     other.mkdir()
@@ -171,6 +167,26 @@ def test_a_folder_is_overwritten_only_where_asked_and_only_a_clustering(
     for file in (path, path / "below"):
         assert cluster(path, file, "--overwrite") == 2
         assert one_line(capsys).startswith("--out expected a ")
+
+
+def test_what_is_read_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = save(tmp_path / "x.npy", ROWS), tmp_path / "out"
+    assert cluster(path, out, k=5) == 0
+    (tmp_path / "link").symlink_to(out)
+    linked = tmp_path / "link" / ".." / "link" / "centers.npy"
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
+    capsys.readouterr()
+    for argument, rows, options in (
+        ("embeddings", out / "centers.npy", []),
+        ("embeddings", linked, []),
+        ("--init", path, ["--init", str(out / "centers.npy")]),
+        ("--init", path, ["--init", str(linked)]),
+    ):
+        assert cluster(rows, out, "--overwrite", *options, k=5) == 2
+        named = rows if argument == "embeddings" else options[1]
+        assert one_line(capsys) == f"{argument} expected another file than those replaced in {out}, got {named}"
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
+    assert cluster(path, tmp_path / "other", "--init", str(linked), k=5) == 0
 
 
 def test_nothing_is_left_where_writing_fails(
