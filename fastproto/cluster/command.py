@@ -28,6 +28,7 @@ from fastproto.cluster.kmeans import KMeans
 STARTS = ("random", "k-means++")
 SUMMARY = "summary.json"
 FILES = ("centers.npy", "labels.npy", "concentration.npy", "clusters.png", SUMMARY)
+PART = ".fastproto-cluster-*.part"  # what a run writes before it is all there, and leaves behind where it is killed
 LISTED = 10
 
 
@@ -127,7 +128,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     Raises:
         ValueError: it holds something else than a clustering, or one and ``overwrite`` is not set; it cannot be made.
     """
-    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.lexists(folder) and (not folder.is_dir() or not all(path.match(PART) for path in folder.iterdir())):
         wanted = "a new or empty folder"
         expect(_is_clustering(folder), "cluster", "--out", wanted, f"{folder}, which holds something else")
         held = "which holds a clustering: replace it with --overwrite"
@@ -160,9 +161,9 @@ def _existing(folder: Path) -> Path:
 def write(folder: Path, kmeans: KMeans, summary: dict[str, Any]) -> None:
     """Writes all files beside their place, then moves them there: into a folder that is there last the summary."""
     there = _existing(folder)
-    part = there / f".fastproto-cluster-{os.getpid()}.part"
+    part = there / PART.replace("*", str(os.getpid()))
     try:
-        part.mkdir()
+        part.mkdir(exist_ok=True)
         arrays = {"centers": kmeans.cluster_centers_, "labels": kmeans.labels_, "concentration": kmeans.concentration_}
         centers, labels, phi = (value.cpu().numpy() for value in arrays.values())
         for name, values in zip(arrays, (centers, labels, phi), strict=True):

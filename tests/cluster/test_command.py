@@ -1,8 +1,9 @@
-"""fastproto cluster: its options, the folder it writes, what it refuses, and Ctrl-C."""
+"""fastproto cluster: its options, the folder it writes, what it refuses, Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -225,6 +226,37 @@ def test_ctrl_c_leaves_nothing_behind_and_no_package_was_imported_in_vain(tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
     assert "torch" in imported
     assert imported.isdisjoint({"pyarrow", "safetensors", "jsonargparse", "torchvision", "faiss"})
+
+
+def test_sigterm_while_writing_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.npy", ROWS)
+    (tmp_path / "out").mkdir()
+    code = """
+import signal, sys
+from fastproto import cli
+from fastproto.cluster import command
+command.picture.draw = lambda *arguments: signal.raise_signal(signal.SIGTERM)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "cluster", path, "--k", "9", "--out", tmp_path / "out", "--device", "cpu"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout, ended.stderr) == (143, "", "fastproto cluster: interrupted\n")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_what_a_killed_run_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.npy", ROWS)
+    # In containers the next run often has the same number.
+    for number in (os.getpid(), os.getpid() + 1):
+        part = tmp_path / "out" / f".fastproto-cluster-{number}.part"
+        part.mkdir(parents=True)
+        (part / "centers.npy").write_text("half")
+    assert cluster(path, tmp_path / "out") == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES | {part.name}
+    assert np.load(tmp_path / "out" / "centers.npy").shape == (9, 7)
 
 
 @pytest.mark.parametrize(
