@@ -23,6 +23,7 @@ from fastproto._check import expect
 from fastproto.cluster import picture
 from fastproto.cluster._rows import CHUNK_BYTES
 from fastproto.cluster.files import read_matrix
+from fastproto.cluster.init import given_centers
 from fastproto.cluster.kmeans import KMeans
 
 STARTS = ("random", "k-means++")
@@ -65,7 +66,7 @@ def cluster_file(
     # A mapped array is read in pieces too, so that of a file no more than one piece is in memory.
     chunk_rows = max(1, CHUNK_BYTES // max(1, x.shape[1] * x.dtype.itemsize))
     if settings.get("init", STARTS[0]) not in STARTS:
-        settings["init"] = _centers(settings["init"])
+        settings["init"] = _centers(settings["init"], settings["n_clusters"], x.shape[1])
     began = time.perf_counter()
     try:
         kmeans = KMeans(**settings, chunk_rows=chunk_rows, progress=progress).fit(x)
@@ -181,10 +182,10 @@ def write(folder: Path, kmeans: KMeans, summary: dict[str, Any]) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _centers(name: str) -> np.ndarray | Tensor:
+def _centers(name: str, count: int, dim: int) -> Tensor:
     path = Path(name)
     expect(bool(path.suffix), "cluster", "--init", f"{', '.join(STARTS)} or a file of centres", name)
-    return read_matrix(path)
+    return given_centers(read_matrix(path), str(path), count, dim, "--init")
 
 
 def _device(name: str | None, engine: str | None) -> str:

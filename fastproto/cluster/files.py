@@ -71,12 +71,13 @@ def _parquet(path: Path, key: str | None) -> np.ndarray:
         for column in _batches(path, file, name):
             lengths = np.asarray(pc.fill_null(pc.list_value_length(column), -1))
             if row == 0:
-                x = np.empty((rows, max(1, lengths[0])), dtype)
-            others = np.flatnonzero(lengths != x.shape[1])
+                x = np.empty((rows, max(0, lengths[0])), dtype)
+            others = np.flatnonzero((lengths != x.shape[1]) | (lengths < 1))
             if others.size:
                 length = lengths[others[0]]
                 got = f"{'no list' if length < 0 else f'a list of {length}'} in row {row + others[0]}"
-                expect(False, str(path), name, f"a list of {x.shape[1]} numbers in every row", got)
+                numbers = f"{x.shape[1]} numbers" if x.shape[1] else "numbers"
+                expect(False, str(path), name, f"a list of {numbers} in every row", got)
             # A missing number becomes a NaN, which k-means refuses.
             x[row : row + len(lengths)] = np.reshape(column.flatten().to_numpy(zero_copy_only=False), (-1, x.shape[1]))
             row += len(lengths)

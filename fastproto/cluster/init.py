@@ -18,12 +18,12 @@ from fastproto.cluster.concentration import CHUNK_ELEMENTS, EXACT
 METHODS = ("random", "k-means++")
 
 
-def given_centers(init: Array, op: str, count: int, dim: int | str) -> Tensor:
+def given_centers(init: Array, op: str, count: int, dim: int | str, argument: str = "init") -> Tensor:
     """The centres as a tensor. TypeError or ValueError unless they are (count, dim) and finite."""
-    expect_type(init, (Tensor, np.ndarray), op, "init", f"{', '.join(METHODS)} or centres ({count}, {dim})")
+    expect_type(init, (Tensor, np.ndarray), op, argument, f"{', '.join(METHODS)} or centres ({count}, {dim})")
     centers = as_tensor(init)
-    expect_tensor(centers, op, "init", (count, dim))
-    expect(bool(centers.isfinite().all()), op, "init", "finite centres", "NaN or infinity")
+    expect_tensor(centers, op, argument, (count, dim))
+    expect(bool(centers.isfinite().all()), op, argument, "finite centres", "NaN or infinity")
     return centers
 
 

@@ -142,7 +142,12 @@ NOT_FLOATS = "array expected float16, float32 or float64 (N, D), got"
         (
             "x.parquet",
             lambda path: pq.write_table(pa.table({"i": [[], [1.0]]}), path),
-            "x.parquet: i expected a list of 1 numbers in every row, got a list of 0 in row 0",
+            "x.parquet: i expected a list of numbers in every row, got a list of 0 in row 0",
+        ),
+        (
+            "x.parquet",
+            lambda path: pq.write_table(pa.table({"i": [None, [1.0, 2.0]]}), path),
+            "x.parquet: i expected a list of numbers in every row, got no list in row 0",
         ),
         (
             "x.parquet",
