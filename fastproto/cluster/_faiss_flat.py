@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastproto._check import expect
+from fastproto._check import expect, is_integer
 from fastproto.cluster._rows import Rows, check_rows
+from fastproto.cluster._several import several_nearest
 
 
 class Vector:
@@ -36,7 +37,7 @@ def copy_array_to_vector(array: np.ndarray, vector: Vector) -> None:
 
 
 class FlatIndex:
-    """Vectors in the order in which they were added, and the search for the nearest one.
+    """Vectors in the order in which they were added, and the search for the nearest ones.
 
     Args:
         d: dimension of the vectors.
@@ -68,17 +69,24 @@ class FlatIndex:
         self.vectors = torch.cat([self.vectors, fresh.to(self.device)])
 
     def search(self, x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Distances (N, 1) float32 and indices (N, 1) int64 of the nearest vector; ties go to the lowest index.
+        """Distances (N, k) float32 and indices (N, k) int64 of the nearest vectors, the nearest first.
+
+        Ties go to the lowest index. Where there are fewer than ``k``, indices of -1 fill up, at the largest float32
+        (for inner products the lowest).
 
         Raises:
             RuntimeError: there are no vectors yet.
-            ValueError: ``k`` is not 1, or ``x`` is not (N, d).
+            ValueError: ``k`` is no integer of at least 1, ``x`` is not (N, d), NaN or infinity in ``x``.
         """
         op = "faiss_compat.IndexFlat.search"
-        expect(k == 1, op, "k", "1", k)
+        expect(is_integer(k) and k >= 1, op, "k", "an integer of at least 1", k)
         if not self.ntotal:
             raise RuntimeError(f"{op}: the index is empty: train or add first")
-        labels, distance = Rows(float32(x, op, self.d), device=self.device).nearest(self.vectors, self.metric, op)
+        x = float32(x, op, self.d)
+        if k > 1:
+            several, distances = several_nearest(x, self.vectors, int(k), self.metric, op)
+            return distances.cpu().numpy(), several.cpu().numpy()
+        labels, distance = Rows(x, device=self.device).nearest(self.vectors, self.metric, op)
         return distance.numpy()[:, None], labels.numpy()[:, None]
 
 

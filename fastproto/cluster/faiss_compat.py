@@ -50,7 +50,7 @@ class Kmeans:
         obj: objective of each iteration of the kept fit, None before ``train``. There are fewer than ``niter`` where
             the last one changed nothing.
         iteration_stats: for each of them a dict of obj, time, imbalance_factor and nsplit, None before ``train``.
-        index: the centroids, with ``index.search(x, 1)``.
+        index: the centroids, with ``index.search(x, k)``.
         cp: the parameters, which may be set before ``train``.
 
     Raises:

@@ -300,9 +300,6 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         clus.train(x, compat.IndexFlatIP(24))
     with pytest.raises(ValueError, match=r"faiss_compat.IndexFlat: d expected at least 1, got int 0"):
         compat.IndexFlatL2(0)
-    kmeans.train(x)
-    with pytest.raises(ValueError, match=r"faiss_compat.IndexFlat.search: k expected 1, got int 2"):
-        kmeans.index.search(x, 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"faiss_compat.Kmeans: gpu expected False where torch finds no CUDA device"):
         Kmeans(24, 5, gpu=True)
