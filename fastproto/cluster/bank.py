@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastproto._check import INTEGERS, expect, expect_tensor, reads_data
+from fastproto._check import INTEGERS, describe, expect, expect_tensor, expect_type, is_integer, reads_data
 from fastproto.cluster._rows import Rows
-from fastproto.cluster.concentration import TEMPERATURE
+from fastproto.cluster.concentration import TEMPERATURE, expect_temperature
+from fastproto.cluster.init import given_centers
 from fastproto.cluster.kmeans import KMeans
 
 
@@ -32,7 +33,7 @@ class PrototypeBank(nn.Module):
     are -1, which losses ignore, and the prototypes are 0.
 
     Raises:
-        TypeError: an option that ``KMeans`` does not have.
+        TypeError: an option that ``KMeans`` does not have, sizes that are none.
         ValueError: a size below 1, more prototypes than samples, an option that is none.
 
     Example:
@@ -62,15 +63,27 @@ class PrototypeBank(nn.Module):
     ) -> None:
         super().__init__()
         op = "PrototypeBank"
-        sizes = (num_prototypes,) if isinstance(num_prototypes, (int, np.integer)) else tuple(num_prototypes)
-        expect(num_samples >= 1, op, "num_samples", "at least 1", num_samples)
-        expect(dim >= 1, op, "dim", "at least 1", dim)
+        for name, value in (("num_samples", num_samples), ("dim", dim)):
+            expect(is_integer(value) and value >= 1, op, name, "an integer of at least 1", value)
+        given = num_prototypes.tolist() if isinstance(num_prototypes, (Tensor, np.ndarray)) else num_prototypes
+        expect_type(given, (int, np.integer, tuple, list), op, "num_prototypes", "an int, or several")
+        sizes = tuple(given) if isinstance(given, (tuple, list)) else (given,)
         expect(bool(sizes), op, "num_prototypes", "at least one size", sizes)
         for size in sizes:
-            expect(1 <= size <= num_samples, op, "num_prototypes", f"1 ... num_samples = {num_samples}", size)
-        expect(temperature > 0, op, "temperature", "above 0", temperature)
+            fits = is_integer(size) and 1 <= size <= num_samples
+            expect(fits, op, "num_prototypes", f"1 ... num_samples = {num_samples}", size)
+        expect_temperature(temperature, op)
+        expect(isinstance(warm_start, (bool, np.bool_)), op, "warm_start", "True or False", warm_start)
+        seed, init = kmeans.pop("seed", 0), kmeans.get("init", "random")
+        expect(is_integer(seed) and seed >= 0, op, "seed", "an integer of at least 0", seed)
+        if "n_clusters" in kmeans:
+            got = describe(kmeans["n_clusters"])
+            raise TypeError(f"{op}: n_clusters expected none, as there is num_prototypes, got {got}")
+        if isinstance(init, (Tensor, np.ndarray)):
+            for size in sizes:
+                given_centers(init, op, size, dim)
         self.num_samples, self.dim, self.num_prototypes, self.temperature = num_samples, dim, sizes, temperature
-        self.warm_start, self.seed, self.kmeans_options = warm_start, kmeans.pop("seed", 0), kmeans
+        self.warm_start, self.seed, self.kmeans_options = warm_start, seed, kmeans
         for index in range(len(sizes)):
             self._kmeans(index)
 
@@ -103,7 +116,10 @@ class PrototypeBank(nn.Module):
         expect(rows.total == self.num_samples, op, "features", f"{self.num_samples} rows in all", f"{rows.total}")
         for index in range(len(self.num_prototypes)):
             warm = {"init": self._buffer("centers", index)} if self.warm_start and self.ready else {}
-            kmeans = self._kmeans(index, **warm).fit(features)
+            try:
+                kmeans = self._kmeans(index, **warm).fit(features)
+            except ValueError as error:
+                raise ValueError(str(error).replace("KMeans.fit: x ", f"{op}: features ", 1)) from error
             if self.warm_start:
                 self._buffer("centers", index).copy_(kmeans.cluster_centers_)
             assignments = torch.zeros(rows.total, dtype=torch.int64, device=features.device)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from fastproto._check import INTEGERS, expect, expect_tensor, reads_data
+from fastproto._check import INTEGERS, expect, expect_tensor, is_number, reads_data
 from fastproto.cluster._rows import Rows
 from fastproto.ops.update import expect_labels, update
 
@@ -56,8 +58,9 @@ def concentration(
     expect_tensor(centers, op, "centers", ("K", x.shape[1]), device=x.device)
     expect(centers.numel() > 0, op, "centers", "at least one centre of at least one dimension", centers)
     expect_tensor(labels, op, "labels", (x.shape[0],), INTEGERS, x.device)
-    expect(temperature > 0, op, "temperature", "above 0", temperature)
-    expect(alpha >= 0, op, "alpha", "at least 0", alpha)
+    expect_temperature(temperature, op)
+    known = is_number(alpha) and 0 <= alpha < math.inf
+    expect(known, op, "alpha", "a finite number of at least 0", alpha)
     expect_labels(labels, centers.shape[0], op)
     radius = radii(x, labels, centers)
     if reads_data(x) and not radius[labels >= 0].isfinite().all():
@@ -66,6 +69,12 @@ def concentration(
     sums, counts = update(radius[:, None], labels, centers.shape[0])
     phi = from_radii(sums[:, 0], counts, temperature, alpha)
     return phi if x.dtype == torch.float64 else phi.float()
+
+
+def expect_temperature(temperature: float, op: str) -> None:
+    """ValueError for what is no mean of a concentration."""
+    known = is_number(temperature) and 0 < temperature < math.inf
+    expect(known, op, "temperature", "a finite number above 0", temperature)
 
 
 def radii(x: Tensor, labels: Tensor, centers: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastproto._check import expect, expect_tensor, reads_data
+from fastproto._check import expect, expect_tensor, is_integer, reads_data
 from fastproto.cluster._rows import Rows
 
 CHUNK_ELEMENTS = 1 << 22
@@ -39,7 +39,8 @@ def whiten(
     backbone features whitened to 256 dimensions.
     """
     expect_tensor(x, "whiten", "x", ("N", "C"))
-    expect(1 <= dim <= x.shape[1], "whiten", "dim", f"1 ... {x.shape[1]}", dim)
+    fits = is_integer(dim) and 1 <= dim <= x.shape[1]
+    expect(fits, "whiten", "dim", f"an integer in 1 ... {x.shape[1]}", dim)
     mean, variances, directions = principal_directions(x, dim, "whiten")
     projection = directions * power(variances, -0.5)
     rows = [F.normalize((part.double() - mean) @ projection, dim=1) for part in _chunks(x)]

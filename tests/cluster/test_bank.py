@@ -67,19 +67,38 @@ def test_features_that_require_a_gradient() -> None:
 def test_repr_names_the_sizes() -> None:
     assert "20, 4, num_prototypes=(3, 5), temperature=0.2" in repr(PrototypeBank(20, 4, [3, 5]))
     assert PrototypeBank(20, 4, np.int64(3)).lookup(torch.tensor([0]))[0][0].shape == (3, 4)
+    for sizes in (np.array([3, 5]), torch.tensor([3, 5])):
+        assert PrototypeBank(20, 4, sizes).num_prototypes == (3, 5)
+    assert PrototypeBank(20, 4, torch.tensor(3)).num_prototypes == (3,)
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match=r"num_prototypes expected 1 \.\.\. num_samples = 10, got int 11"):
-        PrototypeBank(10, 4, (3, 11))
+    sizes = r"num_prototypes expected 1 \.\.\. num_samples = 10, got"
+    for size, got in ((11, "int 11"), (0, "int 0"), (3.0, "float 3.0"), ("3", "3"), (True, "bool True")):
+        with pytest.raises(ValueError, match=f"PrototypeBank: {sizes} {got}"):
+            PrototypeBank(10, 4, (3, size))
+    for value in (5.5, "56", None, True, {5, 6}, torch.tensor(5.5)):
+        with pytest.raises(TypeError, match=r"PrototypeBank: num_prototypes expected an int, or several, got"):
+            PrototypeBank(10, 4, value)
     with pytest.raises(ValueError, match=r"PrototypeBank: num_prototypes expected at least one size, got tuple \(\)"):
         PrototypeBank(10, 4, ())
-    with pytest.raises(ValueError, match=r"PrototypeBank: num_samples expected at least 1, got int 0"):
-        PrototypeBank(0, 4, 1)
-    with pytest.raises(ValueError, match=r"PrototypeBank: dim expected at least 1, got int 0"):
-        PrototypeBank(10, 0, 1)
-    with pytest.raises(ValueError, match=r"PrototypeBank: temperature expected above 0, got int 0"):
-        PrototypeBank(10, 4, 1, temperature=0)
+    for size in (0, 10.0, "10", True):
+        with pytest.raises(ValueError, match=r"PrototypeBank: num_samples expected an integer of at least 1, got"):
+            PrototypeBank(size, 4, 1)
+        with pytest.raises(ValueError, match=r"PrototypeBank: dim expected an integer of at least 1, got"):
+            PrototypeBank(10, size, 1)
+    for temperature in (0, np.inf, np.nan, "a", True):
+        with pytest.raises(ValueError, match=r"PrototypeBank: temperature expected a finite number above 0, got"):
+            PrototypeBank(10, 4, 1, temperature=temperature)
+    for seed in (-1, 0.5, "a", None):
+        with pytest.raises(ValueError, match=r"PrototypeBank: seed expected an integer of at least 0, got"):
+            PrototypeBank(10, 4, 1, seed=seed)
+    with pytest.raises(ValueError, match=r"PrototypeBank: warm_start expected True or False, got a"):
+        PrototypeBank(10, 4, 1, warm_start="a")
+    with pytest.raises(TypeError, match=r"PrototypeBank: n_clusters expected none, .* num_prototypes, got int 3"):
+        PrototypeBank(10, 4, 1, n_clusters=3)
+    with pytest.raises(ValueError, match=r"PrototypeBank: init expected \(5, 4\), got float32 \(5, 3\) on cpu"):
+        PrototypeBank(10, 4, 5, init=torch.randn(5, 3))
     with pytest.raises(ValueError, match=r"KMeans: n_iter expected an integer of at least 1, got int 0"):
         PrototypeBank(10, 4, 1, n_iter=0)
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'iterations'"):
@@ -91,8 +110,11 @@ def test_bad_input() -> None:
         bank.update(torch.randn(10, 5))
     with pytest.raises(TypeError, match=r"PrototypeBank.update: features expected a float32 .* got int64 \(10, 4\)"):
         bank.update(torch.ones(10, 4).long())
-    with pytest.raises(ValueError, match=r"expected finite rows, got 10 with NaN or infinity, the first at index 0"):
+    finite = "features expected finite rows, got 10 with NaN or infinity, the first at index 0"
+    with pytest.raises(ValueError, match=f"^PrototypeBank.update: {finite}$"):
         bank.update(torch.full((10, 4), torch.nan))
+    with pytest.raises(ValueError, match=r"^PrototypeBank.update: features expected distances that float32 can hold"):
+        bank.update(torch.randn(10, 4) * 1e30)
     assert not bank.ready
     with pytest.raises(ValueError, match=r"PrototypeBank.lookup: sample_ids expected 0 \.\.\. 9, got -1 \.\.\. 3"):
         bank.lookup(torch.tensor([-1, 3]))

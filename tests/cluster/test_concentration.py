@@ -89,10 +89,12 @@ def test_bad_input() -> None:
         concentration(x, labels[:4], centers)
     with pytest.raises(ValueError, match=r"concentration: labels expected -1 \.\.\. 1, got 1 \.\.\. 3"):
         concentration(x, labels + 2, centers)
-    with pytest.raises(ValueError, match=r"concentration: temperature expected above 0, got float 0\.0"):
-        concentration(x, labels, centers, 0.0)
-    with pytest.raises(ValueError, match=r"concentration: alpha expected at least 0, got int -1"):
-        concentration(x, labels, centers, alpha=-1)
+    for value in (0.0, np.inf, np.nan, "a", True, None):
+        with pytest.raises(ValueError, match=r"concentration: temperature expected a finite number above 0, got"):
+            concentration(x, labels, centers, value)
+    for value in (-1, np.inf, np.nan, "a", True, None):
+        with pytest.raises(ValueError, match=r"concentration: alpha expected a finite number of at least 0, got"):
+            concentration(x, labels, centers, alpha=value)
     with pytest.raises(ValueError, match=r"concentration: x expected finite rows, got 1 .* the first at index 2"):
         concentration(x.index_fill(0, torch.tensor([2]), torch.inf), labels, centers)
     with pytest.raises(ValueError, match=r"concentration: centers expected finite centres"):

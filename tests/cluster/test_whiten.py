@@ -46,10 +46,13 @@ def test_strides_and_gradient() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match=r"whiten: dim expected 1 \.\.\. 4, got int 5"):
+    with pytest.raises(ValueError, match=r"whiten: dim expected an integer in 1 \.\.\. 4, got int 5"):
         whiten(torch.randn(10, 4), 5)
-    with pytest.raises(ValueError, match=r"whiten: dim expected 1 \.\.\. 4, got int 0"):
+    with pytest.raises(ValueError, match=r"whiten: dim expected an integer in 1 \.\.\. 4, got int 0"):
         whiten(torch.randn(10, 4), 0)
+    for dim, got in ((2.0, "float 2.0"), ("2", "2"), (True, "bool True"), (None, "NoneType None")):
+        with pytest.raises(ValueError, match=rf"whiten: dim expected an integer in 1 \.\.\. 4, got {got}"):
+            whiten(torch.randn(10, 4), dim)
     with pytest.raises(ValueError, match=r"whiten: x expected \(N, C\), got float32 \(4,\) on cpu"):
         whiten(torch.randn(4), 1)
     with pytest.raises(TypeError, match=r"whiten: x expected a float32 .* got int64 \(10, 4\)"):
