@@ -177,9 +177,14 @@ class KMeans:
         for name, flag in (("spherical", spherical), ("progress", progress)):
             expect(isinstance(flag, (bool, np.bool_)), op, name, "True or False", flag)
         try:
-            torch.device("cpu" if device is None else device)
+            wanted = torch.device("cpu" if device is None else device)
         except (RuntimeError, TypeError):
             expect(False, op, "device", 'None or a device such as "cpu" or "cuda:0"', device)
+        if wanted.type == "cuda":
+            found = torch.cuda.device_count()
+            expect((wanted.index or 0) < found, op, "device", f"one of the {found} CUDA devices found", str(device))
+        grouped = process_group is None or (dist.is_available() and isinstance(process_group, dist.ProcessGroup))
+        expect(grouped, op, "process_group", "None or a group of torch.distributed", process_group)
         if isinstance(init, str):
             expect(init in start.METHODS, op, "init", '"random", "k-means++" or centres (K, D)', init)
         else:
@@ -305,6 +310,11 @@ class KMeans:
             return rows
         drawn = np.random.default_rng([self.seed, 0]).choice(rows.total, size=most, replace=False)
         training = rows.subset(np.sort(drawn))
+        if training.weights is not None:
+            total = training.weights.sum()
+            training.sum(total)
+            wanted = f"a sum above 0 over the {most} rows drawn for training (max_points_per_cluster)"
+            expect(bool(total > 0), op, "sample_weight", wanted, "0")
         training.survey(op)
         return training
 
@@ -316,7 +326,7 @@ class KMeans:
 
         Each fit adds what it searched the rows by to ``searches``.
         """
-        theirs = faiss_lloyd(rows, self.spherical) if self.engine == "faiss" else None
+        theirs = faiss_lloyd(rows, self.spherical, op) if self.engine == "faiss" else None
         runs = self.n_init if isinstance(self.init, str) else 1
         best: tuple[Tensor, list[Report], Assignment | None] | None = None
         lowest = math.inf

@@ -329,6 +329,15 @@ def test_engine_faiss_runs_the_same_estimator(weighted: bool, spherical: bool, i
 def test_engine_faiss_refuses_what_it_cannot() -> None:
     with pytest.raises(ValueError, match=r'KMeans: empty expected "split" for engine "faiss", got keep'):
         KMeans(3, engine="faiss", empty="keep")
+    x = torch.randn(100, 8, dtype=torch.float64)
+    message = "KMeans.fit: x expected distances that float32 can hold, got larger ones"
+    # Above float32 faiss raises errors of its own; below it, where squared distances are not, it ends the process.
+    for size in (1e300, 1e39, 1e30, 1e20):
+        with pytest.raises(ValueError, match=message):
+            KMeans(3, engine="faiss").fit(x * size)
+    with pytest.raises(ValueError, match=message):
+        KMeans(3, engine="faiss", init=x[:3] * 1e20).fit(x)
+    assert KMeans(3, engine="faiss").fit(x * 1e17).inertia_ < torch.inf
 
 
 @pytest.mark.gpu

@@ -26,6 +26,8 @@ def test_bad_options() -> None:
         ("engine", "sklearn", '"fastproto" or "faiss", got sklearn'),
         ("device", "nope", 'None or a device such as "cpu" or "cuda:0", got nope'),
         ("device", 0.5, 'None or a device such as "cpu" or "cuda:0", got float 0.5'),
+        ("device", f"cuda:{torch.cuda.device_count()}", f"one of the {torch.cuda.device_count()} .* found, got cuda:"),
+        ("process_group", "x", "None or a group of torch.distributed, got x"),
     ):
         with pytest.raises(ValueError, match=f"KMeans: {name} expected {message}"):
             KMeans(2, **{name: value})
@@ -119,6 +121,15 @@ def test_bad_weights() -> None:
         KMeans(2).fit(x, sample_weight=np.array([1, 1, -1, np.nan, np.inf, 1, 1, 1, 1, 1]))
     with pytest.raises(ValueError, match=r"KMeans.fit: sample_weight expected a sum above 0, got float 0.0"):
         KMeans(2).fit(x, sample_weight=torch.zeros(10))
+    drawn = r"sample_weight expected a sum above 0 over the 2 rows drawn for training \(max_points_per_cluster\), got 0"
+    for row in range(10):
+        weights = torch.zeros(10).index_fill(0, torch.tensor([row]), 1.0)
+        kmeans = KMeans(2, max_points_per_cluster=1)
+        if row in np.random.default_rng([0, 0]).choice(10, size=2, replace=False):
+            assert kmeans.fit(x, sample_weight=weights).inertia_ < torch.inf
+        else:
+            with pytest.raises(ValueError, match=f"KMeans.fit: {drawn}"):
+                kmeans.fit(x, sample_weight=weights)
 
 
 def test_bad_kmeans_assign() -> None:
