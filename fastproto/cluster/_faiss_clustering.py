@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastproto._check import expect
-from fastproto.cluster._faiss_flat import FlatIndex, Vector, float32
+from fastproto._check import expect, expect_type
+from fastproto.cluster._faiss_flat import FlatIndex, Vector, as_float32, check_sizes, float32
+from fastproto.cluster._rows import check_weights
+from fastproto.cluster.init import given_centers
 from fastproto.cluster.kmeans import KMeans
 
 ClusteringInitMethod_RANDOM, ClusteringInitMethod_KMEANS_PLUS_PLUS = 0, 1
@@ -115,7 +117,7 @@ class Clustering(ClusteringParameters):
 
     def __init__(self, d: int, k: int, parameters: ClusteringParameters | None = None) -> None:
         super().__init__(**asdict(parameters) if parameters else {})
-        expect(d >= 1, "faiss_compat.Clustering", "d", "at least 1", d)
+        check_sizes("faiss_compat.Clustering", d=d, k=k)
         self.d, self.k = int(d), int(k)
         self.centroids = Vector(np.zeros(0, dtype=np.float32))
         self.obj, self.iteration_stats = Vector(), Vector()
@@ -129,10 +131,12 @@ class Clustering(ClusteringParameters):
             weights: (N,), at least 0. Unlike in faiss they count in the objective too.
 
         Raises:
+            TypeError: ``x`` or ``weights`` are no numbers, ``index`` is none of faiss_compat's.
             ValueError: sizes or parameters do not fit, NaN or infinity in ``x``, negative weights.
         """
         op = "faiss_compat.Clustering.train"
         x = float32(x, op, self.d)
+        expect_type(index, FlatIndex, op, "index", "one of faiss_compat's")
         expect(index.d == self.d, op, "index", f"dimension {self.d}", f"dimension {index.d}")
         metric = "ip" if self.spherical else "l2"
         expect(index.metric == metric, op, "index", f'metric "{metric}" for spherical={self.spherical}', index.metric)
@@ -141,8 +145,13 @@ class Clustering(ClusteringParameters):
             warnings.warn(f"{op}: please provide at least {wanted}, got {len(x)}", stacklevel=2)
         start = None
         if self.centroids.size():
-            start = np.asarray(self.centroids.values, dtype=np.float32).reshape(-1, self.d)
-        weights = None if weights is None else np.asarray(weights, dtype=np.float32)
+            numbers, held = self.k * self.d, self.centroids.size()
+            expect(held == numbers, op, "centroids", f"{numbers} numbers, or none", str(held))
+            start = np.asarray(self.centroids.values, dtype=np.float32).reshape(self.k, self.d)
+            given_centers(start, op, self.k, self.d, "centroids")
+        if weights is not None:
+            weights = as_float32(weights, op, "weights", f"({len(x)},)")
+            check_weights(weights, op, len(x), "weights")
         centers, reports = self.kmeans(self.k, op, start, device=index.device).find_centers(x, weights, op)
         self.centroids.values = centers.cpu().numpy().ravel()
         self.obj.values = [report.objective for report in reports]

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fastproto._check import expect, is_integer
+from fastproto._check import describe, expect, is_integer
 from fastproto.cluster._rows import Rows, check_rows
 from fastproto.cluster._several import several_nearest
 
@@ -48,7 +49,7 @@ class FlatIndex:
     is_trained = True
 
     def __init__(self, d: int, metric: str, device: torch.device | str = "cpu") -> None:
-        expect(d >= 1, "faiss_compat.IndexFlat", "d", "at least 1", d)
+        check_sizes("faiss_compat.IndexFlat", d=d)
         self.d, self.metric, self.device = int(d), metric, torch.device(device)
         self.reset()
 
@@ -79,7 +80,7 @@ class FlatIndex:
             ValueError: ``k`` is no integer of at least 1, ``x`` is not (N, d), NaN or infinity in ``x``.
         """
         op = "faiss_compat.IndexFlat.search"
-        expect(is_integer(k) and k >= 1, op, "k", "an integer of at least 1", k)
+        check_sizes(op, k=k)
         if not self.ntotal:
             raise RuntimeError(f"{op}: the index is empty: train or add first")
         x = float32(x, op, self.d)
@@ -139,6 +140,25 @@ def cuda(config: GpuIndexFlatConfig, op: str) -> torch.device:
 
 def float32(x: np.ndarray, op: str, dim: int) -> np.ndarray:
     """Vectors (N, dim) as float32 in C order, copied only if they are not."""
-    x = np.ascontiguousarray(x, dtype=np.float32)
+    x = as_float32(x, op, "x", f"(N, {dim})")
     check_rows(x, op, dim)
     return x
+
+
+def as_float32(values: Any, op: str, argument: str, shape: str) -> np.ndarray:
+    """Numbers of any type, in an array, a tensor or lists, as float32 in C order. TypeError for anything else."""
+    numbers = values.detach().cpu().float() if isinstance(values, Tensor) else values
+    try:
+        numbers = np.asarray(numbers)
+        known = numbers.dtype.kind in "fiub"
+    except (TypeError, ValueError):
+        known = False
+    if not known:
+        raise TypeError(f"{op}: {argument} expected numbers {shape}, got {describe(values)}")
+    return np.ascontiguousarray(numbers, dtype=np.float32)
+
+
+def check_sizes(op: str, **sizes: Any) -> None:
+    """ValueError for one that is no integer of at least 1."""
+    for name, size in sizes.items():
+        expect(is_integer(size) and size >= 1, op, name, "an integer of at least 1", size)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
-from fastproto._check import expect
-from fastproto.cluster._faiss_flat import float32
+from fastproto._check import expect, is_integer, is_number
+from fastproto.cluster._faiss_flat import check_sizes, float32
 from fastproto.cluster.whiten import power, principal_directions
 
 
@@ -37,8 +39,10 @@ class PCAMatrix:
 
     def __init__(self, d_in: int, d_out: int, eigen_power: float = 0.0, random_rotation: bool = False) -> None:
         op = "faiss_compat.PCAMatrix"
-        expect(d_in >= 1, op, "d_in", "at least 1", d_in)
-        expect(1 <= d_out <= d_in, op, "d_out", f"1 ... {d_in}", d_out)
+        check_sizes(op, d_in=d_in)
+        expect(is_integer(d_out) and 1 <= d_out <= d_in, op, "d_out", f"an integer in 1 ... {d_in}", d_out)
+        known = is_number(eigen_power) and math.isfinite(eigen_power)
+        expect(known, op, "eigen_power", "a finite number", eigen_power)
         expect(not random_rotation, op, "random_rotation", "False, which is all that is supported", random_rotation)
         self.d_in, self.d_out, self.eigen_power = int(d_in), int(d_out), eigen_power
         self.is_trained = False

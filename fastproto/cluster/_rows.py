@@ -184,17 +184,17 @@ def check_rows(x: Array, op: str, dim: int | None = None) -> None:
     expect(x.shape[1] >= 1, op, "x", "at least one dimension", f"shape {tuple(x.shape)}")
 
 
-def check_weights(weights: Array | None, op: str, rows: int) -> Tensor | None:
+def check_weights(weights: Array | None, op: str, rows: int, name: str = "sample_weight") -> Tensor | None:
     """The weights as a float64 tensor. ValueError for another length, and for negative or infinite ones."""
     if weights is None:
         return None
-    expect_type(weights, (Tensor, np.ndarray), op, "sample_weight", f"a float tensor or array ({rows},)")
+    expect_type(weights, (Tensor, np.ndarray), op, name, f"a float tensor or array ({rows},)")
     weights = as_tensor(weights)
-    expect_tensor(weights, op, "sample_weight", (rows,))
+    expect_tensor(weights, op, name, (rows,))
     weights = weights.double()
     if reads_data(weights):
         bad = int(((weights < 0) | ~weights.isfinite()).sum())
-        expect(bad == 0, op, "sample_weight", "finite weights of at least 0", f"{bad} others")
+        expect(bad == 0, op, name, "finite weights of at least 0", f"{bad} others")
     return weights
 
 

@@ -18,6 +18,7 @@ from fastproto._check import expect
 from fastproto.cluster import _faiss_clustering as clustering
 from fastproto.cluster import _faiss_flat as flat
 from fastproto.cluster import _faiss_pca as pca
+from fastproto.cluster.init import given_centers
 
 Clustering = clustering.Clustering
 ClusteringIterationStats = clustering.ClusteringIterationStats
@@ -74,7 +75,7 @@ class Kmeans:
 
     def __init__(self, d: int, k: int, *, gpu: bool | int = False, **parameters: Any) -> None:
         op = "faiss_compat.Kmeans"
-        expect(d >= 1, op, "d", "at least 1", d)
+        flat.check_sizes(op, d=d, k=k)
         steps = parameters.pop("progressive_dim_steps", None)
         expect(steps is None, op, "progressive_dim_steps", "None: it is not supported", steps)
         expect(not gpu or torch.cuda.is_available(), op, "gpu", "False where torch finds no CUDA device", gpu)
@@ -88,6 +89,7 @@ class Kmeans:
     def reset(self, k: int | None = None) -> None:
         """Forgets what was trained; ``k`` changes the number of centroids."""
         if k is not None:
+            flat.check_sizes("faiss_compat.Kmeans.reset", k=k)
             self.k = int(k)
         self.centroids: np.ndarray | None = None
         self.obj: np.ndarray | None = None
@@ -108,11 +110,15 @@ class Kmeans:
             init_centroids: (k, d) to start from; there is one fit from them, whatever ``nredo``.
 
         Raises:
+            TypeError: an argument that is no numbers.
             ValueError: sizes do not fit, NaN or infinity in ``x``, negative weights.
         """
         fit = Clustering(self.d, self.k, self.cp)
         if init_centroids is not None:
-            copy_array_to_vector(flat.float32(init_centroids, "faiss_compat.Kmeans.train", self.d), fit.centroids)
+            op, name = "faiss_compat.Kmeans.train", "init_centroids"
+            start = flat.as_float32(init_centroids, op, name, f"({self.k}, {self.d})")
+            given_centers(start, op, self.k, self.d, name)
+            copy_array_to_vector(start, fit.centroids)
         fit.train(x, self.index, weights)
         self.centroids = vector_to_array(fit.centroids).reshape(self.k, self.d)
         self.obj = vector_to_array(fit.obj)

@@ -157,8 +157,14 @@ def test_pca_matrix_refuses_what_it_cannot() -> None:
         matrix.train(x[:, :23])
     with pytest.raises(ValueError, match=r"PCAMatrix.train: x expected finite rows, got 1 .* the first at index 3"):
         matrix.train(np.where(x == x[3, 3], np.nan, x))
-    with pytest.raises(ValueError, match=r"PCAMatrix: d_out expected 1 \.\.\. 24, got int 25"):
-        compat.PCAMatrix(24, 25)
+    for size, got in ((25, "int 25"), (0, "int 0"), (2.0, "float 2.0"), ("a", "a")):
+        with pytest.raises(ValueError, match=rf"PCAMatrix: d_out expected an integer in 1 \.\.\. 24, got {got}"):
+            compat.PCAMatrix(24, size)
+    with pytest.raises(ValueError, match=r"PCAMatrix: d_in expected an integer of at least 1, got a"):
+        compat.PCAMatrix("a", 7)
+    for power in ("a", np.nan, None):
+        with pytest.raises(ValueError, match=r"PCAMatrix: eigen_power expected a finite number, got"):
+            compat.PCAMatrix(24, 7, power)
     with pytest.raises(ValueError, match=r"PCAMatrix: random_rotation expected False"):
         compat.PCAMatrix(24, 7, -0.5, True)
 
@@ -247,6 +253,12 @@ def test_takes_what_becomes_float32() -> None:
     expected.train(x)
     kmeans.train(x.astype(np.float64))
     assert np.array_equal(kmeans.centroids, expected.centroids)
+    kmeans.train(torch.from_numpy(x).requires_grad_())
+    assert np.array_equal(kmeans.centroids, expected.centroids)
+    half = torch.from_numpy(x).bfloat16()
+    kmeans.train(half, torch.ones(500, requires_grad=True), half[:5])
+    expected.train(half.float().numpy(), init_centroids=half[:5].float().numpy())
+    np.testing.assert_allclose(kmeans.centroids, expected.centroids, rtol=1e-5)
 
 
 def test_too_few_points_are_warned_about() -> None:
@@ -262,10 +274,16 @@ def test_verbose_shows_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     x = clustered(500)
-    with pytest.raises(ValueError, match=r"KMeans: n_clusters expected an integer of at least 1, got int 0"):
-        Kmeans(24, 0)
-    with pytest.raises(ValueError, match=r"faiss_compat.Kmeans: d expected at least 1, got int 0"):
-        Kmeans(0, 5)
+    for size in (0, "a", 2.5, None):
+        for kind, op in ((Kmeans, "faiss_compat.Kmeans"), (compat.Clustering, "faiss_compat.Clustering")):
+            with pytest.raises(ValueError, match=f"{op}: d expected an integer of at least 1, got"):
+                kind(size, 5)
+            with pytest.raises(ValueError, match=f"{op}: k expected an integer of at least 1, got"):
+                kind(24, size)
+        with pytest.raises(ValueError, match=r"faiss_compat.IndexFlat: d expected an integer of at least 1, got"):
+            compat.IndexFlatL2(size)
+    with pytest.raises(ValueError, match=r"faiss_compat.Kmeans.reset: k expected an integer of at least 1, got a"):
+        Kmeans(24, 5).reset("a")
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'iterations'"):
         Kmeans(24, 5, iterations=3)
     for name, value in (
@@ -285,12 +303,21 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         kmeans.train(x[:, :23])
     with pytest.raises(ValueError, match=r"faiss_compat.Clustering.train: x expected finite rows, got 1 with NaN"):
         kmeans.train(np.where(x == x[3, 3], np.nan, x))
-    with pytest.raises(ValueError, match=r"KMeans: init expected \(5, D\), got float32 \(4, 24\) on cpu"):
-        kmeans.train(x, init_centroids=x[:4])
-    with pytest.raises(ValueError, match=r"faiss_compat.Clustering.train: sample_weight expected \(500,\)"):
+    for value in ("abc", None, [[1.0], [1.0, 2.0]], x.astype(complex), {}):
+        with pytest.raises(TypeError, match=r"faiss_compat.Clustering.train: x expected numbers \(N, 24\), got"):
+            kmeans.train(value)
+    for start in (x[:4], x[:5, :23]):
+        got = rf"float32 \({len(start)}, {start.shape[1]}\) on cpu"
+        with pytest.raises(ValueError, match=rf"Kmeans.train: init_centroids expected \(5, 24\), got {got}"):
+            kmeans.train(x, init_centroids=start)
+    with pytest.raises(TypeError, match=r"Kmeans.train: init_centroids expected numbers \(5, 24\), got str 'abc'"):
+        kmeans.train(x, init_centroids="abc")
+    with pytest.raises(ValueError, match=r"faiss_compat.Clustering.train: weights expected \(500,\)"):
         kmeans.train(x, weights=np.ones(499))
-    with pytest.raises(ValueError, match=r"faiss_compat.Kmeans.train: x expected \(N, 24\), got float32 array"):
-        kmeans.train(x, init_centroids=x[:5, :23])
+    with pytest.raises(ValueError, match=r"Clustering.train: weights expected finite weights of at least 0"):
+        kmeans.train(x, weights=-np.ones(500))
+    with pytest.raises(TypeError, match=r"faiss_compat.Clustering.train: weights expected numbers \(500,\), got str"):
+        kmeans.train(x, weights="abc")
     clus = compat.Clustering(24, 5)
     with pytest.raises(
         ValueError, match=r"faiss_compat.Clustering.train: index expected dimension 24, got dimension 23"
@@ -298,8 +325,14 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         clus.train(x, compat.IndexFlatL2(23))
     with pytest.raises(ValueError, match=r'index expected metric "l2" for spherical=False, got ip'):
         clus.train(x, compat.IndexFlatIP(24))
-    with pytest.raises(ValueError, match=r"faiss_compat.IndexFlat: d expected at least 1, got int 0"):
-        compat.IndexFlatL2(0)
+    with pytest.raises(TypeError, match=r"Clustering.train: index expected one of faiss_compat's, got NoneType None"):
+        clus.train(x, None)
+    clus.centroids.values = x[:4].ravel()
+    with pytest.raises(ValueError, match=r"Clustering.train: centroids expected 120 numbers, or none, got 96"):
+        clus.train(x, compat.IndexFlatL2(24))
+    clus.centroids.values = np.full(120, np.inf, np.float32)
+    with pytest.raises(ValueError, match=r"Clustering.train: centroids expected finite centres, got NaN or infinity"):
+        clus.train(x, compat.IndexFlatL2(24))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"faiss_compat.Kmeans: gpu expected False where torch finds no CUDA device"):
         Kmeans(24, 5, gpu=True)
