@@ -29,8 +29,9 @@ class PrototypeBank(nn.Module):
         **kmeans: options of ``KMeans``. Set g is clustered with ``seed`` + g. With a ``process_group`` every rank
             gives ``update`` its own rows, which in rank order make up the data set.
 
-    Everything is a buffer, moves with ``.to`` and is saved by ``state_dict``. Before the first update all assignments
-    are -1, which losses ignore, and the prototypes are 0.
+    Everything is a buffer, moves with ``.to`` and is saved by ``state_dict``. With ``warm_start`` the centres are saved
+    too, as ``centers_0`` and so on: the state of a bank with it does not load into one without, nor the other way.
+    Before the first update all assignments are -1, which losses ignore, and the prototypes are 0.
 
     Raises:
         TypeError: an option that ``KMeans`` does not have, sizes that are none.
@@ -136,6 +137,9 @@ class PrototypeBank(nn.Module):
         sample_ids: Tensor,  # (N,) int64 or int32
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Prototypes (K, D), assignments (N,) of these samples and concentration (K,), each a list over the sets.
+
+        Prototypes and concentration are the bank's own buffers, not copied for each batch: the next ``update`` changes
+        them in place. Clone what has to outlast it, and do not write to them.
 
         Raises:
             TypeError: ``sample_ids`` is no integer tensor.

@@ -122,8 +122,10 @@ class KMeans:
         counts_: (K,) int64, rows of each cluster.
         concentration_: (K,), see ``fastproto.cluster.concentration``, at its default temperature.
         n_iter_: iterations of the kept fit.
-        n_distances_: pairs of a row and a centre whose distance was computed, over all fits. Exact fits with float32 or
-            half precision rows on the CPU compute fewer than N · K an iteration: bounds exclude the rest.
+        n_distances_: pairs of a row and a centre whose distance was computed, over all fits: N · K an iteration, and
+            as many to assign the rows in the end. In exact fits with float32 or half precision rows on the CPU bounds
+            exclude some of them; for these each pass but a fit's first computes the distance to the row's own centre
+            beside, so that where nothing can be excluded it is N · (K + 1).
         history_: list of the objective that each of its iterations found, before moving the centres; training rows.
 
     Raises:

@@ -58,6 +58,23 @@ def test_state_dict_fills_a_fresh_bank() -> None:
             assert torch.equal(mine, theirs)
 
 
+def test_a_state_fits_a_bank_with_the_same_warm_start() -> None:
+    cold, warm = (PrototypeBank(50, 4, 3, warm_start=warm_start) for warm_start in (False, True))
+    with pytest.raises(RuntimeError, match=r'Missing key.*"centers_0"'):
+        warm.load_state_dict(cold.state_dict())
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"centers_0"'):
+        cold.load_state_dict(warm.state_dict())
+
+
+def test_an_update_changes_what_lookup_gave() -> None:
+    bank = PrototypeBank(50, 4, 3)
+    prototypes, assignments, phi = bank.lookup(torch.arange(50))
+    bank.update(torch.randn(50, 4))
+    later = bank.lookup(torch.arange(50))
+    assert torch.equal(prototypes[0], later[0][0]) and torch.equal(phi[0], later[2][0])
+    assert assignments[0].eq(-1).all()
+
+
 def test_features_that_require_a_gradient() -> None:
     bank = PrototypeBank(20, 4, 3)
     bank.update(torch.randn(20, 4, requires_grad=True))

@@ -114,6 +114,11 @@ def test_distances_of_a_fit_without_bounds_are_all_pairs_of_every_pass() -> None
     assert fit.n_distances_ == 500 * 10 * (fit.n_iter_ + 1)
 
 
+def test_where_bounds_exclude_nothing_each_pass_but_the_first_tries_the_own_centre_beside() -> None:
+    fit = KMeans(40, n_iter=3).fit(torch.randn(1000, 64))
+    assert 1000 * 40 * 4 < fit.n_distances_ <= 1000 * (40 + 3 * 41)
+
+
 def test_bounds_stay_small_beside_the_rows() -> None:
     search = Search("l2")
     x, centers = torch.randn(64, 2), torch.randn(5000, 2)
