@@ -137,6 +137,22 @@ def test_an_error_in_a_step_ends_the_process(mixed: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", CRASH, str(mixed)], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
     assert "RuntimeError: in a step" in ended.stderr
+    assert "is killed by signal" not in ended.stderr
+
+
+QUIET = """
+import sys
+from fastproto.train.data import load
+
+if __name__ == "__main__":
+    data = load(f"imagefolder:{sys.argv[1]}", image_size=16, resident=False, workers=2)
+"""
+
+
+def test_a_script_that_keeps_its_data_ends_in_silence(mixed: Path) -> None:
+    """Its workers are still there when the interpreter ends, which torch is not to take for a failure."""
+    ended = subprocess.run([sys.executable, "-c", QUIET, str(mixed)], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
 
 def test_images_are_kept_in_memory_where_they_fit(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

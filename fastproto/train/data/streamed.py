@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -265,8 +266,14 @@ def started(loader: DataLoader[T]) -> Iterator[T]:
     items = iter(loader)
     for worker in multiprocessing.active_children():
         if worker not in others:
-            atexit.register(worker.kill)
+            atexit.register(end, worker)
     return items
+
+
+def end(worker: BaseProcess) -> None:
+    """Kills a worker at this process's end; torch, which watches all workers, would raise an error at that."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    worker.kill()
 
 
 def ignore_signals(worker: int) -> None:
