@@ -14,7 +14,7 @@ namespace fastproto {
 
 // `samples` as bound_samples takes it, the addresses in the struct's order; `last` is the number of threads or the stream.
 template <typename Last, typename Run> auto sample_crops_binding(Run run) {
-  return [run](std::array<int64_t, 6> samples, std::array<int64_t, 2> size, std::array<float, 4> box, bool boxes_are_double,
+  return [run](std::array<int64_t, 6> samples, std::array<int64_t, 2> size, std::array<double, 4> box, bool boxes_are_double,
                std::array<double, 2> ratio, std::array<uintptr_t, 7> at, Last last) {
     SampleCrops args{};
     args.samples = bound_samples(samples);

@@ -24,7 +24,7 @@ struct SampleCrops {
   int64_t height, width;
   const void* boxes;     // (N, 4): h0, w0, h1, w1, float64 or float32; null: `box` for all
   bool boxes_are_double;
-  float box[4];
+  double box[4];
   const int64_t *shares, *aspects, *places;  // quantile tables of fastproto/_random.py
   double ratio[2];
   int32_t* crops;        // (V·N, 4): top, left, height, width

@@ -112,7 +112,7 @@ def sample_crops(
         sample_ids: (N,) int64 or int32, the samples' places in the data set.
         image_size: (height, width) of all images, or one row of both for each, an integer tensor (N, 2).
         boxes: (N, 4) float fractions (h0, w0, h1, w1) of the image, e.g. from ``localize``; one such tuple for all
-            samples, e.g. ``SIMC_BOX``; or None, the whole image.
+            samples, as float64, e.g. ``SIMC_BOX``; or None, the whole image.
         scale: least and greatest share of the image's area.
         ratio: least and greatest width / height, within 1/512 to 512.
         alpha: parameter of the Beta distribution. 0.6 in the paper, 0.1 in the released settings for small images.

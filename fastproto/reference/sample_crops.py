@@ -53,7 +53,7 @@ def sample_crops(
     first_vn1 = fits_vnt.to(torch.uint8).argmax(dim=-1, keepdim=True)
     h_vn = tried_h_vnt.gather(-1, first_vn1).squeeze(-1)
     w_vn = tried_w_vnt.gather(-1, first_vn1).squeeze(-1)
-    h0_n, w0_n, h1_n, w1_n = (side_n.double() for side_n in _columns(boxes, box, sample_ids, torch.float32))
+    h0_n, w0_n, h1_n, w1_n = (side_n.double() for side_n in _columns(boxes, box, sample_ids, torch.float64))
     top_vn = _start(height_n, h_vn, h0_n, h1_n, centre_vn2[..., 0])
     left_vn = _start(width_n, w_vn, w0_n, w1_n, centre_vn2[..., 1])
 

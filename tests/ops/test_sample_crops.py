@@ -120,6 +120,17 @@ def test_boxes_in_every_form() -> None:
     assert not sample_crops(ids, (32, 32), boxes=trained).requires_grad
 
 
+def test_a_box_for_all_keeps_its_digits() -> None:
+    """100 · 0.7 is 70, and 69 where 0.7 is rounded to float32."""
+    ids, box = torch.arange(50), (0.0, 0.0, 0.7, 0.7)
+    options: dict[str, Any] = {"alpha": 1e9, "scale": (0.04, 0.04), "ratio": (1, 1)}
+    one_for_all = torch.tensor([box], dtype=torch.float64).expand(50, 4)
+    expected = sample_crops(ids, (100, 100), boxes=one_for_all, **options)
+    assert torch.equal(sample_crops(ids, (100, 100), boxes=box, **options), expected)
+    with fastproto.backend("reference"):
+        assert torch.equal(sample_crops(ids, (100, 100), boxes=box, **options), expected)
+
+
 def test_empty_batch() -> None:
     assert sample_crops(torch.empty(0, dtype=torch.int64), (32, 32), views=3).shape == (0, 4)
     no_boxes, no_sizes = torch.zeros(0, 4), torch.zeros(0, 2, dtype=torch.int64)

@@ -101,7 +101,7 @@ def test_crops_of_one_size(backend: str, device: str, size: tuple[int, int]) -> 
     ids = torch.cat([WIDE, torch.arange(300)])
     assert_crops_equal(backend, device, ids, size)
     assert_crops_equal(backend, device, ids, size, boxes=SIMC_BOX, seed=5)
-    # In float32 these are others, and those are meant.
+    # Numbers that float32 does not hold.
     assert_crops_equal(backend, device, ids, size, boxes=(0.1, 0.2, 0.3, 0.7), epoch=7)
 
 
