@@ -23,8 +23,7 @@ import os
 import shlex
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -367,7 +366,7 @@ def views(arguments: Sequence[str]) -> int:
         paths, out, run = given.pop("images"), given.pop("out"), given.pop("run", None)
         check_out(out, paths, given.pop("overwrite"))
         images = read_images(paths)
-        defaults = {"size": 224} if run is None else views_of_run(run)
+        defaults = {"size": 224} if run is None else views_of_run(run, given)
         boxes = preview(paths, images, out, **defaults | given)
     except ValueError as error:
         return fail("fastproto views", error)
@@ -377,16 +376,21 @@ def views(arguments: Sequence[str]) -> int:
     return 0
 
 
-def views_of_run(folder: str) -> dict[str, Any]:
-    """How a run finds boxes and makes views, as options of ``preview``."""
+def views_of_run(folder: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """How a run finds boxes and makes views, as options of ``preview`` beside those that are given."""
     from fastproto.train.checkpoint import load_run
     from fastproto.views.command import Locator
 
     run = load_run(folder)
     made = run.views
     options = {name: getattr(made, name) for name in ("size", "scale", "ratio", "alpha", "augment", "jitter", "seed")}
+    chosen, count = run.config.views, given.get("views", made.views)
+    # Without colours there is neither; of other views than the run's two, each second one is like the first.
+    for name in ("blur", "solarize") if given.get("augment") != "none" else ():
+        p = getattr(chosen, name)
+        options[name] = (tuple(p) * count)[:count] if isinstance(p, Sequence) else p
     height, width = run.dataset.train_images.shape[2:]
-    encode, threshold = run.method.encoder.feature_map, run.config.views.box_threshold
+    encode, threshold = run.method.encoder.feature_map, chosen.box_threshold
     return options | {"locate": Locator(encode, (height, width), run.dataset.mean, run.dataset.std, threshold)}
 
 

@@ -139,7 +139,7 @@ def test_boxes_are_found_as_the_trainer_finds_them(tmp_path: Path, drawn: list[R
     recipe.write_text(
         f"{{method: simclr, data: 'imagefolder:{images}', image_size: 18, epochs: 1, batch_size: 8, device: cpu,\n"
         "crop: contrastive, encoder: {name: resnet-tiny, width: 8},\n"
-        "views: {size: 12, alpha: 0.3, scale: [0.3, 0.9], box_threshold: 0.8}}"
+        "views: {size: 12, alpha: 0.3, scale: [0.3, 0.9], box_threshold: 0.8, blur: [1.0, 0.1], solarize: [0.0, 0.2]}}"
     )
     assert cli.main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
     run = load_run(tmp_path / "run")
@@ -149,9 +149,19 @@ def test_boxes_are_found_as_the_trainer_finds_them(tmp_path: Path, drawn: list[R
     assert views(*paths, "--out", tmp_path / "out.png", "--run", tmp_path / "run", "--size", 10) == 0
     for row, box in zip(drawn, boxes.tolist(), strict=False):
         assert list(row.box) == box
-    crop = ContrastiveCrop(10, alpha=0.3, scale=(0.3, 0.9), jitter=run.views.jitter, augment=run.views.augment)
-    expected = torch.cat(crop(read_image(paths[1])[None], torch.tensor([1]), drawn[1].box))
-    assert torch.equal(drawn[1].views[0], expected)
+    made = {"alpha": 0.3, "scale": (0.3, 0.9), "jitter": run.views.jitter}
+    for asked, options in (
+        ([], {"augment": run.views.augment, "blur": (1.0, 0.1), "solarize": (0.0, 0.2)}),
+        (["--views", 1], {"augment": run.views.augment, "blur": 1.0}),
+        (["--views", 3], {"augment": run.views.augment, "blur": (1.0, 0.1, 1.0), "solarize": (0.0, 0.2, 0.0)}),
+        (["--augment", "none"], {"augment": "none"}),
+    ):
+        del drawn[:]
+        out = ["--out", tmp_path / "out.png", "--overwrite"]
+        assert views(*paths, *out, "--run", tmp_path / "run", "--size", 10, *asked) == 0
+        crop = ContrastiveCrop(10, views=asked[1] if "--views" in asked else 2, **made, **options)
+        expected = torch.cat(crop(read_image(paths[1])[None], torch.tensor([1]), drawn[1].box))
+        assert torch.equal(drawn[1].views[0], expected)
 
 
 def test_the_locator_looks_at_the_whole_image(tmp_path: Path) -> None:
