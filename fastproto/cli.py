@@ -126,7 +126,7 @@ def train(arguments: Sequence[str]) -> int:
         best = result["best"].get(metric) if config.evaluation.knn_interval else None
         also = f"   {100 * best['accuracy']:.1f}% after epoch {best['epoch']:g}" if best else ""
         print(f"{METRICS[metric]:16}" + "".join(f"{100 * value:7.1f}%" for value in values) + also)
-    print(f"{sum(result['time_s'].values()):.0f} s; {write_report(folder)}")
+    print(f"{sum(result['time_s'].values()):.0f} s; {write_report(folder, dataset)}")
     return 0
 
 

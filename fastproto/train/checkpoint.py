@@ -345,8 +345,10 @@ def read_log(folder: Path) -> list[dict[str, float]]:
         return [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
 
 
-def load_run(folder: Path | str, checkpoint: Path | None = None) -> Run:
+def load_run(folder: Path | str, checkpoint: Path | None = None, dataset: data.Dataset | None = None) -> Run:
     """Reads a run back from its folder, on the CPU, at its last checkpoint or another.
+
+    Its data are read again, unless they are given: what ``load_data`` made of the run's configuration.
 
     Raises:
         ValueError: the folder holds no run, or none with a checkpoint; the data it was trained on is gone; the
@@ -359,7 +361,7 @@ def load_run(folder: Path | str, checkpoint: Path | None = None) -> Run:
     kept = ", ".join(map(str, sorted(folder.glob("checkpoints/*.pt")))) or "those that a training writes"
     expect(checkpoint.is_file(), "run", "checkpoint", f"a file, such as {kept}", f"{checkpoint}, which is none")
     config = read_config(folder / "config.yaml")
-    dataset = load_data(config)
+    dataset = load_data(config) if dataset is None else dataset
     # Reading draws weights and loads a random state, neither of which is to be felt outside.
     with torch.random.fork_rng():
         state = build_state(config, dataset, torch.device("cpu"))

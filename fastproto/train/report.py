@@ -21,7 +21,7 @@ from fastproto.cluster import concentration
 from fastproto.train.checkpoint import Run, load_run, write_text
 from fastproto.train.clock import PHASES
 from fastproto.train.config import Config, plain
-from fastproto.train.data import Images
+from fastproto.train.data import Dataset, Images
 from fastproto.train.evaluate import KNN, embed, read_evaluations
 from fastproto.train.monitors import MONITORS
 from fastproto.train.plots import Line, curve, duration, percent, picture, point_map, share_bar
@@ -44,13 +44,15 @@ NEAREST = 8
 MAPPED_IMAGES = 1000
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, dataset: Dataset | None = None) -> Path:
     """Writes RUN/report.html and returns its path. A run that has not ended is shown as far as it has come.
+
+    ``dataset`` is the run's, where it has been loaded already.
 
     Raises:
         ValueError: ``run`` is no folder of a run.
     """
-    loaded = load_run(run)
+    loaded = load_run(run, dataset=dataset)
     path = Path(run) / "report.html"
     write_text(path, page(loaded))
     return path

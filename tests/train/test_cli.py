@@ -18,8 +18,8 @@ from PIL import Image
 
 import fastproto
 from fastproto import cli
-from fastproto.train import loop
-from fastproto.train.checkpoint import load_run, read_log
+from fastproto.train import checkpoint, loop
+from fastproto.train.checkpoint import load_data, load_run, read_log
 from fastproto.train.data import dataset
 
 TINY = """
@@ -57,9 +57,14 @@ def recipe(folder: Path, images: Path, epochs: int = 2) -> str:
     return str(path)
 
 
-def test_a_run_from_the_command_line(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = tmp_path / "run"
+def test_a_run_from_the_command_line(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, loaded = tmp_path / "run", []
+    monkeypatch.setattr(checkpoint, "load_data", lambda config: loaded.append(load_data(config)) or loaded[-1])
     assert cli.main(["train", recipe(tmp_path, images), "--out", str(run), "--crop", "contrastive", "--seed", "5"]) == 0
+    # Once: the report is of the data that was trained on.
+    assert len(loaded) == 1
     out = capsys.readouterr().out.splitlines()
     result = json.loads((run / "result.json").read_text())
     table = {line[:16].strip(): line[16:].split() for line in out}

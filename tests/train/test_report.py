@@ -136,7 +136,7 @@ def test_page_on_a_gpu(run: SimpleNamespace) -> None:
 def test_write_report_replaces_the_page_whole_or_not_at_all(
     run: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "load_run", lambda folder: run)
+    monkeypatch.setattr(report, "load_run", lambda folder, dataset: run)
     path = report.write_report(tmp_path)
     assert path == tmp_path / "report.html"
     assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
