@@ -177,7 +177,14 @@ def test_tiny_imagenet_is_read_as_its_archive_unpacks(tmp_path: Path) -> None:
     # The class is in the annotations, not in the order of the files.
     with Image.open(folder / "val" / "images" / "val_1.JPEG") as image:
         assert np.array_equal(data.test_images[0].permute(1, 2, 0).numpy(), np.asarray(image))
-    (folder / "val" / "val_annotations.txt").write_text("")
+    annotations = folder / "val" / "val_annotations.txt"
+    lines = annotations.read_text()
+    annotations.write_text(f"\n{lines} \n\n")
+    assert load("tiny-imagenet", tmp_path).test_labels.tolist() == [0, 1, 2]
+    annotations.write_text(f"{lines}val_3.JPEG n01 0 0 9 9\n")
+    with pytest.raises(ValueError, match=r"expected FILE and CLASS between tabs, got 'val_3.*' in line 4 of .*val_anno"):
+        load("tiny-imagenet", tmp_path)
+    annotations.write_text("")
     with pytest.raises(ValueError, match=r"load: tiny-imagenet expected images of its classes in .*txt, got none"):
         load("tiny-imagenet", tmp_path)
 

@@ -68,7 +68,11 @@ def tiny_imagenet(root: Path, class_list: Path | None = None) -> Split:
     expect(there, "load", "tiny-imagenet", f"the folder {folder} of {TINY_IMAGENET}, unpacked", "none, or a part of it")
     train = _files_by_class(folder / "train", class_list)
     test: dict[str, list[str]] = {label: [] for label in train}
-    for line in annotations.read_text().splitlines():
+    for number, line in enumerate(annotations.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{line!r} in line {number} of {annotations}"
+        expect("\t" in line, "load", "tiny-imagenet", "FILE and CLASS between tabs", where)
         name, label, *_ = line.split("\t")
         if label in test:
             test[label].append(f"images/{name}")

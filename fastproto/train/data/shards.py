@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from fastproto._check import expect
+from fastproto._check import LONGEST, expect
 from fastproto.train.data.dataset import Encoded
 from fastproto.train.data.folders import IMAGE_SUFFIXES, Split
 from fastproto.train.data.streamed import ignore_signals, started, unchanged
@@ -173,9 +173,13 @@ def _index(file: BinaryIO) -> Index:
             images[f"{folder}/{key}"] = start, size
         elif suffix == "cls":
             file.seek(start)
-            labels[f"{folder}/{key}"] = label = int(file.read(size))
+            text = _text(file.read(size)).strip()
+            try:
+                labels[f"{folder}/{key}"] = label = int(text)
+            except ValueError:
+                label = -1
             if not 0 <= label <= MAX_LABEL:
-                raise ValueError(f"{name} holds {label}")
+                raise ValueError(f"{name} holds {text[:LONGEST]!r}")
     places = np.array(list(images.values()), dtype=np.int64).reshape(-1, 2)
     numbers = np.array([labels.get(key, -1) for key in images], dtype=np.int64)
     return Index(places[:, 0], places[:, 1], numbers, cut)
