@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -72,12 +73,18 @@ class ContrastiveCropTransform(nn.Module):
         self.crop = ContrastiveCrop(size, **options)
         self.boxes = boxes
         self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
+        self.register_load_state_dict_post_hook(_share)
         self.share_memory()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Of a copy, or unpickled: its memory is new.
         super().__setstate__(state)
         self.share_memory()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ContrastiveCropTransform:
+        # Another dtype takes new memory too.
+        super()._apply(fn, recurse)
+        return super()._apply(lambda tensor: tensor.share_memory_() if tensor.is_cpu else tensor, recurse)
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch that keys the draws, in all workers."""
@@ -94,6 +101,11 @@ class ContrastiveCropTransform(nn.Module):
         boxes = None if self.boxes is None else self.boxes.lookup(ids)
         views = self.crop(_to_tensor(image)[None], ids, boxes, int(self.epoch))
         return tuple(view[0] for view in views)
+
+
+def _share(transform: nn.Module, keys: object) -> None:
+    """After a state is loaded: ``assign=True`` puts the state's own tensors in place."""
+    transform.share_memory()
 
 
 def _to_tensor(image: Any) -> Tensor:

@@ -92,6 +92,23 @@ def test_workers_of_a_copy_see_its_boxes_and_epochs(copied: Callable[..., Contra
     torch.testing.assert_close(views[0], expected[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("change", ["double", "half", "assign", "inside"])
+def test_memory_stays_shared(change: str) -> None:
+    """New boxes and epochs would not reach workers that start after a change that takes new memory."""
+    transform = ContrastiveCropTransform(20, boxes=BoxBank(6), **OPTIONS)
+    state = ContrastiveCropTransform(20, boxes=BoxBank(6)).state_dict()
+    if change == "assign":
+        transform.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
+    elif change == "inside":
+        loaded = {f"0.{name}": value.clone() for name, value in state.items()}
+        torch.nn.Sequential(transform).load_state_dict(loaded, assign=True)
+    else:
+        getattr(transform, change)()
+    assert transform.boxes.boxes.is_shared()
+    assert transform.epoch.is_shared()
+    assert copy.deepcopy(transform).boxes.boxes.is_shared()
+
+
 def test_numpy_numbers_are_sample_ids() -> None:
     transform, image = ContrastiveCropTransform(20), images_of(1)[0]
     assert torch.equal(transform(image, np.int64(5))[0], transform(image, 5)[0])
