@@ -14,6 +14,9 @@ from fastproto import _native, _settings
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32)
 MAX_SIDE = 2**31 - 1  # of an image: kernels count pixels in int32
+# Of Python or NumPy. True and False are none, which expect_type knows.
+INTS = (int, np.integer)
+NUMBERS = (*INTS, float, np.floating)
 LONGEST = 200  # characters of a value that an error shows
 
 
@@ -42,19 +45,19 @@ def expect_type(value: Any, types: type | tuple[type, ...], op: str, argument: s
 
 def is_integer(value: Any) -> bool:
     """Whether it is an integer, of Python or NumPy. True and False are none."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return isinstance(value, INTS) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
     """Whether it is an integer or a float, of Python or NumPy. True and False are none."""
-    return is_integer(value) or isinstance(value, (float, np.floating))
+    return isinstance(value, NUMBERS) and not isinstance(value, bool)
 
 
-def expect_size(value: Any, op: str, argument: str) -> tuple[int, int]:
+def expect_size(value: Any, op: str, argument: str, expected: str = "a positive int or two") -> tuple[int, int]:
     """Height and width from two positive ints, or from one for both; raises ValueError for anything else."""
     sides = value if isinstance(value, (tuple, list)) else (value, value)
     good = len(sides) == 2 and all(is_integer(side) and side > 0 for side in sides)
-    expect(good, op, argument, "a positive int or two", value)
+    expect(good, op, argument, expected, value)
     expect(max(sides) <= MAX_SIDE, op, argument, f"sides below {MAX_SIDE + 1}", value)
     return int(sides[0]), int(sides[1])
 
@@ -99,7 +102,7 @@ def expect_index(index: Tensor, op: str, argument: str, size: int | None, ignore
 
     ``size`` None sets no upper end. Returns how many entries are not ``ignore_index`` where it has counted them.
     """
-    expect_type(ignore_index, (int, np.integer), op, "ignore_index", "an int")
+    expect_type(ignore_index, INTS, op, "ignore_index", "an int")
     if not index.numel() or not reads_data(index):
         return None
     low, high, count = _range_of(index, ignore_index)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastproto._check import expect, expect_type
+from fastproto._check import INTS, expect, expect_type
 
 MAX_VIEWS = 4096
 _WORD = 0xFFFFFFFF
@@ -55,15 +55,16 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     return c0, c1, c2, c3
 
 
-def expect_key(op: str, views: int, seed: int, epoch: int) -> None:
-    """Refuses what ``random_bits`` cannot be keyed with, in the name of a public function."""
+def expect_key(op: str, views: int, seed: int, epoch: int) -> tuple[int, int, int]:
+    """The three as ints of Python; refuses what ``random_bits`` cannot be keyed with, in the name of a function."""
     for argument, value, low, high in (
         ("views", views, 1, MAX_VIEWS),
         ("seed", seed, 0, 2**63 - 1),
         ("epoch", epoch, 0, 2**32 - 1),
     ):
-        expect_type(value, int, op, argument, "an int")
+        expect_type(value, INTS, op, argument, "an int")
         expect(low <= value <= high, op, argument, f"{low} to {high}", value)
+    return int(views), int(seed), int(epoch)
 
 
 def random_bits(

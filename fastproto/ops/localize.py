@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastproto import _native
-from fastproto._check import expect, expect_tensor, expect_type
+from fastproto._check import NUMBERS, expect, expect_size, expect_tensor, expect_type
 from fastproto.ops._dispatch import DTYPE_CODES, Op
 from fastproto.reference import localize as reference
 
@@ -106,12 +106,11 @@ def localize(
     """
     expect_tensor(feature_map, "localize", "feature_map", ("N", "C", "h", "w"))
     expect(min(feature_map.shape[1:]) > 0, "localize", "feature_map", "C, h, w of at least 1", feature_map)
-    expect_type(threshold, (int, float), "localize", "threshold", "a number")
+    expect_type(threshold, NUMBERS, "localize", "threshold", "a number")
     expect(0 <= threshold < 1, "localize", "threshold", "a number in [0, 1)", threshold)
     if image_size is None:
         image_size = (feature_map.shape[2], feature_map.shape[3])
     expect_type(image_size, (tuple, list), "localize", "image_size", "(H, W) or None")
-    good = len(image_size) == 2 and all(isinstance(size, int) and size > 0 for size in image_size)
-    expect(good, "localize", "image_size", "two positive ints (H, W)", image_size)
+    height, width = expect_size(image_size, "localize", "image_size", "two positive ints (H, W)")
     # A map that wants a gradient would make the compiler look for one.
-    return _op(feature_map.detach(), float(threshold), *image_size)
+    return _op(feature_map.detach(), float(threshold), height, width)

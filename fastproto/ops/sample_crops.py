@@ -7,11 +7,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastproto import _native
-from fastproto._check import INTEGERS, MAX_SIDE, expect, expect_numbers, expect_tensor, expect_type, reads_data
+from fastproto._check import (
+    INTEGERS,
+    MAX_SIDE,
+    NUMBERS,
+    expect,
+    expect_numbers,
+    expect_size,
+    expect_tensor,
+    expect_type,
+    reads_data,
+)
 from fastproto._random import expect_key, quantile_table
 from fastproto.ops._dispatch import Op
 from fastproto.reference import sample_crops as reference
@@ -169,8 +180,8 @@ def sample_crops_and_flips(
 ) -> tuple[Tensor, Tensor]:  # (V·N, 4), (V·N,) bool
     """The crops of ``sample_crops``, and which of them are mirrored, each with probability 1/2: one launch for both."""
     expect_tensor(sample_ids, "sample_crops", "sample_ids", ("N",), INTEGERS)
-    expect_key("sample_crops", views, seed, epoch)
-    scale, ratio = expect_crop_options("sample_crops", scale, ratio, alpha)
+    views, seed, epoch = expect_key("sample_crops", views, seed, epoch)
+    scale, ratio, alpha = expect_crop_options("sample_crops", scale, ratio, alpha)
     sizes, size = _sizes(image_size, sample_ids)
     box: tuple[float, ...] = FULL_BOX
     if isinstance(boxes, Tensor):
@@ -184,17 +195,19 @@ def sample_crops_and_flips(
 
 def expect_crop_options(
     op: str, scale: tuple[float, float], ratio: tuple[float, float], alpha: float
-) -> list[tuple[float, float]]:
-    """Scale and ratio as pairs of floats; refuses those, or an alpha, from which no crop can be drawn."""
+) -> tuple[tuple[float, float], tuple[float, float], float]:
+    """Scale and ratio as pairs of floats, alpha as one; refuses those from which no crop can be drawn."""
     pairs = []
     for argument, pair, low, high in (("scale", scale, 0.0, 1.0), ("ratio", ratio, 1 / 512, 512.0)):
         bounds = expect_numbers(pair, op, argument, "a pair of numbers")
         ordered = len(bounds) == 2 and 0 < bounds[0] <= bounds[1] and low <= bounds[0] and bounds[1] <= high
         expect(ordered, op, argument, f"(low, high) with 0 < low <= high, both within {low:g} to {high:g}", pair)
         pairs.append((bounds[0], bounds[1]))
-    expect_type(alpha, (int, float), op, "alpha", "a number")
+    expect_type(alpha, NUMBERS, op, "alpha", "a number")
+    # NumPy would round the bound to its own float32; an int may be too large for a float.
+    alpha = float(alpha) if isinstance(alpha, np.floating) else alpha
     expect(0 < alpha <= MAX_ALPHA, op, "alpha", "a positive finite number", alpha)
-    return pairs
+    return pairs[0], pairs[1], float(alpha)
 
 
 def expect_boxes(op: str, boxes: Tensor, rows: int, device: torch.device) -> None:
@@ -229,7 +242,4 @@ def _sizes(image_size: tuple[int, int] | Tensor, sample_ids: Tensor) -> tuple[Te
             expect(most <= MAX_SIDE, "sample_crops", "image_size", f"sides below {MAX_SIDE + 1}", most)
         return image_size.long(), (0, 0)
     expect_type(image_size, (tuple, list), "sample_crops", "image_size", "(H, W) or an integer tensor (N, 2)")
-    good = len(image_size) == 2 and all(isinstance(size, int) and size > 0 for size in image_size)
-    expect(good, "sample_crops", "image_size", "two positive ints (H, W)", image_size)
-    expect(max(image_size) <= MAX_SIDE, "sample_crops", "image_size", f"sides below {MAX_SIDE + 1}", image_size)
-    return None, (image_size[0], image_size[1])
+    return None, expect_size(image_size, "sample_crops", "image_size", "two positive ints (H, W)")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastproto import _native
-from fastproto._check import INTEGERS, expect, expect_numbers, expect_tensor, expect_type, is_number
+from fastproto._check import INTEGERS, NUMBERS, expect, expect_numbers, expect_tensor, expect_type, is_number
 from fastproto._random import expect_key
 from fastproto.ops._dispatch import Op
 from fastproto.reference import sample_photometric as reference
@@ -153,11 +153,12 @@ def sample_photometric(
     """
     op = "sample_photometric"
     expect_tensor(sample_ids, op, "sample_ids", ("N",), INTEGERS)
-    expect_key(op, views, seed, epoch)
+    views, seed, epoch = expect_key(op, views, seed, epoch)
     jitter = expect_jitter(op, jitter)
     for argument, number in (("jitter_p", jitter_p), ("gray_p", gray_p), ("threshold", threshold)):
-        expect_type(number, (int, float), op, argument, "a number")
+        expect_type(number, NUMBERS, op, argument, "a number")
         expect(0 <= number <= 1, op, argument, "a number in [0, 1]", number)
+    jitter_p, gray_p, threshold = float(jitter_p), float(gray_p), float(threshold)
     blur = expect_probabilities(op, "blur_p", blur_p, views)
     solarize = expect_probabilities(op, "solarize_p", solarize_p, views)
     widths = expect_numbers(sigma, op, "sigma", "a pair of numbers")

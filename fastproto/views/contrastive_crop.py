@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastproto._check import FLOATS, INTEGERS, expect, expect_size, expect_tensor, expect_type
+from fastproto._check import FLOATS, INTEGERS, INTS, expect, expect_size, expect_tensor, expect_type
 from fastproto._random import MAX_VIEWS, expect_key
 from fastproto.ops._dispatch import integers
 from fastproto.ops.crop_resize import crop_resize, expect_layout, expect_mean, expect_std
@@ -98,9 +98,9 @@ class ContrastiveCrop(nn.Module):
         super().__init__()
         op = "ContrastiveCrop"
         self.size = expect_size(size, op, "size")
-        self.scale, self.ratio = expect_crop_options(op, scale, ratio, alpha)
-        expect_key(op, views, seed, epoch=0)
-        expect_type(first_view, int, op, "first_view", "an int")
+        self.scale, self.ratio, self.alpha = expect_crop_options(op, scale, ratio, alpha)
+        self.views, self.seed, _ = expect_key(op, views, seed, epoch=0)
+        expect_type(first_view, INTS, op, "first_view", "an int")
         most = MAX_VIEWS - views
         expect(0 <= first_view <= most, op, "first_view", f"0 to {most}, {MAX_VIEWS} less views", first_view)
         expect(isinstance(dtype, torch.dtype) and dtype in FLOATS, op, "dtype", "a floating point dtype", str(dtype))
@@ -113,13 +113,13 @@ class ContrastiveCrop(nn.Module):
         self.std = None if std is None else expect_std(std, op, wanted)
         for argument, values in (("mean", self.mean), ("std", self.std)):
             expect(values is None or len(values) > 0, op, argument, wanted, values)
-        self.alpha, self.views, self.augment, self.seed = alpha, views, augment, seed
+        self.augment = augment
         blurs = augment == "moco" or (augment == "simclr" and min(self.size) > BLUR_ABOVE)
-        self.blur = expect_probabilities(op, "blur", blurs / 2 if blur is None else blur, views)
-        self.solarize = expect_probabilities(op, "solarize", solarize, views)
+        self.blur = expect_probabilities(op, "blur", blurs / 2 if blur is None else blur, self.views)
+        self.solarize = expect_probabilities(op, "solarize", solarize, self.views)
         unused = augment == "none" and any(self.blur + self.solarize)
         expect(not unused, op, "augment", "another than none with blur or solarize", augment)
-        self.first_view, self.dtype = first_view, dtype
+        self.first_view, self.dtype = int(first_view), dtype
         # torch.save cannot write a layout.
         self.channels_last = memory_format == torch.channels_last
 

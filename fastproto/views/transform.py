@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastproto._check import describe, expect, expect_tensor, expect_type
+from fastproto._check import INTS, describe, expect, expect_tensor, expect_type
 from fastproto._random import expect_key
 from fastproto.views.boxes import BoxBank
 from fastproto.views.contrastive_crop import ContrastiveCrop
@@ -88,16 +88,18 @@ class ContrastiveCropTransform(nn.Module):
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch that keys the draws, in all workers."""
-        expect_key("ContrastiveCropTransform", self.crop.views, self.crop.seed, epoch)
-        self.epoch.fill_(epoch)
+        _, _, checked = expect_key("ContrastiveCropTransform", self.crop.views, self.crop.seed, epoch)
+        self.epoch.fill_(checked)
 
     def forward(
         self,
         image: Any,  # PIL image or (C, H, W) uint8
         sample_id: int | np.integer[Any],
     ) -> tuple[Tensor, ...]:  # views × (C, h, w)
-        expect_type(sample_id, (int, np.integer), "ContrastiveCropTransform", "sample_id", "an int")
-        ids = torch.tensor([int(sample_id)])
+        expect_type(sample_id, INTS, "ContrastiveCropTransform", "sample_id", "an int")
+        number = int(sample_id)
+        expect(-(2**63) <= number < 2**63, "ContrastiveCropTransform", "sample_id", "an int of 64 bits", sample_id)
+        ids = torch.tensor([number])
         boxes = None if self.boxes is None else self.boxes.lookup(ids)
         views = self.crop(_to_tensor(image)[None], ids, boxes, int(self.epoch))
         return tuple(view[0] for view in views)

@@ -138,6 +138,7 @@ MAP = torch.zeros(2, 3, 4, 4)
         (TypeError, "threshold expected a number, got str", {"threshold": "0.1"}),
         (ValueError, r"image_size expected two positive ints \(H, W\), got tuple \(0, 4\)", {"image_size": (0, 4)}),
         (ValueError, "image_size expected two positive ints", {"image_size": (4, 4, 4)}),
+        (ValueError, "image_size expected sides below 2147483648", {"image_size": (2**40, 3)}),
         (TypeError, r"image_size expected \(H, W\) or None, got int 32", {"image_size": 32}),
     ],
 )

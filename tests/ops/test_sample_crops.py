@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -14,7 +15,15 @@ from torch import Tensor
 
 import fastproto
 from fastproto._random import Stream, quantile, quantile_table, random_bits
-from fastproto.views import SIMC_BOX, sample_crops
+from fastproto.views import (
+    SIMC_BOX,
+    BoxBank,
+    ContrastiveCrop,
+    ContrastiveCropTransform,
+    localize,
+    sample_crops,
+    sample_photometric,
+)
 
 CPU = torch.device("cpu")
 FULL = (0.0, 0.0, 1.0, 1.0)
@@ -253,6 +262,24 @@ def test_backend_is_chosen_by_name() -> None:
         sample_crops(torch.arange(3), (32, 32))
 
 
+def test_numpy_numbers() -> None:
+    """What comes out of an array; no op takes all of them as they are."""
+    ids, one = torch.arange(3), np.int64(1)
+    expected = sample_crops(ids, (32, 40), alpha=0.5, views=1, seed=1, epoch=1)
+    size = (np.int64(32), np.int32(40))
+    assert torch.equal(expected, sample_crops(ids, size, alpha=np.float32(0.5), views=one, seed=one, epoch=np.uint8(1)))
+    drawn = sample_photometric(ids, jitter_p=np.float32(0.5), gray_p=np.float32(0.5), views=one, seed=one, epoch=one)
+    assert torch.equal(drawn["gray"], sample_photometric(ids, gray_p=0.5, views=1, seed=1, epoch=1)["gray"])
+    module = ContrastiveCrop(np.int64(8), alpha=np.float32(0.5), views=one, seed=one, first_view=one)
+    images = torch.randint(256, (3, 3, 9, 9), dtype=torch.uint8)
+    theirs = ContrastiveCrop(8, alpha=0.5, views=1, seed=1, first_view=1)(images, ids, epoch=1)
+    assert torch.equal(module(images, ids, epoch=one)[0], theirs[0])
+    assert localize(torch.rand(1, 2, 3, 3), np.float32(0.25), (np.int64(8), np.int64(8))).shape == (1, 4)
+    transform = ContrastiveCropTransform(8, boxes=BoxBank(np.int64(3)))
+    transform.set_epoch(np.int64(2))
+    assert int(transform.epoch) == 2
+
+
 IDS = torch.arange(3)
 BOXES = torch.tensor([FULL] * 3)
 
@@ -266,6 +293,7 @@ BOXES = torch.tensor([FULL] * 3)
         (ValueError, r"image_size expected two positive ints \(H, W\), got tuple \(0, 32\)", {"image_size": (0, 32)}),
         (ValueError, "image_size expected two positive ints", {"image_size": (32,)}),
         (ValueError, "image_size expected two positive ints", {"image_size": (32.0, 32.0)}),
+        (ValueError, r"image_size expected two positive ints \(H, W\), got tuple", {"image_size": (True, True)}),
         (TypeError, r"image_size expected \(H, W\) or an integer tensor \(N, 2\), got int 32", {"image_size": 32}),
         (ValueError, r"image_size expected \(3, 2\) on cpu, got int64 \(2, 2\)", {"image_size": IDS.new_ones(2, 2)}),
         (TypeError, "image_size expected a int64 or int32 tensor", {"image_size": torch.ones(3, 2)}),

@@ -164,6 +164,7 @@ def test_epoch_and_boxes_are_saved() -> None:
         ),
         (TypeError, "sample_id expected an int, got float 0.0", (images_of(1)[0], 0.0)),
         (TypeError, "sample_id expected an int, got int64", (images_of(1)[0], torch.tensor(0))),
+        (ValueError, "sample_id expected an int of 64 bits, got int 9223372036854775808", (images_of(1)[0], 2**63)),
         (ValueError, "sample_ids expected 0 to 2, got 3 to 3", (images_of(1)[0], 3)),
         (ValueError, "sample_ids expected 0 to 2, got -1 to -1", (images_of(1)[0], -1)),
         (ValueError, r"image expected \(C, H, W\), got uint8 \(1, 3, 30, 32\)", (images_of(1), 0)),
