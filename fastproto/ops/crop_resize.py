@@ -183,9 +183,10 @@ def _image_batches(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
     else:
         expect_type(images, (list, tuple), "crop_resize", "images", "a uint8 tensor or a list of them")
         expect(len(images) > 0, "crop_resize", "images", "at least one image", "an empty list")
-        channels = images[0].shape[0] if isinstance(images[0], Tensor) and images[0].dim() == 3 else "C"
+        first = images[0]
+        expect_tensor(first, "crop_resize", "images[0]", ("C", "H", "W"), (torch.uint8,))
         for n, image in enumerate(images):
-            expect_tensor(image, "crop_resize", f"images[{n}]", (channels, "H", "W"), (torch.uint8,), images[0].device)
+            expect_tensor(image, "crop_resize", f"images[{n}]", (len(first), "H", "W"), (torch.uint8,), first.device)
         batches = [image[None] for image in images]
     channels = batches[0].shape[1]
     expect(0 < channels <= MAX_CHANNELS, "crop_resize", "images", f"1 to {MAX_CHANNELS} channels", batches[0])

@@ -6,6 +6,7 @@ takes float64, and on a GPU images that are too large for the kernel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,8 +102,8 @@ def color_jitter(
 
     Args:
         images: (N, C, H, W) with C 1 or 3, values in [0, 1]; float32, float64, float16 or bfloat16.
-        jitter: (N, 4) factors of brightness, contrast and saturation, at least 0, and the turn of the hue, a part of
-            the circle in [-1/2, 1/2].
+        jitter: (N, 4) finite factors of brightness, contrast and saturation, at least 0, and the turn of the hue, a
+            part of the circle in [-1/2, 1/2].
         order: (N, 4) the numbers 0 (brightness), 1 (contrast), 2 (saturation), 3 (hue) in the order in which an image
             gets them. None: as they are numbered.
 
@@ -321,9 +322,11 @@ def _kernel_size(op: str, kernel_size: int | None, side: int) -> int:
 
 def _expect_ranges(op: str, jitter: Tensor | None, order: Tensor | None, sigma: Tensor | None) -> None:
     if jitter is not None and order is not None:
-        good = (jitter[:, :3] >= 0).all(dim=1) & (jitter[:, 3].abs() <= 0.5)
+        factors = jitter[:, :3]
+        good = ((factors >= 0) & (factors < math.inf)).all(dim=1) & (jitter[:, 3].abs() <= 0.5)
         first_bad = jitter[good.int().argmin()].tolist()
-        expect(bool(good.all()), op, "jitter", "three factors of at least 0 and a hue in [-0.5, 0.5]", f"{first_bad}")
+        wanted = "three factors of at least 0, finite, and a hue in [-0.5, 0.5]"
+        expect(bool(good.all()), op, "jitter", wanted, f"{first_bad}")
         good = (order.sort(dim=1).values == torch.arange(4, device=order.device)).all(dim=1)
         first_bad = order[good.int().argmin()].tolist()
         expect(bool(good.all()), op, "order", "a permutation of 0, 1, 2, 3 in every row", f"{first_bad}")

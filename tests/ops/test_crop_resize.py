@@ -212,6 +212,7 @@ CROPS = torch.tensor([[0, 0, 8, 8]], dtype=torch.int32)
         (U8.repeat(1, 2, 1, 1), CROPS, 8, {}, ValueError, "images expected 1 to 4 channels"),
         ("cat.jpg", CROPS, 8, {}, TypeError, "images expected a uint8 tensor or a list of them, got str"),
         ([], CROPS, 8, {}, ValueError, "images expected at least one image, got an empty list"),
+        ([3, U8[0]], CROPS, 8, {}, TypeError, r"images\[0\] expected a uint8 tensor \(C, H, W\), got int 3"),
         ([U8[0], U8[0, :1]], CROPS, 8, {}, ValueError, r"images\[1\] expected \(3, H, W\) on cpu"),
         (U8, CROPS.long(), 8, {}, TypeError, "crops expected a int32 tensor"),
         (U8, CROPS[:, :3], 8, {}, ValueError, r"crops expected \(R, 4\)"),

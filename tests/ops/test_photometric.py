@@ -253,6 +253,7 @@ def test_compiles_without_a_break() -> None:
 
 IMAGES = torch.rand(2, 3, 8, 8)
 NEUTRAL = torch.tensor([[1.0, 1.0, 1.0, 0.0]] * 2)
+INFINITE = torch.tensor([[1.0, math.inf, 1.0, 0.0]] * 2)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +268,7 @@ NEUTRAL = torch.tensor([[1.0, 1.0, 1.0, 0.0]] * 2)
         (lambda: color_jitter(IMAGES, -NEUTRAL), ValueError, "color_jitter: jitter expected three factors"),
         (lambda: color_jitter(IMAGES, NEUTRAL + 0.6), ValueError, r"hue in \[-0.5, 0.5\], got \[1.6"),
         (lambda: color_jitter(IMAGES, NEUTRAL * math.nan), ValueError, "color_jitter: jitter expected three factors"),
+        (lambda: color_jitter(IMAGES, INFINITE), ValueError, "color_jitter: jitter expected three factors"),
         (lambda: color_jitter(IMAGES, NEUTRAL, NEUTRAL), TypeError, "color_jitter: order expected a int64 or int32"),
         (lambda: color_jitter(IMAGES, NEUTRAL, NEUTRAL.int()), ValueError, r"a permutation of .*\[1, 1, 1, 0\]"),
         (lambda: grayscale(IMAGES, torch.ones(2)), TypeError, "grayscale: gray expected a bool tensor"),
