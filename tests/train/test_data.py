@@ -180,7 +180,9 @@ def test_unknown_names_are_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_size": 0}, "image_size expected at least 1, got int 0"),
+        ({"image_size": 0}, "image_size expected an integer of at least 1, got int 0"),
+        ({"image_size": 1.5}, "image_size expected an integer of at least 1, got float 1.5"),
+        ({"workers": -1}, "workers expected an integer of at least 0, got int -1"),
         ({"class_list": Path("x")}, "class_list expected none: only folders have one, got "),
         ({"test_shards": "x.tar"}, "test_shards expected none: only shards have them, got x.tar"),
     ],

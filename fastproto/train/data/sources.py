@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from fastproto._check import expect
+from fastproto._check import expect, is_integer
 from fastproto.train.data.dataset import Dataset, from_arrays, from_files
 from fastproto.train.data.digits import digits
 from fastproto.train.data.downloads import DOWNLOADS, download
@@ -19,10 +19,10 @@ SIDE = 96
 
 def load(
     name: str,
-    root: Path | None = None,
+    root: Path | str | None = None,
     *,
     image_size: int | None = None,
-    class_list: Path | None = None,
+    class_list: Path | str | None = None,
     test_shards: str | None = None,
     resident: bool | None = None,
     workers: int = 0,
@@ -71,9 +71,12 @@ def load(
         (torch.Size([1437, 3, 40, 40]), torch.Size([360, 3, 40, 40]), ('0', '1', '2'))
     """
     folder = Path("data") if root is None else Path(root)
+    class_list = None if class_list is None else Path(class_list)
     kind, _, place = name.partition(":") if isinstance(name, str) else ("", "", "")
     in_folders = kind in ("tiny-imagenet", "imagenet", "imagefolder")
-    expect(image_size is None or image_size >= 1, "load", "image_size", "at least 1", image_size)
+    good = image_size is None or (is_integer(image_size) and image_size >= 1)
+    expect(good, "load", "image_size", "an integer of at least 1", image_size)
+    expect(is_integer(workers) and workers >= 0, "load", "workers", "an integer of at least 0", workers)
     expect(class_list is None or in_folders, "load", "class_list", "none: only folders have one", class_list)
     expect(test_shards is None or kind == "shards", "load", "test_shards", "none: only shards have them", test_shards)
     if name == "digits":
