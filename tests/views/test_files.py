@@ -89,6 +89,13 @@ def over_white(colour: np.ndarray) -> np.ndarray:
     return colour * share + 255 * (1 - share)
 
 
+def test_premultiplied_gray_is_laid_over_white() -> None:
+    """No file has it, but resizing gives it."""
+    image = Image.fromarray(np.dstack([GRAY, ALPHA]), mode="LA")
+    expected = to_rgb(image.convert("La").convert("LA"))
+    assert torch.equal(to_rgb(image.convert("La")), expected)
+
+
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_what_is_transparent_is_laid_over_white(tmp_path: Path, mode: str, suffix: str) -> None:
