@@ -154,6 +154,10 @@ class ContrastiveCrop(nn.Module):
             apply_photometric(resized, **drawn, **scaling, out=out)
         return out.unflatten(0, (self.views, len(images))).unbind()
 
+    def extra_repr(self) -> str:
+        names = "scale ratio alpha views augment jitter blur solarize mean std seed first_view dtype channels_last"
+        return ", ".join([f"{self.size}", *(f"{name}={getattr(self, name)!r}" for name in names.split())])
+
     def _sizes(self, images: Tensor | Sequence[Tensor], sample_ids: Tensor) -> tuple[int, int] | Tensor:
         """Refuses images without views; the sizes of the others as ``sample_crops`` takes them."""
         op = "ContrastiveCrop"

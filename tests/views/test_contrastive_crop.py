@@ -295,6 +295,12 @@ def test_numbers_may_come_in_an_array() -> None:
         assert all(torch.equal(*pair) for pair in zip(crop(IMAGES, IDS), expected, strict=True))
 
 
+def test_options_are_shown() -> None:
+    text = repr(ContrastiveCrop((16, 20), alpha=0.1, augment="moco", mean=MEAN, seed=5))
+    for part in ("(16, 20), scale=(0.2, 1.0), ", "alpha=0.1, ", "augment='moco', ", "blur=(0.5, 0.5), ", "seed=5, "):
+        assert part in text
+
+
 def test_import_is_light() -> None:
     """Neither torchvision nor PIL nor Triton comes with the views."""
     heavy = "[name for name in ('torchvision', 'PIL', 'triton') if name in sys.modules]"
