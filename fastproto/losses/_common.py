@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastproto._check import FLOATS, expect, expect_tensor, expect_type
-
-NUMBERS = (float, int, np.floating, np.integer)
+from fastproto._check import FLOATS, INTS, NUMBERS, expect, expect_tensor, expect_type
 
 
 def widen(x: Tensor) -> Tensor:
@@ -58,7 +55,7 @@ def expect_temperature(temperature: float, op: str, *, signed: bool = False) -> 
 
 def expect_counts(op: str, **counts: Any) -> None:
     for argument, count in counts.items():
-        expect_type(count, (int, np.integer), op, argument, "an int of at least 1")
+        expect_type(count, INTS, op, argument, "an int of at least 1")
         expect(count >= 1, op, argument, "an int of at least 1", count)
 
 

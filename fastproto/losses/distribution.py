@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastproto._check import INTEGERS, expect, expect_index, expect_tensor, expect_type
-from fastproto.losses._common import NUMBERS, expect_reduction, expect_views, reduce_rows, unit, widen
+from fastproto._check import INTEGERS, NUMBERS, expect, expect_index, expect_tensor, expect_type
+from fastproto.losses._common import expect_reduction, expect_views, reduce_rows, unit, widen
 from fastproto.ops.contrast import contrast_unchecked
 
 # Barlow Twins' weight of the off-diagonal entries, arXiv 2103.03230.

@@ -9,8 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastproto._check import FLOATS, INTEGERS, expect, expect_index, expect_tensor, expect_type, is_integer, reads_data
-from fastproto.losses._common import NUMBERS, expect_reduction, widen
+from fastproto._check import (
+    FLOATS,
+    INTEGERS,
+    NUMBERS,
+    expect,
+    expect_index,
+    expect_tensor,
+    expect_type,
+    is_integer,
+    reads_data,
+)
+from fastproto.losses._common import expect_reduction, widen
 from fastproto.losses._gather import from_first_rank, gather_rows, rank_and_world, sum_over_ranks
 from fastproto.ops.contrast import Contrast, contrast_unchecked
 from fastproto.ops.contrast_sets import contrast_sets

@@ -223,7 +223,7 @@ def test_compiles_as_one_graph() -> None:
         (lambda x: batch_prototypes(x, x[:, 0]), TypeError, "batch_prototypes: assignments expected a int64"),
         (lambda x: batch_prototypes(x, torch.full((4,), -2)), ValueError, "assignments expected -1 or at least 0"),
         (lambda x: alignment(x, x[:2]), ValueError, r"alignment: x1 expected \(4, 3\) on cpu"),
-        (lambda x: alignment(x, x, alpha=0.5), ValueError, "alignment: alpha expected at least 1, finite, got float 0.5"),
+        (lambda x: alignment(x, x, alpha=0.5), ValueError, "alignment: alpha expected at least 1, finite, got"),
         (lambda x: alignment(x, x, alpha="2"), TypeError, "alignment: alpha expected a number, got str '2'"),
         (lambda x: alignment(x, x, reduction="max"), ValueError, "alignment: reduction expected"),
         (lambda x: alignment(x, x, mask=x[:, 0]), TypeError, "alignment: mask expected a bool tensor"),
