@@ -11,7 +11,6 @@ import importlib
 import io
 import json
 import os
-import pickle
 import shutil
 import warnings
 from collections.abc import Callable
@@ -280,11 +279,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: the file is damaged.
+        OSError: it is not there, or may not be read.
     """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"checkpoint: {path} is damaged") from error
+    with open(path, "rb") as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # by where it is cut or spoilt it fails in most ways there are, OSError among them
+            raise ValueError(f"checkpoint: {path} is damaged") from error
 
 
 def keep_best(path: Path) -> None:

@@ -217,11 +217,15 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     state.epoch += 1
     newer = state.save(tmp_path)
     whole = newer.read_bytes()
-    for length in (0, 1000, len(whole) // 2, len(whole) - 1):
-        newer.write_bytes(whole[:length])
+    start = whole.index(b"data.pkl")
+    middle = whole.index(b"\x80\x02", start) + 20  # in the pickle
+    damaged = [whole[:length] for length in (0, 1000, 5000, 20_000, len(whole) // 2, len(whole) - 1)]
+    damaged += [whole[:middle] + bytes(spoilt) + whole[middle + len(spoilt) :] for spoilt in (b"s" * 9, b"R" * 9)]
+    for content in damaged:
+        newer.write_bytes(content)
         with pytest.warns(UserWarning, match=rf"checkpoint: {newer} is damaged; taking {older}"):
             assert checkpoint.latest_checkpoint(tmp_path) == older
-        assert newer.read_bytes() == whole[:length]
+        assert newer.read_bytes() == content
     newer.write_bytes(whole)
     assert checkpoint.latest_checkpoint(tmp_path) == newer
     for path in (older, newer):
@@ -229,6 +233,13 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     refused = pytest.raises(ValueError, match=rf"checkpoint: {older} is damaged$")
     with pytest.warns(UserWarning, match="damaged"), refused:
         checkpoint.check_folder(tmp_path, tiny_config, resume=True, overwrite=False)
+
+
+def test_a_checkpoint_that_cannot_be_opened_is_not_called_damaged(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pt"):
+        checkpoint.read_checkpoint(tmp_path / "nowhere.pt")
+    with pytest.raises(IsADirectoryError):
+        checkpoint.read_checkpoint(tmp_path)
 
 
 def test_the_mark_of_a_run_is_removed_last() -> None:
