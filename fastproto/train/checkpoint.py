@@ -11,6 +11,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -45,6 +46,7 @@ FILES = (
     "checkpoints",
     "config.yaml",
 )
+CHECKPOINT = re.compile(r"epoch-[0-9]{4,}\.pt")
 # More decode faster than any one GPU trains.
 MOST_WORKERS = 16
 # What a checkpoint holds of a State: state_dicts, and plain values.
@@ -387,7 +389,9 @@ def load_run(folder: Path | str, checkpoint: Path | None = None, dataset: data.D
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted((folder / "checkpoints").glob("epoch-*.pt"), key=lambda path: int(path.stem.removeprefix("epoch-")))
+    """The run's checkpoints by epoch; a file of the user's beside them, as epoch-0002-backup.pt, is none."""
+    named = [path for path in (folder / "checkpoints").glob("epoch-*.pt") if CHECKPOINT.fullmatch(path.name)]
+    return sorted(named, key=lambda path: int(path.stem.removeprefix("epoch-")))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -79,9 +79,15 @@ def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path: Path) -> None:
 def test_the_last_checkpoints_are_kept(tmp_path: Path, tiny_config: Config, tiny_data: Dataset) -> None:
     state = checkpoint.build_state(tiny_config, tiny_data, CPU)
     (tmp_path / "config.yaml").write_text(checkpoint.MARK)
+    mine = [tmp_path / "checkpoints" / name for name in ("epoch-0002-backup.pt", "epoch-.pt", "epoch-1.pt")]
+    mine[0].parent.mkdir()
+    for path in mine:
+        path.write_text("mine")
     for epoch in (0, 9998, 9999, 10000):
         state.epoch = epoch
         state.save(tmp_path)
+    for path in mine:
+        path.unlink()
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["epoch-10000.pt", "epoch-9999.pt"]
     assert checkpoint.latest_checkpoint(tmp_path).name == "epoch-10000.pt"
