@@ -92,7 +92,11 @@ def train(
     device, (rank, world) = fabric.device, rank_and_world()
     state = build_state(config, dataset, device)
     if resume:
-        state.load(latest_checkpoint(folder))
+        path = latest_checkpoint(folder)
+        state.load(path)
+        if rank == 0:
+            # A run that was killed may have left nothing after its checkpoint.
+            keep_up(path, folder, state)
     elif rank == 0:
         start_folder(folder, config)
         state.save(folder, config.keep)
@@ -178,10 +182,7 @@ def train(
             state.epoch, state.step, state.sums, state.seconds = epoch + 1, 0, {}, {}
             bar.set_postfix_str(f"epoch {epoch + 1}, loss {row['loss']:.3f}, data {row['data_wait']:.0%}")
             if board is not None:
-                path = state.save(folder, config.keep)
-                if "knn20" in row and best_scores(state.log)["knn20"]["epoch"] == epoch + 1:
-                    keep_best(path)
-                write_log(folder, state.log)
+                keep_up(state.save(folder, config.keep), folder, state)
                 for name, value in row.items():
                     board.add_scalar(name, value, epoch + 1)
             if online is not None:
@@ -209,6 +210,17 @@ def train(
     if rank == 0:
         write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+def keep_up(path: Path, folder: Path, state: State) -> None:
+    """Brings best.pt and log.csv up to the state that the last checkpoint, ``path``, holds."""
+    if not state.log:
+        return
+    # A state within the epoch that follows is not the one that was evaluated.
+    at_end = state.step == 0 and "knn20" in state.log[-1]
+    if at_end and best_scores(state.log)["knn20"]["epoch"] == state.epoch:
+        keep_best(path)
+    write_log(folder, state.log)
 
 
 def leave_processes() -> None:
