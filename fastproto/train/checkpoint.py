@@ -291,11 +291,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def keep_best(path: Path) -> None:
-    """Gives a checkpoint the second name best.pt, which stays when it goes; no copy is made."""
+    """Gives a checkpoint the second name best.pt, which stays when it goes; a copy where files have but one name."""
     part, best = path.with_name("best.part"), path.with_name("best.pt")
     part.unlink(missing_ok=True)
-    os.link(path, part)
-    os.replace(part, best)
+    try:
+        os.link(path, part)
+    except OSError:  # FAT, and some folders of other machines
+        with open(path, "rb") as source:
+            write_whole(best, lambda file: shutil.copyfileobj(source, file))
+    else:
+        os.replace(part, best)
 
 
 def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -246,6 +247,23 @@ def test_a_checkpoint_that_cannot_be_opened_is_not_called_damaged(tmp_path: Path
         checkpoint.read_checkpoint(tmp_path / "nowhere.pt")
     with pytest.raises(IsADirectoryError):
         checkpoint.read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_best_checkpoint_is_linked_or_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def refuse(*paths: Path) -> None:
+        raise PermissionError("Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    for content in (b"first", b"second"):
+        path = tmp_path / "epoch-0001.pt"
+        path.write_bytes(content)
+        checkpoint.keep_best(path)
+        assert (tmp_path / "best.pt").read_bytes() == content
+        assert (tmp_path / "best.pt").samefile(path) == links
+        path.unlink()
+    assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
 
 
 def test_the_mark_of_a_run_is_removed_last() -> None:
