@@ -165,7 +165,7 @@ def prepare(arguments: Sequence[str]) -> Plan:
     if given.recipe is not None:
         defaults: Path | None = recipes.find_recipe(given.recipe)
     elif given.resume:
-        checkpoint.latest_checkpoint(folder)
+        checkpoint.resume_point(folder)
         defaults = folder / "config.yaml"
     else:
         defaults = recipes.default_recipe(given.method, given.data)

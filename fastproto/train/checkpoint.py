@@ -276,6 +276,16 @@ def latest_checkpoint(folder: Path) -> Path:
             warnings.warn(f"{error}; taking {checkpoints[-1]}", stacklevel=2)
 
 
+def resume_point(folder: Path) -> Path | None:
+    """Where a run goes on: its latest checkpoint; None for the start, where it was killed before its first.
+
+    Raises:
+        ValueError: what ``latest_checkpoint`` raises, but for a run that had not begun.
+    """
+    begun = bool(_checkpoints(folder)) or (folder / "log.csv").exists()
+    return latest_checkpoint(folder) if begun or not is_run(folder) else None
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """What ``State.save`` wrote.
 
@@ -313,7 +323,7 @@ def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool)
     expect(not (resume and overwrite), "train", "--resume and --overwrite", "one of them", "both")
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if resume:
-        latest_checkpoint(folder)
+        resume_point(folder)
         changed = difference(read_config(folder / "config.yaml"), config)
         expect(not changed, "train", "--resume", "the configuration of the run", f"another: {changed}")
     elif occupied:

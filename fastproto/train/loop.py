@@ -29,7 +29,7 @@ from fastproto.train.checkpoint import (
     build_state,
     build_views,
     keep_best,
-    latest_checkpoint,
+    resume_point,
     start_folder,
     write_log,
     write_text,
@@ -91,14 +91,15 @@ def train(
         atexit.register(leave_processes)
     device, (rank, world) = fabric.device, rank_and_world()
     state = build_state(config, dataset, device)
-    if resume:
-        path = latest_checkpoint(folder)
+    path = resume_point(folder) if resume else None
+    if path is not None:
         state.load(path)
         if rank == 0:
             # A run that was killed may have left nothing after its checkpoint.
             keep_up(path, folder, state)
     elif rank == 0:
-        start_folder(folder, config)
+        if not resume:
+            start_folder(folder, config)
         state.save(folder, config.keep)
     method, boxes, prototypes = state.method, state.boxes, state.prototypes
     if config.compile:

@@ -132,6 +132,8 @@ def test_a_folder_is_taken_only_as_it_should(tmp_path: Path, tiny_config: Config
         check(other, resume=True)
 
     checkpoint.start_folder(run, tiny_config)
+    check(run, resume=True)  # it was killed before its first checkpoint
+    (run / "log.csv").touch()
     with pytest.raises(ValueError, match=r"run: folder expected a run with a checkpoint, got .*run, which has none"):
         check(run, resume=True)
     stepped(tiny_config, tiny_data).save(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 from train._runs import stop_after
 
+from fastproto import cli
 from fastproto.train import loop
-from fastproto.train.checkpoint import read_checkpoint, read_log
+from fastproto.train.checkpoint import read_checkpoint, read_log, start_folder
 from fastproto.train.config import Config, EvaluationConfig
 from fastproto.train.data import Dataset
 
@@ -36,9 +38,10 @@ def killed(at: str, call: int, folder: Path, config: Config, dataset: Dataset) -
             raise Killed
         return function(*args)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, at, kill)
-        loop.train(config, dataset, folder)
+        with pytest.raises(Killed):
+            loop.train(config, dataset, folder)
 
 
 @pytest.mark.parametrize("at", ["keep_best", "write_log"])
@@ -60,3 +63,11 @@ def test_the_best_checkpoint_is_no_state_within_an_epoch(tmp_path: Path, config:
         loop.train(config, tiny_data, tmp_path, resume=True, stop=stop_after(1))
     best = read_checkpoint(tmp_path / "checkpoints" / "best.pt")
     assert (best["epoch"], best["step"]) == (1, 0)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins(tmp_path: Path, tiny_config: Config, made: Dataset) -> None:
+    config = replace(tiny_config, method="simclr", crop="random", epochs=1, seed=3)
+    start_folder(tmp_path, config)
+    assert cli.main(["train", "--out", str(tmp_path), "--resume"]) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["config"]["seed"] == 3
+    assert [row["epoch"] for row in read_log(tmp_path)] == [1]
