@@ -176,7 +176,7 @@ def prepare(arguments: Sequence[str]) -> Plan:
         config = replace(config, devices=_settings.torchrun_world)
     checkpoint.check_folder(folder, config, resume=given.resume, overwrite=given.overwrite)
     dataset = checkpoint.load_data(config)
-    checkpoint.check_buildable(config, dataset)
+    checkpoint.check_buildable(config, dataset, checkpoint.resume_point(folder) if given.resume else None)
     return Plan(config, dataset, folder, given.resume, defaults)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastproto import _settings
-from fastproto._check import expect
+from fastproto._check import LONGEST, expect
 from fastproto.cluster import PrototypeBank
 from fastproto.train import data
 from fastproto.train.config import Config, OptimizerConfig, difference, read_config, to_yaml
@@ -69,28 +69,43 @@ class State:
     before: dict[str, float] = field(default_factory=dict)  # accuracies of the random encoder, once they are known
     clustering: dict[str, float] = field(default_factory=dict)  # monitors of the last clustering
     log: list[dict[str, float]] = field(default_factory=list)  # one row per complete epoch
+    origin: dict[str, Any] = field(default_factory=dict)  # what a checkpoint must have in common to be loaded
 
     def save(self, folder: Path, keep: int = 2) -> Path:
         """Writes a checkpoint, whole or not at all, and removes all but the last ``keep``."""
         parts = {name: getattr(self, name) for name in PARTS if getattr(self, name) is not None}
         values = {name: getattr(self, name) for name in VALUES}
         random = {"cpu": torch.get_rng_state()}
+        more = {"random": random, "origin": self.origin}
         if torch.cuda.is_initialized():
             random["cuda"] = torch.cuda.get_rng_state()
         saved = {name: part.state_dict() for name, part in parts.items()}
         path = folder / "checkpoints" / f"epoch-{self.epoch:04d}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: torch.save(saved | values | {"random": random}, file))
+        write_whole(path, lambda file: torch.save(saved | values | more, file))
         for old in _checkpoints(folder)[:-keep]:
             old.unlink()
         return path
 
     def load(self, path: Path) -> None:
-        """Takes over what a checkpoint holds, random state included; raises what ``read_checkpoint`` does."""
+        """Takes over what a checkpoint holds, random state included.
+
+        Raises:
+            ValueError: what ``read_checkpoint`` raises; a checkpoint of another method, encoder or data set.
+            OSError: the file cannot be read.
+        """
         saved = read_checkpoint(path)
+        for name, wanted in self.origin.items():
+            # Checkpoints did not always say it.
+            found = saved.get("origin", {}).get(name, wanted)
+            expect(found == wanted, "checkpoint", str(path), f"{name} {wanted}", str(found))
         for name in PARTS:
             if getattr(self, name) is not None:
-                getattr(self, name).load_state_dict(saved[name])
+                try:
+                    getattr(self, name).load_state_dict(saved[name])
+                except Exception as error:  # parts refuse in their own ways, some at a length of many lines
+                    reason = "".join(str(error).splitlines()[-1:]).strip()[:LONGEST]
+                    raise ValueError(f"checkpoint: {path} does not fit the run's {name}: {reason}") from error
         for name in VALUES:
             # A run that was begun before a value existed goes on without it.
             setattr(self, name, saved.get(name, getattr(self, name)))
@@ -198,15 +213,22 @@ def build_state(config: Config, dataset: data.Dataset, device: torch.device) -> 
             warm_start=chosen.warm_start,
             seed=config.seed,
         ).to(device)
-    return State(method, build_optimizer(config.optimizer, method), boxes, prototypes)
+    origin = {
+        "method": config.method,
+        # Without the path: data may be moved.
+        "data": config.data.partition(":")[0],
+        "number of training images": count,
+        "digest of their names and labels": dataset.digest,
+    }
+    return State(method, build_optimizer(config.optimizer, method), boxes, prototypes, origin=origin)
 
 
-def check_buildable(config: Config, dataset: data.Dataset) -> None:
-    """Refuses what cannot be built, by building it.
+def check_buildable(config: Config, dataset: data.Dataset, checkpoint: Path | None = None) -> None:
+    """Refuses what cannot be built, by building it, and a checkpoint that does not fit, by loading it.
 
     Raises:
         ModuleNotFoundError: wandb is asked for and not installed.
-        ValueError: settings that a part refuses; a device that is not there.
+        ValueError: settings that a part refuses; a device that is not there; what ``State.load`` raises.
     """
     expect(config.device != "cuda" or torch.cuda.is_available(), "config", "device", "cpu: no GPU is here", "cuda")
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
@@ -214,7 +236,10 @@ def check_buildable(config: Config, dataset: data.Dataset) -> None:
     if config.wandb:
         importlib.import_module("wandb")
     with torch.random.fork_rng():
-        encoder = build_state(config, dataset, torch.device("cpu")).method.eval().encoder
+        state = build_state(config, dataset, torch.device("cpu"))
+        if checkpoint is not None:
+            state.load(checkpoint)
+        encoder = state.method.eval().encoder
     build_views(config, dataset)
     height, width = dataset.train_images.shape[2:]
     for size in {(height, width), (config.views.size or height,) * 2}:
@@ -290,14 +315,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """What ``State.save`` wrote.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or holds something else.
         OSError: it is not there, or may not be read.
     """
     with open(path, "rb") as file:
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            saved = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # by where it is cut or spoilt it fails in most ways there are, OSError among them
             raise ValueError(f"checkpoint: {path} is damaged") from error
+    ours = isinstance(saved, dict) and saved.keys() >= {"method", "optimizer", "boxes", "epoch", "random"}
+    expect(ours, "checkpoint", str(path), "what a training writes", "another file of torch's")
+    return saved
 
 
 def keep_best(path: Path) -> None:
@@ -370,7 +398,7 @@ def load_run(folder: Path | str, checkpoint: Path | None = None, dataset: data.D
 
     Raises:
         ValueError: the folder holds no run, or none with a checkpoint; the data it was trained on is gone; the
-            checkpoint is not there, or damaged.
+            checkpoint is not there, is damaged, or is of another method, encoder or data set.
         OSError: the checkpoint cannot be read.
     """
     folder = Path(folder)

@@ -73,6 +73,7 @@ def train(
         Interrupted: ``stop`` said so.
         FloatingPointError: the loss is no longer finite.
         BrokenImage: a file that does not decode, where the configuration is strict.
+        ValueError: to resume, a checkpoint that is damaged, or of another method, encoder or data set.
     """
     # Before the first clustering spcl's metric and classifier get no gradient.
     strategy = DDPStrategy(find_unused_parameters=config.method == "spcl") if config.devices > 1 else "auto"

@@ -8,11 +8,13 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+import torch
+from train._files import write_image
 from train._runs import stop_after
 
 from fastproto import cli
 from fastproto.train import loop
-from fastproto.train.checkpoint import read_checkpoint, read_log, start_folder
+from fastproto.train.checkpoint import build_state, load_data, read_checkpoint, read_log, start_folder
 from fastproto.train.config import Config, EvaluationConfig
 from fastproto.train.data import Dataset
 
@@ -71,3 +73,67 @@ def test_a_run_killed_before_its_first_checkpoint_begins(tmp_path: Path, tiny_co
     assert cli.main(["train", "--out", str(tmp_path), "--resume"]) == 0
     assert json.loads((tmp_path / "result.json").read_text())["config"]["seed"] == 3
     assert [row["epoch"] for row in read_log(tmp_path)] == [1]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err.rstrip("\n")
+
+
+def test_a_checkpoint_of_something_else_is_refused_by_name(
+    tmp_path: Path, tiny_config: Config, made: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def begin(name: str, config: Config, dataset: Dataset) -> Path:
+        start_folder(tmp_path / name, config)
+        return build_state(config, dataset, torch.device("cpu")).save(tmp_path / name)
+
+    base = replace(tiny_config, method="simclr")
+    begin("run", base, made)
+    wider = replace(base, encoder=replace(base.encoder, width=16))
+    others = {
+        "expected method simclr, got moco": begin("other", replace(base, method="moco"), made),
+        "expected data digits, got cifar10": begin("data", replace(base, data="cifar10"), made),
+        "does not fit the run's method: size mismatch": begin("wide", wider, made),
+        "expected what a training writes, got another file of torch's": tmp_path / "weights.pt",
+    }
+    torch.save({"weight": torch.ones(2)}, tmp_path / "weights.pt")
+    for message, path in others.items():
+        line = refused(capsys, "eval", tmp_path / "run", "--checkpoint", path)
+        assert line.startswith(f"fastproto eval: checkpoint: {path} {message}")
+        assert len(line) < 600
+
+    path = begin("fewer", base, made.limited(39))
+    for command in (["eval"], ["report"], ["export", "--to", "safetensors"], ["train", "--resume", "--out"]):
+        line = refused(capsys, *command, tmp_path / "fewer")
+        assert line.endswith(f"checkpoint: {path} expected number of training images 40, got 39")
+    # A checkpoint from before this was kept says it in torch's words.
+    saved = read_checkpoint(path)
+    del saved["origin"]
+    torch.save(saved, path)
+    assert f"{path} does not fit the run's boxes: size mismatch" in refused(capsys, "eval", tmp_path / "fewer")
+    saved = read_checkpoint(begin("run", base, made))
+    del saved["origin"]
+    torch.save(saved, path)
+    assert cli.main(["eval", str(tmp_path / "fewer"), "--knn"]) == 0
+
+
+def test_a_folder_of_other_images_is_refused(tmp_path: Path, tiny_config: Config) -> None:
+    images = tmp_path / "images"
+    for number in range(20):
+        write_image(images / "ab"[number % 2] / f"{number}.png", 8, 8, seed=number)
+    config = replace(tiny_config, method="simclr", data=f"imagefolder:{images}", batch_size=4, image_size=16, workers=0)
+
+    def load(path: Path) -> None:
+        build_state(config, load_data(config), torch.device("cpu")).load(path)
+
+    path = build_state(config, load_data(config), torch.device("cpu")).save(tmp_path)
+    images = images.rename(tmp_path / "moved")
+    config = replace(config, data=f"imagefolder:{images}")
+    load(path)
+    (images / "a" / "0.png").rename(images / "b" / "0.png")
+    (images / "b" / "1.png").rename(images / "a" / "1.png")
+    with pytest.raises(ValueError, match=r"expected digest of their names and labels \w{16}, got \w{16}$"):
+        load(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from fastproto._check import expect, is_integer
 from fastproto.train.data.dataset import Dataset, from_arrays, from_files
 from fastproto.train.data.digits import digits
 from fastproto.train.data.downloads import DOWNLOADS, download
-from fastproto.train.data.folders import image_folder, imagenet, tiny_imagenet
+from fastproto.train.data.folders import FolderFiles, image_folder, imagenet, tiny_imagenet
 from fastproto.train.data.shards import image_shards
 
 # Sides of squares where none is asked for.
@@ -97,4 +98,7 @@ def load(
         raise ValueError(f"load: name expected {known}, got {name!r}")
     side = image_size or SIDES.get(name, SIDE)
     data = from_files(name, *found, side=side, resident=resident, workers=workers, strict=strict, gpu_decode=gpu_decode)
-    return replace(data, left_out=data.left_out + cut)
+    (files, labels), digest = found[0], ""
+    if isinstance(files, FolderFiles):
+        digest = hashlib.sha256(files.names.tobytes() + labels.tobytes()).hexdigest()[:16]
+    return replace(data, left_out=data.left_out + cut, digest=digest)
