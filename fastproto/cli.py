@@ -251,20 +251,20 @@ def evaluate(arguments: Sequence[str]) -> int:
         expect(0 < given.labels <= 1, "eval", "--labels", "a share above 0, at most 1", given.labels)
         checkpoint = latest_checkpoint(given.run) if given.checkpoint is None else given.checkpoint
         run, known = load_run(given.run, checkpoint), read_evaluations(given.run)
+        unasked = not (given.knn or given.linear or given.linear_sgd)
+        metrics: list[Metric] = [*KNN] if given.knn or unasked else []
+        metrics += ["linear"] if given.linear or unasked else []
+        metrics += ["linear_sgd"] if given.linear_sgd else []
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        encoder = run.method.encoder.to(device)
+        found = measure(encoder, run.dataset, metrics=metrics, labels=given.labels, device=device)
+        for metric, accuracy in found.items():
+            name, _, rate = metric.partition("/")
+            print(f"{f'  lr {rate}' if rate else METRICS[name]:16}{100 * accuracy:7.1f}%")
+        own = checkpoint.resolve().parent == (given.run / "checkpoints").resolve()
+        write_evaluations(given.run, known, checkpoint.stem if own else str(checkpoint), given.labels, found)
     except (ValueError, OSError) as error:
         return fail("fastproto eval", error)
-    unasked = not (given.knn or given.linear or given.linear_sgd)
-    metrics: list[Metric] = [*KNN] if given.knn or unasked else []
-    metrics += ["linear"] if given.linear or unasked else []
-    metrics += ["linear_sgd"] if given.linear_sgd else []
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = run.method.encoder.to(device)
-    found = measure(encoder, run.dataset, metrics=metrics, labels=given.labels, device=device)
-    for metric, accuracy in found.items():
-        name, _, rate = metric.partition("/")
-        print(f"{f'  lr {rate}' if rate else METRICS[name]:16}{100 * accuracy:7.1f}%")
-    own = checkpoint.resolve().parent == (given.run / "checkpoints").resolve()
-    write_evaluations(given.run, known, checkpoint.stem if own else str(checkpoint), given.labels, found)
     return 0
 
 

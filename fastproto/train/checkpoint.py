@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastproto import _settings
-from fastproto._check import LONGEST, expect
+from fastproto._check import LONGEST, expect, is_number
 from fastproto.cluster import PrototypeBank
 from fastproto.train import data
 from fastproto.train.config import Config, OptimizerConfig, difference, read_config, to_yaml
@@ -383,12 +383,40 @@ def write_log(folder: Path, log: list[dict[str, float]]) -> None:
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
-    """The rows of log.csv; NaN where a row has no entry."""
+    """The rows of log.csv; NaN where a row has no entry. Raises ValueError where it holds something else."""
     path = folder / "log.csv"
     if not path.is_file():
         return []
     with open(path, newline="") as file:
-        return [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
+        try:
+            return [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
+        except (ValueError, TypeError, csv.Error) as error:
+            raise ValueError(f"run: {path} expected rows of numbers, got {error}") from error
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """What result.json holds; nothing while the run has not ended. Raises ValueError where it holds something else."""
+    path = folder / "result.json"
+    found = read_json(path)
+    depths = {"before": 1, "after": 1, "time_s": 1, "best": 2}
+    good = isinstance(found, dict) and all(is_table(found.get(name, {}), depth) for name, depth in depths.items())
+    expect(good, "run", str(path), "the result of a training", "something else")
+    return found
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds, {} where there is none; a damaged one is a ValueError that names it."""
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"run: {path} expected JSON, got {error}") from error
+
+
+def is_table(value: Any, depth: int) -> bool:
+    """Whether it is a number, or a dict of such tables, one level less deep."""
+    if depth == 0:
+        return is_number(value)
+    return isinstance(value, dict) and all(is_table(entry, depth - 1) for entry in value.values())
 
 
 def load_run(folder: Path | str, checkpoint: Path | None = None, dataset: data.Dataset | None = None) -> Run:
@@ -398,7 +426,8 @@ def load_run(folder: Path | str, checkpoint: Path | None = None, dataset: data.D
 
     Raises:
         ValueError: the folder holds no run, or none with a checkpoint; the data it was trained on is gone; the
-            checkpoint is not there, is damaged, or is of another method, encoder or data set.
+            checkpoint is not there, is damaged, or is of another method, encoder or data set; log.csv
+            or result.json is damaged.
         OSError: the checkpoint cannot be read.
     """
     folder = Path(folder)
@@ -416,7 +445,6 @@ def load_run(folder: Path | str, checkpoint: Path | None = None, dataset: data.D
     assignments: list[Tensor] = []
     if state.prototypes is not None and state.prototypes.ready:
         prototypes, assignments, _ = state.prototypes.lookup(torch.arange(len(dataset.train_images)))
-    result = folder / "result.json"
     return Run(
         path=folder,
         config=config,
@@ -427,7 +455,7 @@ def load_run(folder: Path | str, checkpoint: Path | None = None, dataset: data.D
         prototypes=prototypes,
         assignments=assignments,
         log=read_log(folder),
-        result=json.loads(result.read_text()) if result.is_file() else {},
+        result=read_result(folder),
     )
 
 

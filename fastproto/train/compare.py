@@ -6,7 +6,6 @@ but the seed share a colour, and have a row for the mean and the standard deviat
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastproto._check import expect
-from fastproto.train.checkpoint import is_run, read_log, write_text
+from fastproto.train.checkpoint import is_run, read_log, read_result, write_text
 from fastproto.train.config import MACHINE, Config, flat, read_config
 from fastproto.train.evaluate import KNN
 from fastproto.train.monitors import MONITORS
@@ -76,9 +75,8 @@ def read_summary(folder: Path) -> Summary:
         ValueError: the folder holds no run, or a damaged one.
     """
     expect(is_run(folder), "report", "folder", "one that holds a run", str(folder))
-    path = folder / "result.json"
-    result = json.loads(path.read_text()) if path.is_file() else {}
-    return Summary(folder.resolve().name, read_config(folder / "config.yaml"), read_log(folder), result)
+    config = read_config(folder / "config.yaml")
+    return Summary(folder.resolve().name, config, read_log(folder), read_result(folder))
 
 
 def grouped(runs: Sequence[Summary]) -> list[Summary]:

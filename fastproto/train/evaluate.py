@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastproto._check import expect, expect_tensor
 from fastproto._random import Stream, random_bits
-from fastproto.train.checkpoint import write_text
+from fastproto.train.checkpoint import is_table, read_json, write_text
 from fastproto.train.data import Dataset, Images, Streamed, squares
 from fastproto.train.probes import check_features, linear_probe, linear_sgd
 
@@ -164,11 +164,9 @@ def read_evaluations(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
         ValueError: the file holds something else.
     """
     path = folder / "evaluation.json"
-    try:
-        found = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"eval: {path} expected JSON, got {error}") from error
-    expect(isinstance(found, dict), "eval", str(path), "accuracies by checkpoint", type(found).__name__)
+    found = read_json(path)
+    got = "something else" if isinstance(found, dict) else type(found).__name__
+    expect(is_table(found, 3), "run", str(path), "accuracies by checkpoint and share of the labels", got)
     return found
 
 

@@ -87,11 +87,45 @@ def test_what_eval_refuses_it_refuses_before_it_measures(
         assert message in one_line(capsys)
     assert cli.main(["eval", str(run.parent), "--checkpoint", str(run / "damaged.pt")]) == 2
     assert f"run: folder expected one that holds a run, got {run.parent}" in one_line(capsys)
-    for text, message in (("{", "evaluation.json expected JSON, got"), ("[]", "accuracies by checkpoint, got list")):
+    for text, message in (
+        ("{", "evaluation.json expected JSON, got"),
+        ("[]", "evaluation.json expected accuracies by checkpoint and share of the labels, got list"),
+        ('{"epoch-0002": 3}', "accuracies by checkpoint and share of the labels, got something else"),
+        ('{"epoch-0002": {"labels 1": {"knn20": null}}}', "labels, got something else"),
+    ):
         (run / "evaluation.json").write_text(text)
         assert cli.main(["eval", str(run)]) == 2
         assert message in one_line(capsys)
         assert (run / "evaluation.json").read_text() == text
+
+
+def test_an_image_that_does_not_decode_on_the_way_is_one_line(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(*args: object, **options: object) -> None:
+        raise data.BrokenImage("data: expected images that decode, got test/a/1.png")
+
+    monkeypatch.setattr(evaluate, "evaluate", measured)
+    assert cli.main(["eval", str(run)]) == 2
+    assert one_line(capsys) == "fastproto eval: data: expected images that decode, got test/a/1.png\n"
+    assert not (run / "evaluation.json").exists()
+
+
+def test_a_damaged_file_is_named_by_the_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text, message in (
+        ("result.json", '{"after": {', "expected JSON, got Expecting"),
+        ("result.json", "[]", "expected the result of a training, got something else"),
+        ("result.json", '{"after": {"knn20": "high"}}', "expected the result of a training, got something else"),
+        ("log.csv", "epoch,loss\n1,2,3\n", "expected rows of numbers, got "),
+        ("log.csv", "epoch,loss\n1,high\n", "expected rows of numbers, got could not convert"),
+        ("log.csv", "epoch,loss\n1,\udcff\n", "expected rows of numbers, got 'utf-8' codec"),
+    ):
+        whole = (run / name).read_bytes()
+        (run / name).write_text(text, errors="surrogateescape")
+        for more in ([], ["--out", str(run.parent / "page.html")]):
+            assert cli.main(["report", str(run), *more]) == 2
+            assert one_line(capsys).startswith(f"fastproto report: run: {run / name} {message}")
+        (run / name).write_bytes(whole)
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
