@@ -41,11 +41,16 @@ FILES = (
     "evaluation.json",
     "report.html",
     "events.out.tfevents.*",
-    "export",
     "wandb",
+    "export",
     "checkpoints",
     "config.yaml",
 )
+# The run's files in folders where a user may keep others; one that is being written is .NAME.part.
+INSIDE = {
+    "export": r"README\.md|torchvision\.pt|timm\.safetensors|encoder\.safetensors|encoder\.onnx",
+    "checkpoints": r"epoch-[0-9]{4,}\.pt|best\.pt|best\.part",
+}
 CHECKPOINT = re.compile(r"epoch-[0-9]{4,}\.pt")
 # More decode faster than any one GPU trains.
 MOST_WORKERS = 16
@@ -367,9 +372,23 @@ def start_folder(folder: Path, config: Config) -> None:
     """Removes the run that the folder holds, if any, and nothing else, and writes the new run's configuration."""
     if is_run(folder):
         for path in (path for pattern in FILES for path in folder.glob(pattern)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.name in INSIDE and path.is_dir():
+                _empty(path, INSIDE[path.name])
+            elif path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", f"{MARK}\n{to_yaml(config)}")
+
+
+def _empty(folder: Path, names: str) -> None:
+    """Removes the files of these names, a pattern, and the folder if nothing is left; a link to one stays."""
+    for path in folder.iterdir():
+        if re.fullmatch(rf"{names}|\.({names})\.part", path.name):
+            path.unlink()
+    if not folder.is_symlink() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def write_log(folder: Path, log: list[dict[str, float]]) -> None:

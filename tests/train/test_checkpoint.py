@@ -16,6 +16,7 @@ from torch import Tensor
 from fastproto.train import checkpoint
 from fastproto.train.config import Config, OptimizerConfig, plain, read_config
 from fastproto.train.data import Dataset
+from fastproto.train.export import CARD, WRITERS
 
 CPU = torch.device("cpu")
 
@@ -158,6 +159,34 @@ def test_starting_anew_removes_the_run_and_nothing_else(
     checkpoint.start_folder(tmp_path, replace(tiny_config, seed=3))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "notes.txt"]
     assert read_config(tmp_path / "config.yaml") == replace(tiny_config, seed=3)
+
+
+def test_starting_anew_leaves_a_users_files_among_the_runs(
+    tmp_path: Path, tiny_config: Config, tiny_data: Dataset
+) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    for names in (["export/mine.txt", "checkpoints/precious.pt", "checkpoints/epoch-0003-backup.pt"], []):
+        checkpoint.start_folder(run, tiny_config)
+        checkpoint.keep_best(stepped(tiny_config, tiny_data).save(run))
+        (run / "export").mkdir(exist_ok=True)
+        written = ["checkpoints/best.part", "checkpoints/.epoch-0004.pt.part", "export/.timm.safetensors.part"]
+        for name in [*names, *written, f"export/{CARD}", *(f"export/{file}" for file, _ in WRITERS.values())]:
+            (run / name).write_text("old")
+        checkpoint.start_folder(run, tiny_config)
+        assert {path.relative_to(run).as_posix() for path in run.rglob("*.*")} == {"config.yaml", *names}
+        for name in names:
+            (run / name).unlink()
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
+
+    # Where the disk is small, checkpoints may be a link to a folder of a larger one.
+    elsewhere.mkdir()
+    (run / "checkpoints").symlink_to(elsewhere)
+    for _ in range(2):
+        stepped(tiny_config, tiny_data).save(run)
+        assert [path.name for path in elsewhere.iterdir()] == ["epoch-0003.pt"]
+        checkpoint.start_folder(run, tiny_config)
+        assert [path.name for path in elsewhere.iterdir()] == []
+        assert (run / "checkpoints").is_symlink()
 
 
 def test_the_log_comes_back_with_gaps(tmp_path: Path) -> None:
