@@ -223,7 +223,7 @@ def build_state(config: Config, dataset: data.Dataset, device: torch.device) -> 
         # Without the path: data may be moved.
         "data": config.data.partition(":")[0],
         "number of training images": count,
-        "digest of their names and labels": dataset.digest,
+        "digest of the names and labels of the training images": dataset.digest,
     }
     return State(method, build_optimizer(config.optimizer, method), boxes, prototypes, origin=origin)
 
