@@ -6,28 +6,29 @@ where neighbours are asked on the way, checkpoints/best.pt; and at its end resul
 
 from __future__ import annotations
 
-import csv
 import importlib
-import io
-import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastproto import _settings
-from fastproto._check import LONGEST, expect, is_number
+from fastproto._check import LONGEST, expect
 from fastproto.cluster import PrototypeBank
 from fastproto.train import data
 from fastproto.train.config import Config, OptimizerConfig, difference, read_config, to_yaml
 from fastproto.train.encoders import build_encoder
+from fastproto.train.files import read_log as read_log
+from fastproto.train.files import read_result
+from fastproto.train.files import write_log as write_log
+from fastproto.train.files import write_text as write_text
+from fastproto.train.files import write_whole as write_whole
 from fastproto.train.methods import Method, build_method
 from fastproto.train.sync_norm import synchronise
 from fastproto.views import SIMC_BOX, BoxBank, ContrastiveCrop
@@ -391,53 +392,6 @@ def _empty(folder: Path, names: str) -> None:
         folder.rmdir()
 
 
-def write_log(folder: Path, log: list[dict[str, float]]) -> None:
-    """Writes log.csv anew: rows after an interrupted epoch are gone, terms that came later have a column."""
-    columns = list(dict.fromkeys(name for row in reversed(log) for name in row))
-    file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, columns)
-    writer.writeheader()
-    writer.writerows(log)
-    write_text(folder / "log.csv", file.getvalue())
-
-
-def read_log(folder: Path) -> list[dict[str, float]]:
-    """The rows of log.csv; NaN where a row has no entry. Raises ValueError where it holds something else."""
-    path = folder / "log.csv"
-    if not path.is_file():
-        return []
-    with open(path, newline="") as file:
-        try:
-            return [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
-        except (ValueError, TypeError, csv.Error) as error:
-            raise ValueError(f"run: {path} expected rows of numbers, got {error}") from error
-
-
-def read_result(folder: Path) -> dict[str, Any]:
-    """What result.json holds; nothing while the run has not ended. Raises ValueError where it holds something else."""
-    path = folder / "result.json"
-    found = read_json(path)
-    depths = {"before": 1, "after": 1, "time_s": 1, "best": 2}
-    good = isinstance(found, dict) and all(is_table(found.get(name, {}), depth) for name, depth in depths.items())
-    expect(good, "run", str(path), "the result of a training", "something else")
-    return found
-
-
-def read_json(path: Path) -> Any:
-    """What a file of JSON holds, {} where there is none; a damaged one is a ValueError that names it."""
-    try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"run: {path} expected JSON, got {error}") from error
-
-
-def is_table(value: Any, depth: int) -> bool:
-    """Whether it is a number, or a dict of such tables, one level less deep."""
-    if depth == 0:
-        return is_number(value)
-    return isinstance(value, dict) and all(is_table(entry, depth - 1) for entry in value.values())
-
-
 def load_run(folder: Path | str, checkpoint: Path | None = None, dataset: data.Dataset | None = None) -> Run:
     """Reads a run back from its folder, on the CPU, at its last checkpoint or another.
 
@@ -482,18 +436,3 @@ def _checkpoints(folder: Path) -> list[Path]:
     """The run's checkpoints by epoch; a file of the user's beside them, as epoch-0002-backup.pt, is none."""
     named = [path for path in (folder / "checkpoints").glob("epoch-*.pt") if CHECKPOINT.fullmatch(path.name)]
     return sorted(named, key=lambda path: int(path.stem.removeprefix("epoch-")))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text whole or not at all."""
-    write_whole(path, lambda file: file.write(text.encode()))
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Has ``write`` write a file that is there whole or not at all, even if the machine stops."""
-    temporary = path.with_name(f".{path.name}.part")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastproto._check import expect
-from fastproto.train.checkpoint import is_run, read_log, read_result, write_text
+from fastproto.train.checkpoint import is_run
 from fastproto.train.config import MACHINE, Config, flat, read_config
 from fastproto.train.evaluate import KNN
+from fastproto.train.files import read_log, read_result, write_text
 from fastproto.train.monitors import MONITORS
 from fastproto.train.plots import Line, curve, legend, paint
 from fastproto.train.report import METHODS, SCORES, data_name, phase_times, section, shown, total_time, whole_page

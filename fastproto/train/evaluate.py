@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from fastproto._check import expect, expect_tensor
 from fastproto._random import Stream, random_bits
-from fastproto.train.checkpoint import is_table, read_json, write_text
 from fastproto.train.data import Dataset, Images, Streamed, squares
+from fastproto.train.files import is_table, read_json, write_text
 from fastproto.train.probes import check_features, linear_probe, linear_sgd
 
 Metric = Literal["knn20", "knn200", "linear", "linear_sgd"]
