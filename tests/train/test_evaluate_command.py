@@ -162,7 +162,7 @@ def test_training_prints_the_best_on_the_way_where_it_was_asked_for(
         config = replace(tiny_config, evaluation=EvaluationConfig(interval))
         monkeypatch.setattr(cli, "prepare", lambda arguments, config=config: (config, None, tmp_path, False, None))
         monkeypatch.setattr(loop, "train", lambda *args, **options: result)
-        monkeypatch.setattr(report, "write_report", lambda folder: folder)
+        monkeypatch.setattr(report, "write_report", lambda folder, dataset: folder)
         assert cli.main(["train"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[2] == "kNN, k = 20        50.0%   50.0%" + interval * "   75.0% after epoch 1"
