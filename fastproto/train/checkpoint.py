@@ -276,7 +276,10 @@ def build_optimizer(config: OptimizerConfig, method: nn.Module) -> torch.optim.O
     if config.name == "lars":
         from timm.optim import Lars
 
-        # It scales no step of the parameters that are not decayed, as in SimCLR (arXiv 2002.05709, appendix B.1).
+        # As in SimCLR (arXiv 2002.05709, appendix B.1) only the steps of biases and norms are not scaled. By itself
+        # timm's scales no step of what is not decayed, which with a weight decay of 0 is everything.
+        for group, (flat, _) in zip(groups, sorted(chosen), strict=True):
+            group["always_adapt"] = not flat
         return Lars(groups, lr=config.lr, momentum=config.momentum)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
 

@@ -81,16 +81,17 @@ def test_simsiams_predictor_has_groups_of_its_own(tiny_config: Config, tiny_data
         assert decay == (0.1 if ndim > 1 else 0)
 
 
-def test_lars_scales_the_steps_of_matrices_and_kernels_by_their_norms() -> None:
+@pytest.mark.parametrize("decay", [0.1, 0.0])
+def test_lars_scales_the_steps_of_matrices_and_kernels_by_their_norms(decay: float) -> None:
     module = nn.Linear(4, 2)
     weight, bias = module.weight.detach().clone(), module.bias.detach().clone()
     upstream = torch.randn_like(weight)
-    lars = checkpoint.build_optimizer(OptimizerConfig("lars", lr=0.3, momentum=0.0, weight_decay=0.1), module)
+    lars = checkpoint.build_optimizer(OptimizerConfig("lars", lr=0.3, momentum=0.0, weight_decay=decay), module)
     ((module.weight * upstream).sum() + module.bias.sum()).backward()
     lars.step()
     # You et al., Large Batch Training of Convolutional Networks, arXiv 1708.03888, algorithm 1.
-    trust = 0.001 * weight.norm() / (upstream.norm() + 0.1 * weight.norm())
-    torch.testing.assert_close(module.weight.detach(), weight - 0.3 * trust * (upstream + 0.1 * weight))
+    trust = 0.001 * weight.norm() / (upstream.norm() + decay * weight.norm())
+    torch.testing.assert_close(module.weight.detach(), weight - 0.3 * trust * (upstream + decay * weight))
     torch.testing.assert_close(module.bias.detach(), bias - 0.3)
 
 
