@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -105,6 +106,7 @@ class TimmTrunk(nn.Module):
         self.options: dict[str, Any] = {"img_size": image_size} if settings.fixed_input_size else {}
         network: Any = timm.create_model(name, num_classes=0, global_pool="", **self.options)
         self.network, self.num_features = network, int(network.num_features)
+        self._freeze_unused(image_size)
 
     def forward(self, images: Tensor) -> Tensor:
         network: Any = self.network
@@ -113,6 +115,16 @@ class TimmTrunk(nn.Module):
             tokens = features[:, getattr(network, "num_prefix_tokens", 0) :]
             return tokens.transpose(1, 2).unflatten(2, network.patch_embed.grid_size)
         return features.permute(0, 3, 1, 2) if getattr(network, "output_fmt", "NCHW") == "NHWC" else features
+
+    @torch.enable_grad()
+    def _freeze_unused(self, image_size: int) -> None:
+        """Parameters of the head that timm leaves in get no gradient: DDP waits for one of all that are trained."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        # In evaluation nothing is drawn and no statistics move.
+        total = self.eval()(torch.zeros(1, 3, image_size, image_size)).sum()
+        for parameter, gradient in zip(trained, torch.autograd.grad(total, trained, allow_unused=True), strict=True):
+            parameter.requires_grad_(gradient is not None)
+        self.train()
 
 
 def build_encoder(name: str, *, image_size: int, width: int | None = None, stem: str = "auto") -> Encoder:

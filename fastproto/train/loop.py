@@ -39,7 +39,7 @@ from fastproto.train.config import Config, OptimizerConfig, plain
 from fastproto.train.data import Dataset, batches
 from fastproto.train.encoders import Encoder
 from fastproto.train.evaluate import KNN, embed, evaluate
-from fastproto.train.methods import Method, Prototypes
+from fastproto.train.methods import METHODS, Method, Prototypes
 from fastproto.train.monitors import embedding_monitors, prototype_monitors
 from fastproto.views import localize
 
@@ -75,8 +75,8 @@ def train(
         BrokenImage: a file that does not decode, where the configuration is strict.
         ValueError: to resume, a checkpoint that is damaged, or of another method, encoder or data set.
     """
-    # Before the first clustering spcl's metric and classifier get no gradient.
-    strategy = DDPStrategy(find_unused_parameters=config.method == "spcl") if config.devices > 1 else "auto"
+    idle = METHODS[config.method].idle_parts
+    strategy = DDPStrategy(find_unused_parameters=idle) if config.devices > 1 else "auto"
     device_type = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     local = _settings.torchrun_local_world or config.devices
     fabric = Fabric(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,6 +51,27 @@ def test_a_transformers_map_has_its_tokens_where_their_patches_are() -> None:
     with torch.no_grad():
         change = (encoder.feature_map(x) - encoder.feature_map(torch.zeros_like(x))).abs().sum(1)[0]
     assert (change > 1e-3).nonzero().tolist() == [[1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("name", "head"), [("convnext_atto", "head.norm."), ("mobilenetv3_small_050", "conv_head."), ("resnet18", None)]
+)
+def test_what_the_feature_map_of_a_timm_network_does_not_use_is_not_trained(name: str, head: str | None) -> None:
+    torch.manual_seed(3)
+    encoder = build_encoder(f"timm/{name}", image_size=32)
+    torch.manual_seed(3)
+    network = timm.create_model(name, num_classes=0, global_pool="")
+    # Looking for it changes nothing else.
+    assert encoder.training
+    for (path, value), (other, expected) in zip(
+        encoder.trunk.network.state_dict().items(), network.state_dict().items(), strict=True
+    ):
+        assert path == other and torch.equal(value, expected)
+    assert {parameter.grad for parameter in encoder.parameters()} == {None}
+    encoder(torch.rand(2, 3, 32, 32)).sum().backward()
+    for path, parameter in encoder.trunk.network.named_parameters():
+        used = head is None or not path.startswith(head)
+        assert parameter.requires_grad == used == (parameter.grad is not None), path
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])

@@ -280,6 +280,15 @@ def test_the_queue_holds_the_latest_keys_first(tiny_config: Config, name: str) -
         torch.testing.assert_close(method.queue, torch.stack(expected[:40]))
 
 
+@pytest.mark.parametrize("name", list(METHODS))
+def test_a_method_says_whether_parts_may_be_idle(tiny_config: Config, name: str) -> None:
+    config = replace(tiny_config, prototypes=PrototypeConfig(num=(5,)))
+    method = build(config, name)
+    torch.stack(list(method(two_views()).values())).sum().backward()
+    idle = [path for path, value in method.named_parameters() if value.requires_grad and value.grad is None]
+    assert bool(idle) == method.idle_parts, idle
+
+
 def test_the_method_in_contributing_is_one(
     tmp_path: Path, tiny_config: Config, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ class Method(nn.Module, ABC):
     """
 
     clusters = False
+    idle_parts = False  # whether a step may leave trained parameters without a gradient
     constant_lr: tuple[str, ...] = ()  # parts whose learning rate does not fall
     projector: nn.Module
 

@@ -20,6 +20,7 @@ class SPCL(Method):
     """NT-Xent on projections; siamese metric and prototype cross-entropy on features."""
 
     clusters = True
+    idle_parts = True  # metric and classifier, before the first clustering
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__(config, encoder)
