@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import Any
 
@@ -104,17 +105,33 @@ class TimmTrunk(nn.Module):
         expect(found, "build_encoder", "name", f"{TIMM}NAME with a name of timm.list_models()", f"{TIMM}{name}")
         settings: Any = timm.get_pretrained_cfg(name)
         self.options: dict[str, Any] = {"img_size": image_size} if settings.fixed_input_size else {}
-        network: Any = timm.create_model(name, num_classes=0, global_pool="", **self.options)
-        self.network, self.num_features = network, int(network.num_features)
-        self._freeze_unused(image_size)
+        try:
+            network: Any = timm.create_model(name, num_classes=0, global_pool="", **self.options)
+            self.network, self.num_features = network, int(network.num_features)
+            self._freeze_unused(image_size)
+        except Exception as error:  # networks refuse in their own ways
+            wanted = f"a network that makes a feature map of images of {image_size} x {image_size}"
+            reason = " ".join(str(error).split())
+            raise ValueError(f"build_encoder: name expected {wanted}, got {TIMM}{name}: {reason}") from error
 
     def forward(self, images: Tensor) -> Tensor:
         network: Any = self.network
         features = network.forward_features(images)
+        expect(isinstance(features, Tensor), "encoder", "its last features", "one tensor", type(features).__name__)
         if features.ndim == 3:
             tokens = features[:, getattr(network, "num_prefix_tokens", 0) :]
-            return tokens.transpose(1, 2).unflatten(2, network.patch_embed.grid_size)
+            return tokens.transpose(1, 2).unflatten(2, self._grid(images, tokens.shape[1]))
         return features.permute(0, 3, 1, 2) if getattr(network, "output_fmt", "NCHW") == "NHWC" else features
+
+    def _grid(self, images: Tensor, count: int) -> tuple[int, int]:
+        """Rows and columns of so many tokens: those of the network's patches if it says, else of square patches."""
+        grid = getattr(getattr(self.network, "patch_embed", None), "grid_size", None)
+        if grid is None:
+            height, width = images.shape[2:]
+            side = math.isqrt(height * width // max(count, 1)) or 1
+            grid = height // side, width // side
+        expect(math.prod(grid) == count, "encoder", "its last features", "a map or a token a patch", f"{count} tokens")
+        return tuple(grid)
 
     @torch.enable_grad()
     def _freeze_unused(self, image_size: int) -> None:
@@ -141,7 +158,8 @@ def build_encoder(name: str, *, image_size: int, width: int | None = None, stem:
             "auto": small up to 64 px. The others have one stem.
 
     Raises:
-        ValueError: no encoder has that name; a width below 8, or for a timm network; a stem that it does not have.
+        ValueError: no encoder has that name; a width below 8, or for a timm network; a stem that it does not have; a
+            network of timm that gives no feature map.
     """
     known = f"one of resnet-tiny, {', '.join(RESNETS)}, {TIMM}NAME"
     expect(name == "resnet-tiny" or name in RESNETS or name.startswith(TIMM), "build_encoder", "name", known, name)

@@ -26,6 +26,8 @@ from fastproto.train.encoders import Block, build_encoder
         ("timm/vit_tiny_patch16_224", None, 48, (1, 3, 48, 48), (1, 192, 3, 3)),
         ("timm/swin_tiny_patch4_window7_224", None, 64, (1, 3, 64, 64), (1, 768, 2, 2)),
         ("timm/convnext_atto", None, 64, (1, 3, 32, 96), (1, 320, 1, 3)),
+        ("timm/mixer_s32_224", None, 64, (1, 3, 64, 64), (1, 512, 2, 2)),
+        ("timm/xcit_nano_12_p16_224", None, 64, (1, 3, 32, 96), (1, 128, 2, 6)),
     ],
 )
 def test_features_are_the_mean_of_the_feature_map(
@@ -136,6 +138,19 @@ def test_the_stem_can_be_chosen() -> None:
         assert isinstance(encoder.trunk.maxpool, nn.Identity) == (kernel == 3)
     with pytest.raises(ValueError, match="stem expected auto: resnet-tiny has its own, got small"):
         build_encoder("resnet-tiny", image_size=32, stem="small")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("deit_tiny_distilled_patch16_224", "The distilled head reads .*"),
+        ("pit_ti_224", "encoder: its last features expected a map or a token a patch, got 1 tokens"),
+    ],
+)
+def test_a_timm_network_without_a_feature_map_is_refused(name: str, reason: str) -> None:
+    wanted = r"build_encoder: name expected a network that makes a feature map of images of 64 x 64"
+    with pytest.raises(ValueError, match=f"{wanted}, got timm/{name}: {reason}$"):
+        build_encoder(f"timm/{name}", image_size=64)
 
 
 def test_unknown_names_and_narrow_ones_are_refused() -> None:
