@@ -66,7 +66,9 @@ class Everything(nn.Module):
         loss = loss + AlignmentLoss()(out0, out1)
 
         if self.method is not None:
-            self.method._keys = [out1.detach().float()]
+            # As the trainer deals them out: two parts of a batch, each row by row to the ranks.
+            parts = gather_rows(out1.detach().float()).view(2, -1, D)
+            self.method._keys = list(parts[:, rank :: dist.get_world_size() if dist.is_initialized() else 1])
             self.method.after_step(0.5)
         return loss + self.spcl(out0, out1, h0, h1, labels)
 
@@ -77,7 +79,7 @@ def moco() -> nn.Module:
     from fastproto.train.encoders import build_encoder
     from fastproto.train.methods.moco import MoCo
 
-    config = Config(head=HeadConfig(16, D), target=TargetConfig(queue=N + 3))
+    config = Config(head=HeadConfig(16, D), target=TargetConfig(queue=N - 3))
     return MoCo(config, build_encoder("resnet-tiny", image_size=16, width=8))
 
 
