@@ -7,14 +7,17 @@
 
 Prints the mean loss of every epoch, and average precision at IoU 0.5 on the second folder. For COCO's own table of
 figures give the predictions to pycocotools. The backbone needs torchvision's stem: train it on views above 64 pixels.
+Images are normalised as the model card beside the weights says, without one as ImageNet's; categories go by their ids.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,15 +28,22 @@ from torchvision.ops import box_iou
 
 from fastproto.views.files import read_image
 
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH, LR, WEIGHT_DECAY = 4, 0.02 / 16 * 4, 1e-4
 
 
 class CocoFolder(Dataset):
-    """Images with their boxes (x0, y0, x1, y1) and labels 1, 2, ...; crowds and empty boxes are left out."""
+    """Images with their boxes (x0, y0, x1, y1) and labels 1, 2, ...; crowds and empty boxes are left out.
 
-    def __init__(self, images: Path, annotations: Path) -> None:
+    ``labels`` are those of the categories' ids in training, whose file may list them in another order; None: its own.
+    """
+
+    def __init__(self, images: Path, annotations: Path, labels: dict[int, int] | None = None) -> None:
         content = json.loads(annotations.read_text())
-        self.labels = {category["id"]: i + 1 for i, category in enumerate(content["categories"])}
+        self.labels = labels or {category["id"]: i + 1 for i, category in enumerate(content["categories"])}
+        unknown = {found["category_id"] for found in content["annotations"]} - self.labels.keys()
+        if unknown:
+            raise ValueError(f"{annotations}: expected categories of the training file, got ids {sorted(unknown)}")
         self.objects = defaultdict(list)
         for found in content["annotations"]:
             x, y, width, height = found["bbox"]
@@ -57,7 +67,18 @@ def list_of_each(rows: list[tuple]) -> list[tuple]:
     return list(zip(*rows, strict=True))
 
 
-def build(weights: Path, backbone: str, classes: int, **options: int) -> FasterRCNN:
+def mean_and_std(weights: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What the backbone's images were normalised with, as the model card beside it says; ImageNet's without a card."""
+    card, numbers = weights.with_name("README.md"), r"\(([-\d., ]+)\)"
+    text = card.read_text() if card.is_file() else ""
+    found = re.search(f"minus the mean {numbers}, divided by {numbers}", text)
+    if found is None:
+        return IMAGENET
+    mean, std = (tuple(map(float, group.split(","))) for group in found.groups())
+    return mean, std
+
+
+def build(weights: Path, backbone: str, classes: int, **options: Any) -> FasterRCNN:
     """All layers of the backbone are trained, its batch normalisations are frozen, as in torchvision's recipes."""
     fpn = resnet_fpn_backbone(backbone_name=backbone, weights=None, trainable_layers=5)
     missing, unexpected = fpn.body.load_state_dict(torch.load(weights), strict=False)
@@ -95,17 +116,22 @@ def average_precision(model: FasterRCNN, loader: DataLoader, classes: int) -> fl
     return sum(precisions) / max(1, len(precisions))
 
 
-def main(arguments: list[str] | None = None, **options: int) -> tuple[list[float], float]:
+def main(arguments: list[str] | None = None, **options: Any) -> tuple[list[float], float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("weights", "train_images", "train_annotations", "test_images", "test_annotations"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--epochs", type=int, default=12)
+    for name in ("--image_mean", "--image_std"):
+        parser.add_argument(name, type=float, nargs=3, help="default: the model card's")
     given = parser.parse_args(arguments)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train = CocoFolder(given.train_images, given.train_annotations)
-    test = CocoFolder(given.test_images, given.test_annotations)
+    test = CocoFolder(given.test_images, given.test_annotations, train.labels)
+    mean, std = mean_and_std(given.weights)
+    options |= {"image_mean": given.image_mean or mean, "image_std": given.image_std or std}
+    print(f"images: minus {options['image_mean']}, divided by {options['image_std']}")
     model = build(given.weights, given.backbone, len(train.labels), **options).to(device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=LR, momentum=0.9, weight_decay=WEIGHT_DECAY)

@@ -8,14 +8,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from fastproto.train.config import Config, EncoderConfig
 from fastproto.train.encoders import build_encoder
+from fastproto.train.export import card
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -89,6 +91,40 @@ def test_detection_learns_from_an_exported_backbone(monkeypatch: pytest.MonkeyPa
     losses, precision = example.main([*paths, "--backbone", "resnet18", "--epochs", "4"], **small)
     assert losses[-1] < 0.8 * losses[0]
     assert 0 <= precision <= 1
+
+
+def test_a_category_keeps_its_label_in_a_file_of_another_order(tmp_path: Path) -> None:
+    example = load("detection")
+    Image.new("RGB", (20, 20)).save(tmp_path / "0.png")
+    found = []
+    for name, ids, seen in (("train", (7, 3), 3), ("test", (3, 7), 3), ("other", (7, 3, 9), 9)):
+        objects = [{"image_id": 0, "category_id": seen, "bbox": [1, 2, 10, 10]}]
+        content = {"images": [{"id": 0, "file_name": "0.png"}], "annotations": objects}
+        (tmp_path / name).write_text(json.dumps(content | {"categories": [{"id": id} for id in ids]}))
+        if name != "other":
+            folder = example.CocoFolder(tmp_path, tmp_path / name, *(part.labels for part in found[:1]))
+            found.append(folder)
+            assert folder[0][1]["labels"].tolist() == [2]
+    with pytest.raises(ValueError, match=r"other: expected categories of the training file, got ids \[9\]"):
+        example.CocoFolder(tmp_path, tmp_path / "other", found[0].labels)
+
+
+def test_detection_normalises_as_the_model_card_says(tmp_path: Path) -> None:
+    example = load("detection")
+    weights, mean, std = tmp_path / "torchvision.pt", (0.1, 0.25, 0.5), (0.2, 0.3, 0.125)
+    assert example.mean_and_std(weights) == example.IMAGENET
+    encoder = build_encoder("resnet18", image_size=96)
+    dataset = SimpleNamespace(name="made", train_images=torch.zeros(1, 3, 96, 96), mean=mean, std=std)
+    run = SimpleNamespace(
+        config=Config(encoder=EncoderConfig("resnet18")), dataset=dataset, log=[], result={},
+        method=SimpleNamespace(encoder=encoder),
+    )  # fmt: skip
+    (tmp_path / "README.md").write_text(card(run, ["torchvision"]))
+    assert example.mean_and_std(weights) == (mean, std)
+    torch.save(encoder.trunk.state_dict(), weights)
+    normalise = example.build(weights, "resnet18", 2, image_mean=mean, image_std=std).transform.normalize
+    expected = (torch.ones(3) - torch.tensor(mean)) / torch.tensor(std)
+    torch.testing.assert_close(normalise(torch.ones(3, 1, 1)).flatten(), expected)
 
 
 def test_average_precision_counts_each_object_once() -> None:
