@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import logging
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,8 @@ from fastproto.train.evaluate import KNN, embed, evaluate
 from fastproto.train.methods import METHODS, Method, Prototypes
 from fastproto.train.monitors import embedding_monitors, prototype_monitors
 from fastproto.views import localize
+
+log = logging.getLogger("fastproto")
 
 # Images at most whose embeddings are watched for signs of collapse.
 WATCHED = 512
@@ -106,6 +109,9 @@ def train(
     if config.compile:
         for encoder in (part for part in method.modules() if isinstance(part, Encoder)):
             encoder.compile()
+    if rank == 0 and config.optimizer.warmup >= config.epochs:
+        rates = config.optimizer.lr * config.epochs / config.optimizer.warmup, config.optimizer.lr
+        log.warning("optimizer: no end of warmup in this run: the learning rate rises to %.3g of %.3g", *rates)
     module, optimizer = fabric.setup(method, state.optimizer)
     views = build_views(config, dataset)
     images = dataset.train_images.to(device)
@@ -158,9 +164,9 @@ def train(
                         state.sums[name] = state.sums.get(name, 0) + term.detach().double() / config.accumulate
                 state.step = step + 1
                 done = epoch + state.step / steps
+                rate = learning_rate(config.optimizer, epoch + (step + 0.5) / steps, config.epochs)
                 for group in optimizer.param_groups:
-                    falls = not group["constant"]
-                    group["lr"] = learning_rate(config.optimizer, done, config.epochs) if falls else config.optimizer.lr
+                    group["lr"] = config.optimizer.lr if group["constant"] else rate
                 optimizer.step()
                 optimizer.zero_grad()
                 method.after_step(done / config.epochs)
@@ -259,7 +265,10 @@ def clusters(config: Config, epoch: int) -> bool:
 
 
 def learning_rate(config: OptimizerConfig, done: float, epochs: int) -> float:
-    """The learning rate of the step after which so many epochs are done: a linear rise, then a cosine down to 0."""
+    """The learning rate once so many epochs are done: a linear rise, then a cosine down to 0.
+
+    A step takes that of its middle, so that none, be it the first, the last or the only one, learns nothing.
+    """
     if done <= config.warmup:
         return config.lr * done / config.warmup
     return config.lr * (1 + math.cos(math.pi * (done - config.warmup) / (epochs - config.warmup))) / 2
@@ -329,7 +338,7 @@ def log_row(config: Config, state: State, steps: int, skipped: int) -> dict[str,
     busy = sum(state.seconds[phase] for phase in ("views", "forward", "loss", "backward"))
     return {
         "epoch": state.epoch + 1,
-        "lr": learning_rate(config.optimizer, state.epoch + 1, config.epochs),
+        "lr": learning_rate(config.optimizer, state.epoch + 1 - 0.5 / steps, config.epochs),
         "loss": sum(terms.values()),
         **terms,
         "images_per_s": steps * config.batch_size / busy,

@@ -210,7 +210,7 @@ def test_a_batch_in_parts_is_the_mean_of_its_parts(
         for name, term in terms.items():
             totals[name] = totals.get(name, 0.0) + term.item() / 2
     for group in state.optimizer.param_groups:
-        group["lr"] = loop.learning_rate(config.optimizer, 0.5, 1)
+        group["lr"] = loop.learning_rate(config.optimizer, 0.25, 1)
     state.optimizer.step()
     state.method.after_step(0.5)
     assert {name: float(total) for name, total in found.sums.items()} == pytest.approx(totals, rel=1e-6)
@@ -249,7 +249,7 @@ def test_simsiams_predictor_keeps_its_learning_rate(tmp_path: Path, tiny_config:
         loop.train(config, tiny_data, tmp_path, stop=stop_after(3))
     groups = at_the_end(tmp_path, config, tiny_data).optimizer.param_groups
     rates = {(group["constant"], group["lr"]) for group in groups}
-    assert rates == {(True, 0.05), (False, loop.learning_rate(config.optimizer, 1.5, 2))}
+    assert rates == {(True, 0.05), (False, loop.learning_rate(config.optimizer, 1.25, 2))}
 
 
 def test_the_best_checkpoint_stays(
@@ -350,6 +350,23 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert loop.learning_rate(OptimizerConfig(lr=2.0, warmup=0.0), 5.0, 10) == pytest.approx(1.0)
     # A warm-up that outlasts the run never falls.
     assert loop.learning_rate(OptimizerConfig(lr=2.0, warmup=20.0), 10.0, 10) == pytest.approx(1.0)
+
+
+@pytest.mark.usefixtures("no_evaluation")
+@pytest.mark.parametrize("warmup", [0.0, 1.0, 5.0])
+def test_a_run_of_one_step_learns(
+    tmp_path: Path, tiny_config: Config, tiny_data: Dataset, caplog: pytest.LogCaptureFixture, warmup: float
+) -> None:
+    optimizer = OptimizerConfig(lr=0.05, warmup=warmup)
+    config = replace(tiny_config, method="simclr", crop="random", epochs=1, batch_size=40, optimizer=optimizer)
+    loop.train(config, tiny_data, tmp_path)
+    (row,), state = read_log(tmp_path), at_the_end(tmp_path, config, tiny_data)
+    rate = 0.05 * 0.5 / max(warmup, 1)
+    assert [row["lr"], *(group["lr"] for group in state.optimizer.param_groups)] == pytest.approx([rate] * 3)
+    start = build_state(config, tiny_data, CPU).method.encoder
+    assert not torch.equal(next(state.method.encoder.parameters()), next(start.parameters()))
+    warned = f"optimizer: no end of warmup in this run: the learning rate rises to {2 * rate:g} of 0.05"
+    assert [record.getMessage() for record in caplog.records] == ([warned] if warmup else [])
 
 
 def test_boxes_and_prototypes_have_their_epochs() -> None:
