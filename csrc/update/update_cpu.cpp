@@ -1,6 +1,6 @@
-// Sums per label. Rows are first put in the order of their labels, so that a task adds up runs of one label in a buffer of
-// D numbers and touches the result once per run: N · D numbers are read once, K · D written about once. Two tasks may share
-// a label at their border; since sums on the grid are exact, it does not matter who adds first.
+// Sums per label. Rows are first put in the order of their labels, so that a task adds up runs of one label in registers, some
+// columns at a time, and touches the result once per run: N · D numbers are read once from memory, K · D written about once.
+// Two tasks may share a label at their border; since sums on the grid are exact, it does not matter who adds first.
 #include "update.h"
 
 #include <mutex>
@@ -21,10 +21,48 @@ namespace FASTPROTO_ISA {
 namespace {
 
 // Adds [v] and [v − [v]]'.
-inline void add(double value, double rounder, double fine_rounder, double& coarse, double& fine) {
-  const double rounded = (value + rounder) - rounder;
+template <typename Value>
+inline void add(Value value, double rounder, double fine_rounder, Value& coarse, Value& fine) {
+  const Value rounded = (value + rounder) - rounder;
   coarse += rounded;
   fine += ((value - rounded) + fine_rounder) - fine_rounder;
+}
+
+// Columns whose sums, coarse and fine, stay in registers while the rows of a run pass: 2 · 8 vectors.
+constexpr int WIDTH = LANES / 2, BLOCK = 8 * WIDTH;
+typedef double DoubleVec __attribute__((vector_size(WIDTH * 8)));
+typedef float FloatVec __attribute__((vector_size(WIDTH * 4)));
+
+struct Run {
+  const int64_t* order;  // rows of one label
+  int64_t count;
+  int64_t last;          // in `order`, of what may be fetched ahead
+};
+
+// Sums of BLOCK columns of a run from `first` on, or, not WHOLE, of fewer.
+template <bool WHOLE>
+void sum_columns(const Update& args, Run run, int64_t first, int64_t columns, double* coarse, double* fine) {
+  DoubleVec sum[BLOCK / WIDTH]{}, rest[BLOCK / WIDTH]{};
+  alignas(64) float row[BLOCK]{};
+  const int64_t item = args.x_dtype == static_cast<int>(Dtype::float32) ? 4 : 2, row_bytes = args.stride_x * item;
+  for (int64_t i = 0; i < run.count; ++i) {
+    const int64_t n = run.order[i];
+    // Rows out of order are what the CPU cannot foresee.
+    if (first == 0)
+      for (int64_t b = 0; b < args.D * item; b += 64)
+        __builtin_prefetch(static_cast<const char*>(args.x) + run.order[std::min(i + 6, run.last)] * row_bytes + b);
+    const float* x = read_row(args.x, args.x_dtype, n * args.stride_x + first, columns, row);
+    if (!WHOLE && x != row) x = static_cast<const float*>(std::memcpy(row, x, columns * sizeof(float)));
+    const double weight = args.weight ? args.weight[n] : 1.;
+#pragma GCC unroll 8
+    for (int v = 0; v < BLOCK / WIDTH; ++v) {
+      FloatVec values;
+      std::memcpy(&values, x + v * WIDTH, sizeof values);
+      add(__builtin_convertvector(values, DoubleVec) * weight, args.rounder[0], args.rounder[2], sum[v], rest[v]);
+    }
+  }
+  std::memcpy(coarse, sum, columns * sizeof(double));
+  std::memcpy(fine, rest, columns * sizeof(double));
 }
 
 }  // namespace
@@ -39,33 +77,23 @@ void update(const Update& args, int threads) {
   for (int64_t n = 0; n < args.N; ++n)
     if (args.label[n] >= 0) order[place[args.label[n]]++] = n;
 
-  const int64_t item = args.x_dtype == static_cast<int>(Dtype::float32) ? 4 : 2;
-  const int64_t row_stride = args.stride_x * item, row_bytes = args.D * item;
-  const double of_x = args.rounder[0], fine_of_x = args.rounder[2];
   double* const fine_sums = args.sums + args.K * args.D;
   std::mutex borders[64];
   const int64_t rows = std::max<int64_t>(256, counted / (8 * std::max(threads, 1)) + 1);
   parallel_for((counted + rows - 1) / rows, threads, [&](int64_t t) {
     thread_local std::vector<double> coarse, fine;
-    thread_local std::vector<float> row;
-    row.resize(args.D);
+    coarse.resize(args.D), fine.resize(args.D);
     const int64_t last = std::min(counted, (t + 1) * rows);
     for (int64_t i = t * rows; i < last;) {
       const int64_t k = args.label[order[i]];
       double count = 0, fine_count = 0;
-      coarse.assign(args.D, 0.), fine.assign(args.D, 0.);
-      double *const coarse_d = coarse.data(), *const fine_d = fine.data();
-      for (; i < last && args.label[order[i]] == k; ++i) {
-        const int64_t n = order[i];
-        // Rows out of order are what the CPU cannot foresee.
-        if (i + 4 < last)
-          for (int64_t b = 0; b < row_bytes; b += 64)
-            __builtin_prefetch(static_cast<const char*>(args.x) + order[i + 4] * row_stride + b);
-        const double weight = args.weight ? args.weight[n] : 1.;
-        load_row(args.x, args.x_dtype, n * args.stride_x, args.D, row.data());
-        const float* const x = row.data();
-        for (int64_t d = 0; d < args.D; ++d) add(weight * x[d], of_x, fine_of_x, coarse_d[d], fine_d[d]);
-        add(weight, args.rounder[1], args.rounder[3], count, fine_count);
+      Run run{order.data() + i, 0, last - 1 - i};
+      for (; i < last && args.label[order[i]] == k; ++i, ++run.count)
+        add(args.weight ? args.weight[order[i]] : 1., args.rounder[1], args.rounder[3], count, fine_count);
+      for (int64_t first = 0; first < args.D; first += BLOCK) {
+        const int64_t columns = std::min<int64_t>(BLOCK, args.D - first);
+        const auto sum_some = columns == BLOCK ? sum_columns<true> : sum_columns<false>;
+        sum_some(args, run, first, columns, coarse.data() + first, fine.data() + first);
       }
       std::lock_guard<std::mutex> lock(borders[k % 64]);
       for (int64_t d = 0; d < args.D; ++d) args.sums[k * args.D + d] += coarse[d], fine_sums[k * args.D + d] += fine[d];
