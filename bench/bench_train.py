@@ -25,10 +25,10 @@ from lightly.models.modules import SimCLRProjectionHead
 from lightly.transforms import SimCLRTransform
 
 from fastproto.train import loop
-from fastproto.train.checkpoint import read_log
 from fastproto.train.config import Config, EncoderConfig, HeadConfig
 from fastproto.train.data import Dataset
 from fastproto.train.encoders import build_encoder
+from fastproto.train.files import read_log
 
 COUNT, BATCH, WIDTH, SIDE = 1024, 256, 16, 32
 HEAD = HeadConfig(hidden=8 * WIDTH, dim=128)

@@ -53,6 +53,12 @@ def is_number(value: Any) -> bool:
     return isinstance(value, NUMBERS) and not isinstance(value, bool)
 
 
+def expect_positive_ints(op: str, **counts: Any) -> None:
+    """Raises ValueError for one that is no integer of at least 1."""
+    for argument, count in counts.items():
+        expect(is_integer(count) and count >= 1, op, argument, "an integer of at least 1", count)
+
+
 def expect_size(value: Any, op: str, argument: str, expected: str = "a positive int or two") -> tuple[int, int]:
     """Height and width from two positive ints, or from one for both; raises ValueError for anything else."""
     sides = value if isinstance(value, (tuple, list)) else (value, value)

@@ -174,9 +174,9 @@ def prepare(arguments: Sequence[str]) -> Plan:
         asked = config.devices in (1, _settings.torchrun_world)
         expect(asked, "config", "devices", f"{_settings.torchrun_world}, started by torchrun", config.devices)
         config = replace(config, devices=_settings.torchrun_world)
-    checkpoint.check_folder(folder, config, resume=given.resume, overwrite=given.overwrite)
+    start = checkpoint.check_folder(folder, config, resume=given.resume, overwrite=given.overwrite)
     dataset = checkpoint.load_data(config)
-    checkpoint.check_buildable(config, dataset, checkpoint.resume_point(folder) if given.resume else None)
+    checkpoint.check_buildable(config, dataset, start)
     return Plan(config, dataset, folder, given.resume, defaults)
 
 

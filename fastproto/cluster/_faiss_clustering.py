@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastproto._check import expect, expect_type
-from fastproto.cluster._faiss_flat import FlatIndex, Vector, as_float32, check_sizes, float32
+from fastproto._check import expect, expect_positive_ints, expect_type
+from fastproto.cluster._faiss_flat import FlatIndex, Vector, as_float32, float32
 from fastproto.cluster._rows import check_weights
 from fastproto.cluster.init import given_centers
 from fastproto.cluster.kmeans import KMeans
@@ -117,7 +117,7 @@ class Clustering(ClusteringParameters):
 
     def __init__(self, d: int, k: int, parameters: ClusteringParameters | None = None) -> None:
         super().__init__(**asdict(parameters) if parameters else {})
-        check_sizes("faiss_compat.Clustering", d=d, k=k)
+        expect_positive_ints("faiss_compat.Clustering", d=d, k=k)
         self.d, self.k = int(d), int(k)
         self.centroids = Vector(np.zeros(0, dtype=np.float32))
         self.obj, self.iteration_stats = Vector(), Vector()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastproto._check import describe, expect, is_integer
+from fastproto._check import describe, expect, expect_positive_ints
 from fastproto.cluster._rows import Rows, check_rows
 from fastproto.cluster._several import several_nearest
 
@@ -49,7 +49,7 @@ class FlatIndex:
     is_trained = True
 
     def __init__(self, d: int, metric: str, device: torch.device | str = "cpu") -> None:
-        check_sizes("faiss_compat.IndexFlat", d=d)
+        expect_positive_ints("faiss_compat.IndexFlat", d=d)
         self.d, self.metric, self.device = int(d), metric, torch.device(device)
         self.reset()
 
@@ -80,7 +80,7 @@ class FlatIndex:
             ValueError: ``k`` is no integer of at least 1, ``x`` is not (N, d), NaN or infinity in ``x``.
         """
         op = "faiss_compat.IndexFlat.search"
-        check_sizes(op, k=k)
+        expect_positive_ints(op, k=k)
         if not self.ntotal:
             raise RuntimeError(f"{op}: the index is empty: train or add first")
         x = float32(x, op, self.d)
@@ -156,9 +156,3 @@ def as_float32(values: Any, op: str, argument: str, shape: str) -> np.ndarray:
     if not known:
         raise TypeError(f"{op}: {argument} expected numbers {shape}, got {describe(values)}")
     return np.ascontiguousarray(numbers, dtype=np.float32)
-
-
-def check_sizes(op: str, **sizes: Any) -> None:
-    """ValueError for one that is no integer of at least 1."""
-    for name, size in sizes.items():
-        expect(is_integer(size) and size >= 1, op, name, "an integer of at least 1", size)

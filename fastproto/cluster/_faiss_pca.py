@@ -7,8 +7,8 @@ import math
 import numpy as np
 import torch
 
-from fastproto._check import expect, is_integer, is_number
-from fastproto.cluster._faiss_flat import check_sizes, float32
+from fastproto._check import expect, expect_positive_ints, is_integer, is_number
+from fastproto.cluster._faiss_flat import float32
 from fastproto.cluster.whiten import power, principal_directions
 
 
@@ -39,7 +39,7 @@ class PCAMatrix:
 
     def __init__(self, d_in: int, d_out: int, eigen_power: float = 0.0, random_rotation: bool = False) -> None:
         op = "faiss_compat.PCAMatrix"
-        check_sizes(op, d_in=d_in)
+        expect_positive_ints(op, d_in=d_in)
         expect(is_integer(d_out) and 1 <= d_out <= d_in, op, "d_out", f"an integer in 1 ... {d_in}", d_out)
         known = is_number(eigen_power) and math.isfinite(eigen_power)
         expect(known, op, "eigen_power", "a finite number", eigen_power)

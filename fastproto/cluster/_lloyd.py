@@ -64,7 +64,7 @@ def assign_all(rows: Rows, centers: Tensor, search: Search) -> Assignment:
     for here, x, _ in rows.chunks():
         labels[here], distance[here] = search.nearest(here.start, x, centers)
         radius[here, 0] = radii(x, labels[here], centers)
-    most = rows.max(radius.abs().max() if len(radius) else radius.new_zeros(()))
+    most = rows.largest(radius)
     rounders = two_rounders(torch.stack([most, torch.ones_like(most)]), rows.total)
     parts, count_parts = update_parts(radius, labels, len(centers), None, rounders)
     rows.sum(parts, count_parts)

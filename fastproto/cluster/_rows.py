@@ -107,8 +107,12 @@ class Rows:
 
     def rounder(self, values: Tensor) -> Tensor:
         """What makes sums of these values (N,) exact, of this and of all other ranks' rows: () float64."""
+        return rounder(self.largest(values), self.total)
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest magnitude of all ranks' values, () float64."""
         most = values.abs().max() if values.numel() else values.new_zeros(())
-        return rounder(self.max(most.double()), self.total)
+        return self.max(most.double())
 
     def weighted_sum(self, values: Tensor) -> Tensor:
         """Σ w_n v_n over the rows of all ranks, () float64: the same bits however the rows are spread."""

@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastproto._check import INTEGERS, describe, expect, expect_tensor, expect_type, is_integer, reads_data
+from fastproto._check import (
+    INTEGERS,
+    describe,
+    expect,
+    expect_positive_ints,
+    expect_tensor,
+    expect_type,
+    is_integer,
+    reads_data,
+)
 from fastproto.cluster._rows import Rows
 from fastproto.cluster.concentration import TEMPERATURE, expect_temperature
 from fastproto.cluster.init import given_centers
@@ -64,8 +73,7 @@ class PrototypeBank(nn.Module):
     ) -> None:
         super().__init__()
         op = "PrototypeBank"
-        for name, value in (("num_samples", num_samples), ("dim", dim)):
-            expect(is_integer(value) and value >= 1, op, name, "an integer of at least 1", value)
+        expect_positive_ints(op, num_samples=num_samples, dim=dim)
         given = num_prototypes.tolist() if isinstance(num_prototypes, (Tensor, np.ndarray)) else num_prototypes
         expect_type(given, (int, np.integer, tuple, list), op, "num_prototypes", "an int, or several")
         sizes = tuple(given) if isinstance(given, (tuple, list)) else (given,)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastproto._check import expect
+from fastproto._check import expect, expect_positive_ints
 from fastproto.cluster import _faiss_clustering as clustering
 from fastproto.cluster import _faiss_flat as flat
 from fastproto.cluster import _faiss_pca as pca
@@ -75,7 +75,7 @@ class Kmeans:
 
     def __init__(self, d: int, k: int, *, gpu: bool | int = False, **parameters: Any) -> None:
         op = "faiss_compat.Kmeans"
-        flat.check_sizes(op, d=d, k=k)
+        expect_positive_ints(op, d=d, k=k)
         steps = parameters.pop("progressive_dim_steps", None)
         expect(steps is None, op, "progressive_dim_steps", "None: it is not supported", steps)
         expect(not gpu or torch.cuda.is_available(), op, "gpu", "False where torch finds no CUDA device", gpu)
@@ -89,7 +89,7 @@ class Kmeans:
     def reset(self, k: int | None = None) -> None:
         """Forgets what was trained; ``k`` changes the number of centroids."""
         if k is not None:
-            flat.check_sizes("faiss_compat.Kmeans.reset", k=k)
+            expect_positive_ints("faiss_compat.Kmeans.reset", k=k)
             self.k = int(k)
         self.centroids: np.ndarray | None = None
         self.obj: np.ndarray | None = None

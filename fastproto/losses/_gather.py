@@ -42,6 +42,11 @@ def gather_rows(rows: Tensor) -> Tensor:
     return _GatherRows.apply(rows)
 
 
+def gather_dealt_rows(rows: Tensor) -> Tensor:
+    """As ``gather_rows``, of rows that were dealt out to the ranks one by one, in the order that they had before."""
+    return gather_rows(rows).unflatten(0, (rank_and_world()[1], -1)).transpose(0, 1).flatten(0, 1)
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum over ranks, without a gradient."""
     if rank_and_world()[1] == 1:

@@ -24,11 +24,7 @@ from fastproto.cluster import PrototypeBank
 from fastproto.train import data
 from fastproto.train.config import Config, OptimizerConfig, difference, read_config, to_yaml
 from fastproto.train.encoders import build_encoder
-from fastproto.train.files import read_log as read_log
-from fastproto.train.files import read_result
-from fastproto.train.files import write_log as write_log
-from fastproto.train.files import write_text as write_text
-from fastproto.train.files import write_whole as write_whole
+from fastproto.train.files import read_log, read_result, write_text, write_whole
 from fastproto.train.methods import Method, build_method
 from fastproto.train.sync_norm import synchronise
 from fastproto.views import SIMC_BOX, BoxBank, ContrastiveCrop
@@ -350,8 +346,8 @@ def keep_best(path: Path) -> None:
         os.replace(part, best)
 
 
-def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
-    """Refuses a folder that training must not write into. Writes nothing itself.
+def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> Path | None:
+    """Refuses a folder that training must not write into; else says where it goes on, if at all. Writes nothing itself.
 
     Raises:
         ValueError: both flags; a folder that holds something else than a run, or a run without either flag, or that
@@ -359,8 +355,8 @@ def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool)
     """
     expect(not (resume and overwrite), "train", "--resume and --overwrite", "one of them", "both")
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    start = resume_point(folder) if resume else None
     if resume:
-        resume_point(folder)
         changed = difference(read_config(folder / "config.yaml"), config)
         expect(not changed, "train", "--resume", "the configuration of the run", f"another: {changed}")
     elif occupied:
@@ -370,6 +366,7 @@ def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool)
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
     expect(writable, "train", "--out", "a folder that can be written", f"{folder}: {there} is none")
+    return start
 
 
 def start_folder(folder: Path, config: Config) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 import fastproto
 from fastproto._check import expect
-from fastproto.train.checkpoint import Run, load_run, write_text, write_whole
+from fastproto.train.checkpoint import Run, load_run
 from fastproto.train.encoders import RESNET_WIDTH, RESNETS, TIMM, has_small_stem
+from fastproto.train.files import write_text, write_whole
 
 CARD = "README.md"
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import fastproto
 from fastproto import _settings
-from fastproto.losses._gather import gather_rows, rank_and_world, sum_over_ranks
+from fastproto.losses._gather import gather_dealt_rows, rank_and_world, sum_over_ranks
 from fastproto.train.checkpoint import (
     State,
     build_state,
@@ -32,14 +32,13 @@ from fastproto.train.checkpoint import (
     keep_best,
     resume_point,
     start_folder,
-    write_log,
-    write_text,
 )
 from fastproto.train.clock import PHASES, Clock
 from fastproto.train.config import Config, OptimizerConfig, plain
 from fastproto.train.data import Dataset, batches
 from fastproto.train.encoders import Encoder
 from fastproto.train.evaluate import KNN, embed, evaluate
+from fastproto.train.files import write_log, write_text
 from fastproto.train.methods import METHODS, Method, Prototypes
 from fastproto.train.monitors import embedding_monitors, prototype_monitors
 from fastproto.views import localize
@@ -293,8 +292,7 @@ def embed_all(
     # All processes have equally many: at the end some begin again with the first images.
     ids = torch.arange(-(-count // world) * world).view(-1, world)[:, rank] % count
     images, mean, std = dataset.train_images, dataset.mean, dataset.std
-    rows = gather_rows(embed(encode, images, mean, std, ids=ids, whole=whole, device=device))
-    return rows.unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[:count]
+    return gather_dealt_rows(embed(encode, images, mean, std, ids=ids, whole=whole, device=device))[:count]
 
 
 def watch(config: Config, state: State, dataset: Dataset, device: torch.device) -> dict[str, float]:

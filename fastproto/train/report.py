@@ -18,11 +18,12 @@ from torch import Tensor
 
 import fastproto
 from fastproto.cluster import concentration
-from fastproto.train.checkpoint import Run, load_run, write_text
+from fastproto.train.checkpoint import Run, load_run
 from fastproto.train.clock import PHASES
 from fastproto.train.config import Config, plain
 from fastproto.train.data import Dataset, Images
 from fastproto.train.evaluate import KNN, embed, read_evaluations
+from fastproto.train.files import write_text
 from fastproto.train.monitors import MONITORS
 from fastproto.train.plots import Line, curve, duration, percent, picture, point_map, share_bar
 from fastproto.views import sample_crops

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastproto.train import checkpoint
+from fastproto.train import checkpoint, files
 from fastproto.train.config import Config, OptimizerConfig, plain, read_config
 from fastproto.train.data import Dataset
 from fastproto.train.export import CARD, WRITERS
@@ -67,14 +67,14 @@ def test_a_checkpoint_brings_everything_back(
 
 def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "values.pt"
-    checkpoint.write_whole(path, lambda file: torch.save({"value": 1}, file))
+    files.write_whole(path, lambda file: torch.save({"value": 1}, file))
 
     def break_off(file: BinaryIO) -> None:
         file.write(b"half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_whole(path, break_off)
+        files.write_whole(path, break_off)
     assert torch.load(path, weights_only=True) == {"value": 1}
 
 
@@ -190,13 +190,13 @@ def test_starting_anew_leaves_a_users_files_among_the_runs(
 
 
 def test_the_log_comes_back_with_gaps(tmp_path: Path) -> None:
-    assert checkpoint.read_log(tmp_path) == []
+    assert files.read_log(tmp_path) == []
     log = [
         {"epoch": 1, "loss": 0.1 + 0.2, "time/views": 1.0},
         {"epoch": 2, "loss": 2.0, "loss/align": 3.0, "time/views": 1.5},
     ]
-    checkpoint.write_log(tmp_path, log)
-    first, second = checkpoint.read_log(tmp_path)
+    files.write_log(tmp_path, log)
+    first, second = files.read_log(tmp_path)
     assert second == log[1]
     assert math.isnan(first.pop("loss/align"))
     assert first == log[0]
@@ -209,7 +209,7 @@ def test_a_run_is_read_back(tmp_path: Path, tiny_config: Config, made: Dataset, 
     checkpoint.start_folder(tmp_path, config)
     state = stepped(config, made)
     state.save(tmp_path)
-    checkpoint.write_log(tmp_path, state.log)
+    files.write_log(tmp_path, state.log)
     random = torch.get_rng_state()
     run = checkpoint.load_run(str(tmp_path))
     assert torch.equal(torch.get_rng_state(), random)

@@ -19,8 +19,9 @@ from PIL import Image
 import fastproto
 from fastproto import cli
 from fastproto.train import checkpoint, loop
-from fastproto.train.checkpoint import load_data, load_run, read_log
+from fastproto.train.checkpoint import load_data, load_run
 from fastproto.train.data import dataset
+from fastproto.train.files import read_log
 
 TINY = """
 data: {data}

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from fastproto.train import compare
-from fastproto.train.checkpoint import start_folder, write_log
+from fastproto.train.checkpoint import start_folder
 from fastproto.train.clock import PHASES
 from fastproto.train.compare import grouped, read_summary, write_comparison
 from fastproto.train.config import Config, EvaluationConfig, OptimizerConfig
+from fastproto.train.files import write_log
 
 NAN = math.nan
 

@@ -17,10 +17,11 @@ from train._files import write_image
 from train._runs import at_the_end, stop_after
 
 from fastproto.train import loop
-from fastproto.train.checkpoint import State, load_data, read_log
+from fastproto.train.checkpoint import State, load_data
 from fastproto.train.config import Config
 from fastproto.train.data import BrokenImage, Dataset, Streamed, batches, dataset, load, squares, streamed
 from fastproto.train.evaluate import evaluate
+from fastproto.train.files import read_log
 
 # Python 3.12 warns of what DataLoader does by default.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

@@ -14,8 +14,9 @@ from torch import Tensor
 from train._runs import at_the_end, stop_after
 
 from fastproto.cluster import PrototypeBank
+from fastproto.losses import _gather
 from fastproto.train import loop
-from fastproto.train.checkpoint import State, build_state, build_views, read_checkpoint, read_log
+from fastproto.train.checkpoint import State, build_state, build_views, read_checkpoint
 from fastproto.train.clock import PHASES
 from fastproto.train.config import (
     Config,
@@ -28,6 +29,7 @@ from fastproto.train.config import (
 )
 from fastproto.train.data import Dataset
 from fastproto.train.evaluate import evaluate
+from fastproto.train.files import read_log
 from fastproto.train.methods import METHODS
 from fastproto.views import SIMC_BOX, localize
 
@@ -395,13 +397,14 @@ def test_processes_embed_their_shares_in_the_order_of_the_images(
 
     whole = loop.embed_all(encode, tiny_data, CPU)
     shares: list[Tensor] = []
-    monkeypatch.setattr(loop, "gather_rows", lambda rows: shares.append(rows) or rows.repeat(world, 1))
+    monkeypatch.setattr(_gather, "gather_rows", lambda rows: shares.append(rows) or rows.repeat(world, 1))
     for rank in range(world):
-        monkeypatch.setattr(loop, "rank_and_world", lambda rank=rank: (rank, world))
+        for module in (loop, _gather):
+            monkeypatch.setattr(module, "rank_and_world", lambda rank=rank: (rank, world))
         loop.embed_all(encode, tiny_data, CPU)
     # Equally many in every process.
     assert {len(share) for share in shares} == {-(-40 // world)}
-    monkeypatch.setattr(loop, "gather_rows", lambda rows: torch.cat(shares))
+    monkeypatch.setattr(_gather, "gather_rows", lambda rows: torch.cat(shares))
     torch.testing.assert_close(loop.embed_all(encode, tiny_data, CPU), whole)
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from fastproto.cluster import whiten
 from fastproto.train import loop, methods
-from fastproto.train.checkpoint import read_log
 from fastproto.train.clock import Clock
 from fastproto.train.config import Config, HeadConfig, LossConfig, PrototypeConfig
 from fastproto.train.data import Dataset
 from fastproto.train.encoders import build_encoder
+from fastproto.train.files import read_log
 from fastproto.train.methods import METHODS, Method, Prototypes, build_method
 
 N, D, C = 6, 8, 32

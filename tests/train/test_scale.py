@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from fastproto import cli
-from fastproto.train.checkpoint import Run, load_run, read_checkpoint, read_log
+from fastproto.train.checkpoint import Run, load_run, read_checkpoint
+from fastproto.train.files import read_log
 
 RECIPE = """
 data: imagefolder:{images}

@@ -16,10 +16,11 @@ from torch import Tensor
 from train._runs import at_the_end, stop_after
 
 from fastproto.train import checkpoint, loop
-from fastproto.train.checkpoint import State, build_state, check_buildable, read_log
+from fastproto.train.checkpoint import State, build_state, check_buildable
 from fastproto.train.config import Config, EvaluationConfig, difference
 from fastproto.train.data import Dataset
 from fastproto.train.evaluate import KNN, embed, evaluate
+from fastproto.train.files import read_log
 from fastproto.train.monitors import MONITORS, embedding_monitors, prototype_monitors
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastproto.losses._gather import gather_rows, rank_and_world
+from fastproto.losses._gather import gather_dealt_rows
 from fastproto.train.clock import Clock
 from fastproto.train.config import Config, HeadConfig
 from fastproto.train.encoders import Encoder
@@ -155,9 +155,8 @@ class QueueMethod(MomentumMethod):
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         super().after_step(progress)
-        keys, self._keys = gather_rows(torch.cat(self._keys)), []
-        # The loop deals rows out to the ranks one by one: in the order of one process the queue keeps the same of them.
-        keys = keys.unflatten(0, (rank_and_world()[1], -1)).transpose(0, 1).flatten(0, 1)
+        # In the order of one process the queue keeps the same of them.
+        keys, self._keys = gather_dealt_rows(torch.cat(self._keys)), []
         self.queue.copy_(torch.cat([keys, self.queue])[: len(self.queue)])
 
 
