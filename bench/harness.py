@@ -138,16 +138,17 @@ def results_of(device: str) -> Path:
 
 
 def device_name(device: str) -> str:
-    """What the machine calls its processor, with the number of threads for a CPU."""
+    """What the machine calls its processor; for a CPU its family, which guests are told when they are not told the model,
+    and the number of threads."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (found := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
-        model = re.sub(r"\((R|TM)\)| Processor\b| CPU\b", "", found[1])
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    isa = "avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "baseline"
-    return f"{model} {torch.get_num_threads()} threads {isa}"
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(r"model name\s*: (.*)", text)
+    model = re.sub(r"\((R|TM)\)| Processor\b| CPU\b", "", found[1]) if found else platform.processor() or platform.machine()
+    family = f" family {found[1]}" if (found := re.search(r"cpu family\s*: (\d+)", text)) else ""
+    isa = "avx512" if "avx512f" in text else "avx2" if "avx2" in text else "baseline"
+    return f"{model}{family} {torch.get_num_threads()} threads {isa}"
 
 
 _measured: dict[tuple[str, str], float] = {}
