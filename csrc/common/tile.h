@@ -308,24 +308,34 @@ inline void pack_along(const float* rows, int64_t count, int64_t D, int64_t padd
   }
 }
 
+// One of two rows' bfloat16 numbers beside the other's: out[d] = (row[d], next[d]) for the 2 LANES numbers of a vector each.
+template <int... L> inline void pair_words(IntVec row, IntVec next, float* out, std::integer_sequence<int, L...>) {
+  const IntVec even = (row & 0xffff) | (next << 16), odd = (row >> 16 & 0xffff) | (next & ~0xffff);
+  store(out, (Vec)__builtin_shufflevector(even, odd, (L / 2 + L % 2 * LANES)...));
+  store(out + LANES, (Vec)__builtin_shufflevector(even, odd, (L / 2 + LANES / 2 + L % 2 * LANES)...));
+}
+
 // The same of rows of words: those of a pair of rows along the depth, (D' / NR, padded_count / 2, NR).
 template <typename Number>
 inline void pack_pairs_along(const float* rows, int64_t count, int64_t D, int64_t padded_count, float* panels) {
   if constexpr (sizeof(Number) == 4) {
     pack_along(rows, count, D, padded_count, panels);
   } else {
+    static_assert(NR == 2 * LANES);
     const int64_t words = words_of<Number>(D);
-    const auto at = [&](int64_t r, int64_t d) {
-      uint16_t bits = 0;
-      if (r < count && d < D) std::memcpy(&bits, reinterpret_cast<const char*>(rows + r * words) + 2 * d, 2);
-      return static_cast<uint32_t>(bits);
-    };
-    for (int64_t first = 0; first < D; first += NR)
+    for (int64_t first = 0; first < D; first += NR) {
+      const int64_t size = std::min<int64_t>(NR, D - first) * sizeof(Number);
+      const auto numbers = [&](int64_t r) {
+        Vec v{};
+        if (r >= count) return v;
+        const float* row = rows + r * words + first / 2;
+        if (size == sizeof v) v = load(row);
+        else std::memcpy(&v, row, size);
+        return v;
+      };
       for (int64_t r = 0; r < padded_count; r += 2, panels += NR)
-        for (int64_t d = 0; d < NR; ++d) {
-          const uint32_t pair = at(r, first + d) | at(r + 1, first + d) << 16;
-          std::memcpy(panels + d, &pair, sizeof pair);
-        }
+        pair_words((IntVec)numbers(r), (IntVec)numbers(r + 1), panels, std::make_integer_sequence<int, LANES>{});
+    }
   }
 }
 
