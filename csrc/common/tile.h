@@ -58,9 +58,36 @@ template <int HALF = LANES / 2, typename Step> inline float fold(Vec v, Step ste
 inline float sum(Vec v) {
   return fold(v, [](Vec a, Vec b) { return a + b; });
 }
+// Of numbers: of a NaN and a number the second.
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 // NaN where any lane is.
 inline float largest(Vec v) {
   return fold(v, [](Vec a, Vec b) { return (b > a) | (b != b) ? b : a; });
+}
+
+// Of two vectors, halves of HALF lanes: the lower of each pair of them, of a then of b, and the upper.
+template <int HALF, int... L> inline Vec lower_halves(Vec a, Vec b, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(a, b, (L & HALF ? L - HALF + LANES : L)...);
+}
+template <int HALF, int... L> inline Vec upper_halves(Vec a, Vec b, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(a, b, (L & HALF ? L + LANES : L + HALF)...);
+}
+// Every row's fold, in the order of its own: for LANES rows at once a fourth of the steps, and none waits for the one before.
+template <int HALF, typename Step> inline Vec fold_lanes(Vec (&rows)[LANES], Step step) {
+  constexpr auto lanes = std::make_integer_sequence<int, LANES>{};
+#pragma GCC unroll 8
+  for (int r = 0; r < HALF; ++r)
+    rows[r] = step(lower_halves<HALF>(rows[r], rows[r + HALF], lanes), upper_halves<HALF>(rows[r], rows[r + HALF], lanes));
+  if constexpr (HALF > 1) return fold_lanes<HALF / 2>(rows, step);
+  else return rows[0];
+}
+// out[m] for the M rows, and for as many more as fill its last vector.
+template <int M, typename Step> inline void fold_rows(const Vec (&rows)[M], Step step, float* out) {
+  for (int first = 0; first < M; first += LANES) {
+    Vec some[LANES];
+    for (int r = 0; r < LANES; ++r) some[r] = first + r < M ? rows[first + r] : Vec{};
+    store(out + first, fold_lanes<LANES / 2>(some, step));
+  }
 }
 
 // exp to about 1 ulp. x = n·ln 2 + r, |r| ≤ ln 2 / 2; e^r by the polynomial 1 + r + r² q(r) of degree 6 with the least
@@ -216,13 +243,7 @@ inline void scale_row(const float* row, int64_t size, float factor, float* out) 
   for (; i < size; ++i) out[i] = row[i] * factor;
 }
 
-// Of two vectors, halves of HALF lanes: the lower of each pair of them, of a then of b, and the upper.
-template <int HALF, int... L> inline Vec lower_halves(Vec a, Vec b, std::integer_sequence<int, L...>) {
-  return __builtin_shufflevector(a, b, (L & HALF ? L - HALF + LANES : L)...);
-}
-template <int HALF, int... L> inline Vec upper_halves(Vec a, Vec b, std::integer_sequence<int, L...>) {
-  return __builtin_shufflevector(a, b, (L & HALF ? L + LANES : L + HALF)...);
-}
+// v[r] becomes column r of the LANES rows: log2(LANES) shuffles a vector.
 template <int HALF = LANES / 2> inline void transpose_registers(Vec (&v)[LANES]) {
   constexpr auto lanes = std::make_integer_sequence<int, LANES>{};
 #pragma GCC unroll 16

@@ -56,19 +56,16 @@ inline void hide_group(const Contrast& args, const Block& block, int64_t i, floa
   if (has_target) scores[target] = positive;
 }
 
-// scores[j] = s_ij of one row and block. Returns their maximum, of numbers: a NaN shows in the sum of exponentials.
-inline float finish_scores(const Contrast& args, const Block& block, int64_t i, float* scores) {
+// scores[j] = s_ij of one row and block. Returns their maxima lane by lane, of numbers: a NaN shows in the sum of exponentials.
+inline Vec finish_scores(const Contrast& args, const Block& block, int64_t i, float* scores) {
   if (block.biased)
     for (int64_t j = 0; j < block.padded; j += LANES) store(scores + j, load(scores + j) + load(block.b + j));
   if (args.group) hide_group(args, block, i, scores);
   Vec best[NV];  // in turns: a maximum waits four cycles for the one before it
   std::fill(best, best + NV, splat(LOWEST));
   for (int64_t j = 0; j < block.padded; j += NR)
-    for (int v = 0; v < NV; ++v) {
-      const Vec s = load(scores + j + v * LANES);
-      best[v] = s > best[v] ? s : best[v];
-    }
-  return largest(best[0] > best[1] ? best[0] : best[1]);
+    for (int v = 0; v < NV; ++v) best[v] = larger(load(scores + j + v * LANES), best[v]);
+  return larger(best[0], best[1]);
 }
 
 // Entropy and top1 want more of a block than the loss does.
@@ -85,15 +82,13 @@ inline void add_stats(const Block& block, const float* scores, float max, float 
   segment.weighted[i] = weighted;
 }
 
-// Takes one row's scores of a block into its state: scores become e^{s−max}, the target's 0. It comes last: beside it the
-// sum of the others would lose its digits, and with it a small loss and 1 − p_t. Returns by what to shrink what was there.
-inline float add_row(const Contrast& args, const Block& block, int64_t i, float* scores, Segment& segment) {
-  const float before = segment.max[i];
-  const float max = std::max(before, finish_scores(args, block, i, scores));
+// One row's scores of a block become e^{s−max}, the target's 0. It comes last: beside it the sum of the others would lose its
+// digits, and with it a small loss and 1 − p_t. Returns their sums lane by lane.
+inline Vec exponentials(const Contrast& args, const Block& block, int64_t i, float max, float shrink, float* scores,
+                        Segment& segment) {
   const int64_t target = args.target[i] - block.first;
   const bool has_target = target >= 0 && target < block.count;
   if (has_target) segment.positive[i] = scores[target];
-  const float shrink = before == max ? 1.f : std::exp(before - max);
   if (segment.weighted) add_stats(block, scores, max, shrink, i, segment);
   if (has_target) scores[target] = -INF;
   Vec total{};
@@ -102,9 +97,7 @@ inline float add_row(const Contrast& args, const Block& block, int64_t i, float*
     total += e;
     store(scores + j, e);
   }
-  segment.sum[i] = segment.sum[i] * shrink + sum(total);
-  segment.max[i] = max;
-  return shrink;
+  return total;
 }
 
 // MR or fewer rows of a chunk through one block.
@@ -114,13 +107,26 @@ void row_tile(const Contrast& args, const Block& block, int64_t first, const flo
   const int64_t depth = words_of<Number>(args.D), keys = words_of<Number>(block.padded);
   for (int64_t panel = 0; panel < block.padded / NR; ++panel)
     tile_product<M, 1, MR, Number>(x, block.across + panel * depth * NR, depth, scores + panel * NR, KEYS, nullptr);
-  float shrink[M];
+  constexpr int PADDED = (M + LANES - 1) / LANES * LANES;
+  alignas(64) float before[PADDED] = {}, max[PADDED], shrink[PADDED], sum[PADDED];
+  Vec lanes[M];
   for (int m = 0; m < M; ++m) {
-    float* row = scores + m * KEYS;
-    scale_scores<Number>(row, block.scale, inverse[m], block.padded);
-    shrink[m] = add_row(args, block, first + m, row, segment);
-    if (segment.acc) weights_to_words<Number>(row, block.scale, block.padded);
+    scale_scores<Number>(scores + m * KEYS, block.scale, inverse[m], block.padded);
+    lanes[m] = finish_scores(args, block, first + m, scores + m * KEYS);
   }
+  fold_rows(lanes, larger, max);
+  std::copy_n(segment.max + first, M, before);
+  for (int m = 0; m < PADDED; m += LANES) {
+    store(max + m, larger(load(max + m), load(before + m)));
+    store(shrink + m, exp(load(before + m) - load(max + m)));
+  }
+  for (int m = 0; m < M; ++m) {
+    lanes[m] = exponentials(args, block, first + m, max[m], shrink[m], scores + m * KEYS, segment);
+    if (segment.acc) weights_to_words<Number>(scores + m * KEYS, block.scale, block.padded);
+  }
+  fold_rows(lanes, [](Vec a, Vec b) { return a + b; }, sum);
+  for (int m = 0; m < M; ++m) segment.sum[first + m] = segment.sum[first + m] * shrink[m] + sum[m];
+  std::copy_n(max, M, segment.max + first);
   if (!segment.acc) return;
   const int64_t width = round_up(args.D, NR);
   for (int64_t panel = 0; panel < width / NR; ++panel)
