@@ -45,7 +45,7 @@ struct Scratch {
 // q_{i,t(i)}
 inline float target_gradient(const Contrast& args, int64_t i) { return args.lse[args.N + i] * row_grad(args, i); }
 
-// scores[i] of one key and block become q_ij. Returns their sum. hit … end are the rows whose target the key is.
+// scores[i] of one key and block become q_ij. Returns their sum, if one wants it. hit … end are the rows whose target the key is.
 inline float gradient_row(const Contrast& args, const Block& block, int64_t j, const Hit* hit, const Hit* end,
                           float* scores) {
   const float b = args.b ? args.b[j] : 0.f;
@@ -56,6 +56,7 @@ inline float gradient_row(const Contrast& args, const Block& block, int64_t j, c
     for (int64_t i = 0; i < block.count; ++i) scores[i] = groups[i] == args.key_group[j] ? 0.f : scores[i];
   }
   for (; hit < end; ++hit) scores[hit->row] = block.target_q[hit->row];
+  if (!args.db) return 0.f;
   Vec total{};
   for (int64_t i = 0; i < block.padded; i += LANES) total += load(scores + i);
   return sum(total);
