@@ -30,7 +30,7 @@ void screen(const Centers& centers, Chunk& chunk, int64_t group, float* scores) 
     if (chunk.skipped[panel * centers.groups + group]) continue;
     for (int64_t tile = group * GROUP; tile < last; ++tile)
       screen_tile<Number, VNNI>(packed_centers + tile * words * MR, centers.start.data() + tile * MR,
-                                packed_rows + panel * words * NR, words, centers.scale.data() + tile * MR,
+                                packed_rows + panel * words * NR, words, centers.scale[tile],
                                 centers.bias.data() + tile * MR, chunk.scale.data() + panel * NR,
                                 scores + (tile - group * GROUP) * chunk.size() + panel * NR);
   }

@@ -23,8 +23,10 @@ struct Centers {
   std::vector<int64_t> group_of;                // (K,)
   Buffer packed;                                // (tiles, words, MR) words of two or four numbers
   std::vector<int32_t> start;                   // (tiles · MR, …) where the sums of products start from
-  std::vector<float> scale, bias;               // (tiles · MR, …) the padding has bias ∞
-  std::vector<float> length, residual, offset;  // (tiles,) the largest |c|, |c − t r| and bias of a tile
+  std::vector<float> bias;                      // (tiles · MR, …) of the padding ∞
+  // (tiles,) the scale t of all centres of a tile, the largest of their own, which costs nothing: the bound takes the largest
+  // residual anyway. And the largest |c|, |c − t r| and bias.
+  std::vector<float> scale, length, residual, offset;
   float longest = 0;                            // max_k |c_k| as they came
   bool screened = true;                         // false: some centre is too long, or not finite
 };
@@ -43,28 +45,38 @@ inline std::vector<float> choose_origin(const Assign& args) {
 
 template <typename Number>
 void pack_tile(const Assign& args, Centers& centers, int64_t tile) {
-  thread_local std::vector<float> row;
+  thread_local std::vector<float> rows;
   thread_local Buffer integers;
   const int64_t padded = round_up(args.D, LANES);
-  row.assign(padded, 0.f);
+  rows.assign(MR * padded, 0.f);
   float* packed = integers.take(MR * centers.words);
   std::fill(packed, packed + MR * centers.words, 0.f);
+  Quantized measured[MR];
+  float scale = 0;
   for (int m = 0; m < MR; ++m) {
     const int64_t at = tile * MR + m, k = centers.order[at];
     if (k < 0) continue;
+    float* row = rows.data() + m * padded;
     double squares = 0;
     for (int64_t d = 0; d < args.D; ++d) {
       row[d] = args.centers[k * args.D + d] - centers.origin[d];
       squares += double(row[d]) * row[d];
     }
-    Number* numbers = reinterpret_cast<Number*>(packed + m * centers.words);
-    const Quantized c = quantize(row.data(), args.D, numbers);
-    if (sizeof(Number) == 1) centers.start[at] = -UNSIGNED * std::accumulate(numbers, numbers + padded, 0);
-    centers.scale[at] = c.scale;
+    measured[m] = measure<Number>(row, padded);
+    scale = std::max(scale, measured[m].scale);
     centers.bias[at] = args.inner ? 0.f : static_cast<float>(squares / 2);
-    centers.length[tile] = std::max(centers.length[tile], c.length);
-    centers.residual[tile] = std::max(centers.residual[tile], c.residual);
+    centers.length[tile] = std::max(centers.length[tile], measured[m].length);
     centers.offset[tile] = std::max(centers.offset[tile], centers.bias[at]);
+  }
+  centers.scale[tile] = scale;
+  for (int m = 0; m < MR; ++m) {
+    const int64_t at = tile * MR + m;
+    if (centers.order[at] < 0) continue;
+    Number* numbers = reinterpret_cast<Number*>(packed + m * centers.words);
+    measured[m].scale = scale;
+    quantize(rows.data() + m * padded, padded, measured[m], numbers);
+    if (sizeof(Number) == 1) centers.start[at] = -UNSIGNED * std::accumulate(numbers, numbers + padded, 0);
+    centers.residual[tile] = std::max(centers.residual[tile], measured[m].residual);
   }
   pack_tall(packed, MR, centers.words, centers.packed.data() + tile * centers.words * MR);
 }
@@ -94,9 +106,8 @@ void pack_centers(const Assign& args, Centers& centers, int threads) {
   const int64_t size = centers.tiles * MR + LANES;  // the last tile is read as a whole vector
   centers.packed.take(size * centers.words);
   centers.start.assign(size, 0);
-  centers.scale.assign(size, 0.f);
   centers.bias.assign(size, INF);
-  for (auto* of_tile : {&centers.length, &centers.residual, &centers.offset}) of_tile->assign(centers.tiles, 0.f);
+  for (auto* of_tile : {&centers.scale, &centers.length, &centers.residual, &centers.offset}) of_tile->assign(centers.tiles, 0.f);
   parallel_for(centers.tiles, threads, [&](int64_t tile) { pack_tile<Number>(args, centers, tile); });
 }
 

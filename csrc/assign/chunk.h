@@ -8,7 +8,7 @@
 namespace fastproto {
 namespace FASTPROTO_ISA {
 
-constexpr int64_t STRETCH = 32;    // groups between two looks at the scores: 32 · 4 (AVX2: 8) · 128 rows · 4 B = 64 KB
+constexpr int64_t STRETCH = 320 / GROUP;  // groups between two looks at the scores: 320 tiles · 128 rows · 4 B = 160 KB, the L2's
 constexpr int64_t WAITING = 32;    // tiles that a row may have waiting for the exact look
 
 // A chunk of rows: as the screen takes them, in panels of NR, and what is known of each.
@@ -68,7 +68,8 @@ void load_chunk(const Assign& args, const Centers& centers, Chunk& chunk) {
     const float* row = copied ? copies + i * D : static_cast<const float*>(args.x) + at;
     for (int64_t d = 0; d < D; ++d) shifted[d] = row[d] - centers.shift[d];
     Number* numbers = reinterpret_cast<Number*>(packed + i * centers.words);
-    const Quantized x = quantize(shifted.data(), D, numbers);
+    Quantized x = measure<Number>(shifted.data(), padded);
+    quantize(shifted.data(), padded, x, numbers);
     if (sizeof(Number) == 1)
       for (int64_t d = 0; d < padded; ++d) numbers[d] ^= Number(-UNSIGNED);
     chunk.row.push_back(row);
@@ -99,8 +100,8 @@ unsigned open_centers(const Assign& args, const Centers& centers, const Chunk& c
     even = dot_words<Number, VNNI>(even, load_words(packed + w * MR), row[w * NR] - IntVec{});
     odd = dot_words<Number, VNNI>(odd, load_words(packed + (w + 1) * MR), row[(w + 1) * NR] - IntVec{});
   }
-  const Vec product = __builtin_convertvector(even + odd, Vec) * chunk.scale[i];
-  const Vec score = product * load(centers.scale.data() + tile * MR) - load(centers.bias.data() + tile * MR);
+  const Vec product = __builtin_convertvector(even + odd, Vec) * (chunk.scale[i] * centers.scale[tile]);
+  const Vec score = product - load(centers.bias.data() + tile * MR);
   const float error = chunk.doubt[i] * centers.length[tile] + chunk.length[i] * centers.residual[tile] +
                       ROUNDING * centers.offset[tile];
   return bits(score + error >= splat(chunk.certain[i])) & ALL_OPEN;

@@ -84,26 +84,22 @@ struct Quantized {
   float residual;  // |x − s q|
 };
 
-constexpr float SHORTEST = 1e-15f;  // the squares of shorter rows might vanish: their length counts as this
+// The squares of shorter rows might vanish: their length counts as this. So does that of a residual, which covers a product
+// of two scales that vanishes, too: 2^-126 |q| |r| < 2.5e-29.
+constexpr float SHORTEST = 1e-14f;
 constexpr float SMALLEST = 1e-30f;  // 1 / scale of smaller rows might be infinite: they stand as zeros
 
-// Writes the row as numbers of 8 or 16 bits. Its D, and that of `out`, is padded with zeros to whole vectors.
+// The scale and length of a row, whose D is padded with zeros to whole vectors.
 template <typename Number>
-inline Quantized quantize(const float* x, int64_t D, Number* out) {
-  typedef Number NumberVec __attribute__((vector_size(LANES * sizeof(Number))));
-  const int64_t padded = round_up(D, LANES);
+inline Quantized measure(const float* x, int64_t D) {
   Vec largest_abs{}, squared{};
-  for (int64_t d = 0; d < padded; d += LANES) {
+  for (int64_t d = 0; d < D; d += LANES) {
     const Vec v = load(x + d);
     largest_abs = max(largest_abs, max(v, -v));
     squared += v * v;
   }
   const float largest = fastproto::FASTPROTO_ISA::largest(largest_abs);
-  if (largest < SMALLEST) {
-    std::fill(out, out + padded, Number(0));
-    const float length = largest > 0 ? SHORTEST : 0.f;
-    return {0, length, length};
-  }
+  if (largest < SMALLEST) return {0, largest > 0 ? SHORTEST : 0.f, 0};
   // No shorter than the row: a sum of D / LANES squares per lane is that far off at most.
   const float length = std::sqrt(sum(squared)) * (1 + (D / LANES + 8) * 0x1p-24f);
   float scale = largest / std::numeric_limits<Number>::max();
@@ -111,23 +107,30 @@ inline Quantized quantize(const float* x, int64_t D, Number* out) {
     // |q| ≤ |x| / s + √D / 2 ≤ 2^15.5, with room for the rounding of these floats.
     scale = std::max(scale, length / std::max(1.f, 46300.f - std::sqrt(static_cast<float>(D))));
   }
-  const float inverse = 1.f / scale;
+  return {scale, std::max(length, SHORTEST), 0};
+}
+
+// Writes a row that was measured as numbers of 8 or 16 bits, padded as the row is: with its own scale or a larger one.
+template <typename Number>
+inline void quantize(const float* x, int64_t D, Quantized& row, Number* out) {
+  typedef Number NumberVec __attribute__((vector_size(LANES * sizeof(Number))));
+  const float inverse = row.scale > 0 ? 1.f / row.scale : 0.f;
   Vec squared_rest{};
-  for (int64_t d = 0; d < padded; d += LANES) {
+  for (int64_t d = 0; d < D; d += LANES) {
     const Vec v = load(x + d), rounded = (v * inverse + 12582912.f) - 12582912.f;  // 1.5 · 2^23: to the nearest integer
-    const Vec rest = v - rounded * scale;
+    const Vec rest = v - rounded * row.scale;
     squared_rest += rest * rest;
     const NumberVec q = __builtin_convertvector(__builtin_convertvector(rounded, IntVec), NumberVec);
     std::memcpy(out + d, &q, sizeof q);
   }
-  return {scale, std::max(length, SHORTEST), std::max(std::sqrt(sum(squared_rest)), SHORTEST)};
+  row.residual = row.length > 0 ? std::max(std::sqrt(sum(squared_rest)), SHORTEST) : 0.f;
 }
 
 // best[n] = max over the tile's centres of <x_n, c> − bias, of NR rows: one panel, (words, NR), by one tile, (words, MR),
-// whose sums start from `start`. All loops over registers are unrolled by order: one that is not puts them into memory.
+// which has one scale, and whose sums start from `start`. All loops over registers are unrolled by order: one that is not puts them into memory.
 template <typename Number, bool VNNI>
 inline void screen_tile(const int32_t* centers, const int32_t* start, const int32_t* rows, int64_t words,
-                        const float* scale, const float* bias, const float* row_scale, float* best) {
+                        float scale, const float* bias, const float* row_scale, float* best) {
   IntVec acc[MR][NV];
 #pragma GCC unroll 14
   for (int m = 0; m < MR; ++m)
@@ -144,12 +147,10 @@ inline void screen_tile(const int32_t* centers, const int32_t* start, const int3
   }
 #pragma GCC unroll 2
   for (int v = 0; v < NV; ++v) {
+    const Vec factor = load(row_scale + v * LANES) * scale;
     Vec largest = splat(-INF);
 #pragma GCC unroll 14
-    for (int m = 0; m < MR; ++m) {
-      const Vec product = __builtin_convertvector(acc[m][v], Vec) * load(row_scale + v * LANES);
-      largest = max(largest, product * scale[m] - bias[m]);
-    }
+    for (int m = 0; m < MR; ++m) largest = max(__builtin_convertvector(acc[m][v], Vec) * factor - bias[m], largest);
     store(best + v * LANES, largest);
   }
 }
