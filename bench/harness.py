@@ -138,14 +138,14 @@ def results_of(device: str) -> Path:
 
 
 def device_name(device: str) -> str:
-    """What the machine calls its processor; for a CPU its family, which guests are told when they are not told the model,
-    and the number of threads."""
+    """What the machine calls its processor. Of a CPU, as guests may not be told the model, also family and threads."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    found = re.search(r"model name\s*: (.*)", text)
-    model = re.sub(r"\((R|TM)\)| Processor\b| CPU\b", "", found[1]) if found else platform.processor() or platform.machine()
+    model = platform.processor() or platform.machine()
+    if found := re.search(r"model name\s*: (.*)", text):
+        model = re.sub(r"\((R|TM)\)| Processor\b| CPU\b", "", found[1])
     family = f" family {found[1]}" if (found := re.search(r"cpu family\s*: (\d+)", text)) else ""
     isa = "avx512" if "avx512f" in text else "avx2" if "avx2" in text else "baseline"
     return f"{model}{family} {torch.get_num_threads()} threads {isa}"

@@ -59,6 +59,23 @@ def test_ties_go_to_the_lowest_index_and_a_vector_is_0_from_itself(metric: str) 
 
 
 @pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_tells_more_vectors_apart_than_their_products_can(metric: str) -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(3, 24)).astype(np.float32)
+    vectors = np.repeat(base, 100, 0)
+    vectors[np.arange(300), rng.integers(24, size=300)] *= 1 + rng.integers(9, size=300).astype(np.float32) * 2.0**-22
+    vectors = vectors.astype(np.float32)
+    index = INDEXES[metric](24)
+    index.add(vectors)
+    for k in (1, 3, 20):
+        distances, labels = index.search(base, k)
+        expected, order = oracle(base, vectors, k, metric)
+        np.testing.assert_allclose(distances, expected, rtol=1e-6)
+        if metric == "l2":  # products in float64 differ by less than float32 holds
+            np.testing.assert_array_equal(labels, order)
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
 @pytest.mark.parametrize("k", [2, 6, 45])
 def test_is_what_faiss_finds(k: int, metric: str) -> None:
     faiss = pytest.importorskip("faiss")
