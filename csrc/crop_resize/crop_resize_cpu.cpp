@@ -71,10 +71,12 @@ inline Vec load_bytes(const uint8_t* p) {
 inline void vertical(const uint8_t* pixels, int64_t stride_h, int64_t stride_w, const float* weights, int taps,
                      int64_t span, float* line) {
   int64_t x = 0;
-  for (; stride_w == 1 && x + LANES <= span; x += LANES) {
+  // The last vector ends where the line does: some of its pixels are computed twice.
+  for (; stride_w == 1 && span >= LANES && x < span; x += LANES) {
+    const int64_t at = std::min(x, span - LANES);
     Vec sum{};
-    for (int k = 0; k < taps; ++k) sum += weights[k] * load_bytes(pixels + k * stride_h + x);
-    store(line + x, sum);
+    for (int k = 0; k < taps; ++k) sum += weights[k] * load_bytes(pixels + k * stride_h + at);
+    store(line + at, sum);
   }
   for (; x < span; ++x) {
     float sum = 0;
