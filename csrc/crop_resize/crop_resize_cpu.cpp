@@ -6,6 +6,7 @@
 // Scratch per thread: 2 · LANES lines of floats and the tap tables. Same bits for any number of threads.
 #include "crop_resize.h"
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -33,20 +34,23 @@ struct Taps {
 
   // A window is computed once and kept: another rounding of the same expression could begin one pixel earlier.
   void build(int side, int out_side, bool antialias) {
-    windows.clear();
-    count = 0;
+    windows.resize(out_side);
+    Window<float>* all = windows.data();
+    int widest = 0;
     for (int i = 0; i < out_side; ++i) {
-      windows.push_back(window<float>(i, side, out_side, antialias));
-      count = std::max(count, windows[i].count);
+      all[i] = window<float>(i, side, out_side, antialias);
+      widest = std::max(widest, all[i].count);
     }
+    count = widest;
     first.resize(out_side);
     weights.assign(static_cast<size_t>(out_side) * count, 0.f);
     for (int i = 0; i < out_side; ++i) {
-      first[i] = std::min(windows[i].first, side - count);
-      float* own = weights.data() + static_cast<size_t>(i) * count + (windows[i].first - first[i]);
+      const Window<float> here = all[i];
+      first[i] = std::min(here.first, side - widest);
+      float* own = weights.data() + static_cast<size_t>(i) * widest + (here.first - first[i]);
       float sum = 0;
-      for (int k = 0; k < windows[i].count; ++k) sum += own[k] = window_weight(windows[i], k);
-      for (int k = 0; k < windows[i].count; ++k) own[k] /= sum;
+      for (int k = 0; k < here.count; ++k) sum += own[k] = window_weight(here, k);
+      for (int k = 0; k < here.count; ++k) own[k] /= sum;
     }
   }
 };
@@ -145,7 +149,9 @@ void some_rows(const CropResize& args, const uint8_t* origin, const Image& image
 }
 
 template <typename Out> void one_crop(const CropResize& args, int64_t r) {
-  thread_local Scratch scratch;
+  // By a pointer: the address of a thread's own variable would be asked for again and again.
+  thread_local const std::unique_ptr<Scratch> owned = std::make_unique<Scratch>();
+  Scratch& scratch = *owned;
   const int32_t* crop = args.crops + 4 * r;
   const int height = crop[2], width = crop[3];
   const Image image = args.images[args.image_of(r)];
