@@ -58,7 +58,10 @@ def main() -> None:
     options, rest = parser.parse_known_args()
     deadline = time.monotonic() + 60 * options.minutes
     settings = config_parser()
-    base = parse(settings, ["--data", options.data, *rest])
+    try:
+        base = parse(settings, ["--data", options.data, *rest])
+    except ValueError as error:
+        parser.error(str(error))
     name = options.name or Path(options.data.partition(":")[2] or options.data).name
     dataset = load_data(resolve(settings, base))
     device = "cuda" if torch.cuda.is_available() and base.device != "cpu" else "cpu"

@@ -335,7 +335,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str], defaults: Path | Non
         return parser.parse_args(list(arguments))
     except ArgumentError as error:
         message = re.sub(r"\s*\n\s*", " ", str(error)).replace("Parser key ", "").replace("a typing.Literal", "one of ")
-        message = re.sub(r"a <class '(\w+)'>", r"\1", message)
+        message = re.sub(r"a <class '(\w+)'>", r"\1", message).replace("Expected tuple", "Expected a list, [A, ...]")
         raise ValueError(f"{defaults}: {message}" if defaults else message) from error
 
 
