@@ -96,7 +96,7 @@ class Suite:
                 work=work.name, method=name, shape=work.shape, dtype=work.dtype, device=device_name(work.device),
                 median_ms=medians[name], spread_ms=high - low, rounds=len(values), ours_is_faster=medians[name] / ours,
                 floor_ms=floor_ms, share_of_floor=floor_ms / medians[name],
-                peak_extra_mib=_peak_extra_mib(methods[name], work.device),
+                peak_extra_mib=peak_extra_mib(methods[name], work.device),
             )  # fmt: skip
             self.rows.append(row)
             print(f"\n{row.work:<24}{row.method:<28}{row.median_ms:10.3f} ms   x{row.ours_is_faster:<8.2f}"
@@ -205,7 +205,7 @@ def _time_ms(method: Callable[[], object], device: str) -> float:
     return start.elapsed_time(end)
 
 
-def _peak_extra_mib(method: Callable[[], object], device: str) -> float:
+def peak_extra_mib(method: Callable[[], object], device: str) -> float:
     """How far one call raises the memory in use, its result included. On a CPU: peak resident memory."""
     if device == "cuda":
         torch.cuda.synchronize()

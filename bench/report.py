@@ -101,13 +101,13 @@ def runs_markdown() -> str:
         settings, rows = found["settings"], found["rows"]
         crops = list(dict.fromkeys(row["crop"] for row in rows))
         lines = [
-            f"{settings['data']}, {settings['limit'] or 'all'} images, {settings['encoder.name']}, "
+            f"{settings['data']}, {settings['limit'] or 'all'} images, {_network(settings)}, "
             f"{settings['epochs']} epochs in batches of {settings['batch_size']}, one set of settings: methods beside "
             "each other, not beside a paper's figures. Accuracy in % after the last epoch, mean ± deviation over "
             f"seeds; crops: {', '.join(crops)}.",
             "",
-            "| method | seeds | kNN 20 | kNN 200 | linear | minutes | clustering | loss, a step | views |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| method | seeds | kNN 20 | kNN 200 | linear | minutes | clustering | loss, a step | its memory | views |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for method in dict.fromkeys(row["method"] for row in rows):
             by_crop = [[row for row in rows if (row["method"], row["crop"]) == (method, crop)] for crop in crops]
@@ -117,11 +117,17 @@ def runs_markdown() -> str:
                 cells.append(", ".join(_mean_and_deviation([100 * row[metric] for row in mine]) for mine in by_crop))
             for name, form in RUN_COLUMNS.items():
                 cells.append(", ".join(form.format(statistics.mean(row[name] for row in mine)) for mine in by_crop))
+            cells.insert(-1, f"{found['loss_mib'][method]:.0f} MiB" if method in found.get("loss_mib", {}) else "")
             lines.append(f"| {' | '.join(cells)} |")
         commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
         lines += ["", f"Trained on {found['device']}, torch {found['versions']['torch']}, commit {commits}."]
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
+
+
+def _network(settings: dict) -> str:
+    width, side = settings["encoder.width"], settings["views.size"] or settings["image_size"]
+    return settings["encoder.name"] + f" of width {width}" * bool(width) + f" at {side}²" * bool(side)
 
 
 def _mean_and_deviation(values: list[float]) -> str:

@@ -5,7 +5,8 @@
 
 Options that are not its own are those of ``fastproto train``, for all runs alike. When the minutes are over the run at
 hand leaves a checkpoint in --out, and the same command goes on from there; runs that have ended are rows of
-bench/results/MACHINE/runs/NAME.json and are not repeated. ``python bench/report.py --readme`` writes means over seeds.
+bench/results/MACHINE/runs/NAME.json and are not repeated. After the last one the memory of each loss is measured.
+``python bench/report.py --readme`` writes means over seeds.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import commit, device_name, environment, results_of
+from harness import commit, device_name, environment, peak_extra_mib, results_of
 
-from fastproto.train.checkpoint import is_run, load_data
+from fastproto.train.checkpoint import build_state, is_run, load_data
 from fastproto.train.config import MACHINE, METHOD_NAMES, Config, config_parser, flat, parse, resolve
+from fastproto.train.data import Dataset
 from fastproto.train.loop import Interrupted, train
+from fastproto.train.methods._base import Prototypes
 
 VARIED = ("method", "crop", "seed")
 PER_STEP = ("views", "forward", "loss", "backward")
@@ -43,6 +46,21 @@ def row(config: Config, result: dict[str, Any], steps: int) -> dict[str, Any]:
         "loss_ms": 1e3 * seconds["loss"] / steps,
         "data_wait": seconds["views"] / busy,
     }
+
+
+def loss_mib(config: Config, dataset: Dataset, device: str) -> float:
+    """What the loss alone adds to the memory in use, in a step of a batch whose prototypes are known."""
+    state = build_state(config, dataset, torch.device(device))
+    side = config.views.size or dataset.train_images.shape[2]
+    outputs = state.method.outputs((torch.randn(config.batch_size, 3, side, side, device=device),) * 2)
+    known = None
+    if state.prototypes is not None:
+        sets = state.prototypes.num_prototypes
+        centers = [torch.randn(k, state.method.cluster_dim, device=device) for k in sets]
+        ids = [torch.randint(k, (config.batch_size,), device=device) for k in sets]
+        known = Prototypes(centers, ids, [torch.full((k,), 0.2, device=device) for k in sets])
+    state.method.terms(outputs, known)
+    return peak_extra_mib(lambda: state.method.terms(outputs, known), device)
 
 
 def main() -> None:
@@ -94,6 +112,10 @@ def main() -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(found, indent=1) + "\n")
                 print(json.dumps(found["rows"][-1]))
+    for method in options.methods:
+        config = resolve(settings, parse(settings, ["--data", options.data, *rest, "--method", method]))
+        found.setdefault("loss_mib", {})[method] = loss_mib(config, dataset, device)
+    path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"all runs have ended: {path}")
 
 

@@ -99,7 +99,7 @@ def test_the_commit_is_known_with_git_or_by_name(tmp_path: Path, monkeypatch: py
 
 def test_runs_are_trained_in_slices_and_averaged_over_seeds(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("jsonargparse")
-    import table
+    import table as runs_table
 
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
@@ -109,16 +109,20 @@ def test_runs_are_trained_in_slices_and_averaged_over_seeds(tmp_path, monkeypatc
     command = ["table.py", "digits", "--out", str(tmp_path / "runs"), "--crops", "random", "--seeds", "0", "1", *small]
     for minutes in (0.0, 9.0, 9.0):
         monkeypatch.setattr(sys, "argv", [*command, "--minutes", str(minutes)])
-        table.main()
+        runs_table.main()
     (path,) = tmp_path.glob("*/runs/digits.json")
     rows = json.loads(path.read_text())["rows"]
     assert [(row["method"], row["seed"]) for row in rows] == [("simclr", 0), ("pcl", 0), ("simclr", 1), ("pcl", 1)]
     values = [100 * row["after/knn20"] for row in rows if row["method"] == "pcl"]
     mean, deviation = sum(values) / 2, abs(values[0] - values[1]) / math.sqrt(2)
-    assert f"| pcl | 2 | {mean:.1f} ± {deviation:.1f} |" in report.runs_markdown()
+    table = report.runs_markdown()
+    assert f"| pcl | 2 | {mean:.1f} ± {deviation:.1f} |" in table
+    assert "resnet-tiny of width 8 at 16²" in table
+    memory = json.loads(path.read_text())["loss_mib"]
+    assert list(memory) == ["simclr", "pcl"] and f" | {memory['pcl']:.0f} MiB | " in table
     monkeypatch.setattr(sys, "argv", [*command, "--optimizer.lr", "0.5"])
     with pytest.raises(SystemExit):
-        table.main()
+        runs_table.main()
 
 
 def test_rows_of_another_schema_are_refused(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
