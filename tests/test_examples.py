@@ -15,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+pytest.importorskip("jsonargparse")
+
 from fastproto.train.config import Config, EncoderConfig
 from fastproto.train.encoders import build_encoder
 from fastproto.train.export import card

@@ -113,7 +113,7 @@ def test_layouts_lists_index_and_out_agree(backend, device):
     expected = make(images, crops, 16)
     channels_last = make(images.permute(0, 2, 3, 1).contiguous(), crops, 16)
     listed = make(list(images), crops, 16)
-    wide = images.repeat(1, 1, 2, 2)[:, :, :37, :29]
+    wide = images.to(device).repeat(1, 1, 2, 2)[:, :, :37, :29]  # a copy to a device would be dense
     strided = make(wide, crops, 16)
     out = torch.full((10, 3, 16, 32), float("nan"), device=device)
     with fastproto.backend(backend):

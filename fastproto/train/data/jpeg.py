@@ -50,6 +50,9 @@ def decode(contents: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
     if not contents:
         return []
+    if device.type == "cuda":
+        # nvJPEG waits for no stream, and torchvision may hand it memory that work of this one still uses.
+        torch.cuda.current_stream(device).synchronize()
     with warnings.catch_warnings():
         # torchvision 0.29 points to torchcodec for what is to come.
         warnings.filterwarnings("ignore", "The image decoding", DeprecationWarning)

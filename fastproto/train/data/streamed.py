@@ -11,7 +11,9 @@ import atexit
 import logging
 import multiprocessing
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fastproto.ops._dispatch import integers
 from fastproto.train.data import jpeg
 from fastproto.views import crop_resize
 from fastproto.views.files import decode_image
@@ -156,6 +159,8 @@ class Streamed:
     def batches(self, shares: Sequence[Tensor] | Tensor, device: torch.device) -> Iterator[list[Tensor]]:
         """For each share of numbers its images, (3, H, W) uint8 each, on the device. A new call ends the one before."""
         leave_jpeg = self.gpu_decode and device.type in DECODING
+        # Of numbers that lie on a GPU every piece would have the host wait for it.
+        shares = [ids.cpu() for ids in (shares.cpu() if isinstance(shares, Tensor) else shares)]
         self._plan[:] = [Wanted(piece.tolist(), leave_jpeg) for ids in shares for piece in ids.split(PIECE)]
         self._turn = turn = self._turn + 1
         pin_memory = device.type == "cuda"
@@ -170,18 +175,19 @@ class Streamed:
             yield images
 
     def _make_loader(self, pin_memory: bool) -> DataLoader[Piece]:
-        return DataLoader(
-            self._decoder,
-            sampler=self._plan,
-            batch_size=None,
-            num_workers=self.workers,
-            collate_fn=unchanged,
-            pin_memory=pin_memory,
-            persistent_workers=self.workers > 0,
-            worker_init_fn=ignore_signals,
-            # The loader draws a number at every epoch: not from the generator that the training draws from.
-            generator=torch.Generator(),
-        )
+        with as_many_workers_as_asked():
+            return DataLoader(
+                self._decoder,
+                sampler=self._plan,
+                batch_size=None,
+                num_workers=self.workers,
+                collate_fn=unchanged,
+                pin_memory=pin_memory,
+                persistent_workers=self.workers > 0,
+                worker_init_fn=ignore_signals,
+                # The loader draws a number at every epoch: not from the generator that the training draws from.
+                generator=torch.Generator(),
+            )
 
     def _unpack(self, piece: Piece, ids: list[int], device: torch.device) -> list[Tensor]:
         for index, reason in piece.broken:
@@ -192,6 +198,8 @@ class Streamed:
             raise BrokenImage(f"data: expected images that decode, got {min(GIVE_UP, len(self))} in a row to {last}")
         try:
             files = iter(jpeg.decode(piece.encoded.split([length for height, length in sizes if not height]), device))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             # One of them is broken: this process finds out which, and what stands in for it.
             decoded = self._decoder[Wanted(ids, leave_jpeg=False)]
@@ -248,7 +256,7 @@ def square(images: Sequence[Tensor], side: int, *, whole: bool = False) -> Tenso
         short = min(height, width)
         crops.append((0, 0, height, width) if whole else ((height - short) // 2, (width - short) // 2, short, short))
     # These std keep the values in 0…255.
-    values = crop_resize(images, torch.tensor(crops, dtype=torch.int32).to(images[0].device), side, std=(1 / 255,) * 3)
+    values = crop_resize(images, integers(crops, images[0].device).int(), side, std=(1 / 255,) * 3)
     return values.round_().to(torch.uint8)
 
 
@@ -263,11 +271,20 @@ def started(loader: DataLoader[T]) -> Iterator[T]:
     An interpreter that an error ends asks its children to end too, by the signal that they ignore, and waits for them.
     """
     others = multiprocessing.active_children()
-    items = iter(loader)
+    with as_many_workers_as_asked():
+        items = iter(loader)
     for worker in multiprocessing.active_children():
         if worker not in others:
             atexit.register(end, worker)
     return items
+
+
+@contextmanager
+def as_many_workers_as_asked() -> Iterator[None]:
+    """A loader warns of more workers than cores whenever it is made or begun; their number was asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        yield
 
 
 def end(worker: BaseProcess) -> None:
