@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from harness import commit, device_name, environment, peak_extra_mib, results_of
 
-from fastproto.train.checkpoint import build_state, is_run, load_data
+from fastproto.train.build import build_state, load_data
+from fastproto.train.checkpoint import is_run
 from fastproto.train.config import MACHINE, METHOD_NAMES, Config, config_parser, flat, parse, resolve
 from fastproto.train.data import Dataset
 from fastproto.train.loop import Interrupted, train

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastproto.train import loop
-from fastproto.train.checkpoint import load_data
+from fastproto.train.build import load_data
 from fastproto.train.config import Config, PrototypeConfig, ViewConfig, config_parser, parse, resolve
 from fastproto.train.data import Dataset
 from fastproto.train.files import read_log

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastproto.cluster import KMeans
-from fastproto.train.checkpoint import load_data, load_run
+from fastproto.train.build import load_data, load_run
 from fastproto.train.config import Config, config_parser, parse, resolve
 from fastproto.train.loop import Interrupted, embed_all, train
 

@@ -148,7 +148,7 @@ def prepare(arguments: Sequence[str]) -> Plan:
     """
     from fastproto import _settings
     from fastproto._check import expect
-    from fastproto.train import checkpoint, recipes
+    from fastproto.train import build, checkpoint, recipes
     from fastproto.train import config as settings
 
     parser = settings.config_parser("fastproto train")
@@ -173,8 +173,8 @@ def prepare(arguments: Sequence[str]) -> Plan:
         expect(asked, "config", "devices", f"{_settings.torchrun_world}, started by torchrun", config.devices)
         config = replace(config, devices=_settings.torchrun_world)
     start = checkpoint.check_folder(folder, config, resume=given.resume, overwrite=given.overwrite)
-    dataset = checkpoint.load_data(config)
-    checkpoint.check_buildable(config, dataset, start)
+    dataset = build.load_data(config)
+    build.check_buildable(config, dataset, start)
     return Plan(config, dataset, folder, given.resume, defaults)
 
 
@@ -183,7 +183,8 @@ def evaluate(arguments: Sequence[str]) -> int:
     import torch
 
     from fastproto._check import expect
-    from fastproto.train.checkpoint import latest_checkpoint, load_run
+    from fastproto.train.build import load_run
+    from fastproto.train.checkpoint import latest_checkpoint
     from fastproto.train.evaluate import KNN, Metric, read_evaluations, write_evaluations
     from fastproto.train.evaluate import evaluate as measure
 
@@ -329,7 +330,7 @@ def views(arguments: Sequence[str]) -> int:
 
 def views_of_run(folder: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """How a run finds boxes and makes views, as options of ``preview`` beside those that are given."""
-    from fastproto.train.checkpoint import load_run
+    from fastproto.train.build import load_run
     from fastproto.views.command import Locator
 
     run = load_run(folder)

@@ -1,4 +1,4 @@
-"""What a run carries from step to step, what it leaves on disk, and how both are read back.
+"""What a run carries from step to step, what it leaves on disk, and how checkpoints are found again.
 
 A run's folder holds config.yaml, log.csv, TensorBoard events, checkpoints/epoch-NNNN.pt (NNNN complete epochs) and,
 where neighbours are asked on the way, checkpoints/best.pt; and at its end result.json and report.html.
@@ -6,7 +6,6 @@ where neighbours are asked on the way, checkpoints/best.pt; and at its end resul
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import shutil
@@ -16,18 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastproto import _settings
 from fastproto._check import LONGEST, expect
 from fastproto.cluster import PrototypeBank
-from fastproto.train import data
-from fastproto.train.config import Config, OptimizerConfig, difference, read_config, to_yaml
-from fastproto.train.encoders import build_encoder
-from fastproto.train.files import read_log, read_result, write_text, write_whole
-from fastproto.train.methods import Method, build_method
-from fastproto.train.sync_norm import synchronise
-from fastproto.views import SIMC_BOX, BoxBank, ContrastiveCrop
+from fastproto.train.config import Config, difference, read_config, to_yaml
+from fastproto.train.files import write_text, write_whole
+from fastproto.train.methods import Method
+from fastproto.views import BoxBank
 
 # The first line of a run's config.yaml: a folder without it is not ours to overwrite.
 MARK = "# A fastproto run: the configuration it was started with."
@@ -49,8 +44,6 @@ INSIDE = {
     "checkpoints": r"epoch-[0-9]{4,}\.pt|best\.pt|best\.part",
 }
 CHECKPOINT = re.compile(r"epoch-[0-9]{4,}\.pt")
-# More decode faster than any one GPU trains.
-MOST_WORKERS = 16
 # What a checkpoint holds of a State: state_dicts, and plain values.
 PARTS = ("method", "optimizer", "boxes", "prototypes")
 VALUES = ("epoch", "step", "sums", "seconds", "before", "clustering", "log")
@@ -114,170 +107,6 @@ class State:
         torch.set_rng_state(saved["random"]["cpu"])
         if "cuda" in saved["random"] and torch.cuda.is_available():
             torch.cuda.set_rng_state(saved["random"]["cuda"])
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run read back from its folder by ``load_run``: its settings, data, trained parts and results, on the CPU."""
-
-    path: Path
-    config: Config
-    dataset: data.Dataset
-    method: Method  # trained weights, eval mode; .encoder(x) -> (N, C), .encoder.feature_map(x) -> (N, C, h, w)
-    views: ContrastiveCrop  # what made the views: (images, sample_ids, boxes=None, epoch=0) -> tuple of views
-    boxes: Tensor  # (N, 4) fractions (h0, w0, h1, w1), one per training image; the whole image where none were found
-    prototypes: list[Tensor]  # one (K, D) per prototype set; empty for methods without prototypes
-    assignments: list[Tensor]  # one (N,) int64 per prototype set, -1 where an image has none
-    log: list[dict[str, float]]  # one row per epoch, as in log.csv; the keys are its columns
-    result: dict[str, Any]  # result.json; empty while the run has not ended
-
-
-def load_data(config: Config) -> data.Dataset:
-    """The configured data set, and of its training images as many as the configuration says.
-
-    Raises:
-        ValueError: what ``data.load`` raises; fewer training images than ``limit`` or the batch size.
-    """
-    root, class_list = (None if path is None else Path(path) for path in (config.data_root, config.class_list))
-    local = _settings.torchrun_local_world or config.devices
-    dataset = data.load(
-        config.data,
-        root,
-        image_size=config.image_size,
-        class_list=class_list,
-        test_shards=config.test_shards,
-        resident=config.resident,
-        workers=default_workers(local) if config.workers is None else config.workers,
-        strict=config.strict,
-        gpu_decode=config.gpu_decode,
-    )
-    count = len(dataset.train_images)
-    if config.limit is not None:
-        expect(config.limit <= count, "config", "limit", f"at most the {count} training images", config.limit)
-        dataset, count = dataset.limited(config.limit), config.limit
-        labelled = bool((dataset.train_labels >= 0).any())
-        expect(labelled, "config", "limit", "so many that some have a label, for evaluation", config.limit)
-    expect(
-        config.batch_size <= count, "config", "batch_size", f"at most the {count} training images", config.batch_size
-    )
-    return dataset
-
-
-def default_workers(devices: int) -> int:
-    """Processes that decode for each of so many that train on this machine: all cores but one each, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_WORKERS, max(1, cores // devices - 1))
-
-
-def build_views(config: Config, dataset: data.Dataset) -> ContrastiveCrop:
-    """What makes the two views of every image."""
-    views = config.views
-    return ContrastiveCrop(
-        views.size or dataset.train_images.shape[2],
-        scale=views.scale,
-        ratio=views.ratio,
-        alpha=1.0 if config.crop == "random" else views.alpha,
-        augment=views.augment,
-        jitter=views.jitter,
-        blur=views.blur,
-        solarize=views.solarize,
-        mean=dataset.mean,
-        std=dataset.std,
-        seed=config.seed,
-    )
-
-
-def build_state(config: Config, dataset: data.Dataset, device: torch.device) -> State:
-    """The state before the first step: random weights by the seed, whole images as boxes, no prototypes."""
-    torch.manual_seed(config.seed)
-    size = config.views.size or dataset.train_images.shape[2]
-    chosen_encoder = config.encoder
-    encoder = build_encoder(chosen_encoder.name, image_size=size, width=chosen_encoder.width, stem=chosen_encoder.stem)
-    # Convolutions on a CPU are up to twice as fast on this layout, and faster on a GPU in half precision.
-    encoder = encoder.to(memory_format=torch.channels_last)
-    method = build_method(config, encoder).to(device)
-    if config.devices > 1 and config.sync_norm:
-        method = synchronise(method, device)
-    count = len(dataset.train_images)
-    boxes = BoxBank(count).to(device)
-    if config.crop == "simc":
-        boxes.update(torch.arange(count, device=device), torch.tensor([SIMC_BOX], device=device).expand(count, 4))
-    prototypes = None
-    if method.clusters:
-        chosen = config.prototypes
-        prototypes = PrototypeBank(
-            count,
-            method.cluster_dim,
-            chosen.num,
-            temperature=chosen.temperature,
-            n_iter=chosen.n_iter,
-            n_init=chosen.n_init,
-            warm_start=chosen.warm_start,
-            seed=config.seed,
-        ).to(device)
-    origin = {
-        "method": config.method,
-        # Without the path: data may be moved.
-        "data": config.data.partition(":")[0],
-        "number of training images": count,
-        "digest of the names and labels of the training images": dataset.digest,
-    }
-    return State(method, build_optimizer(config.optimizer, method), boxes, prototypes, origin=origin)
-
-
-def check_buildable(config: Config, dataset: data.Dataset, checkpoint: Path | None = None) -> None:
-    """Refuses what cannot be built, by building it, and a checkpoint that does not fit, by loading it.
-
-    Raises:
-        ModuleNotFoundError: wandb is asked for and not installed.
-        ValueError: settings that a part refuses; a device that is not there; what ``State.load`` raises.
-    """
-    expect(config.device != "cuda" or torch.cuda.is_available(), "config", "device", "cpu: no GPU is here", "cuda")
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    expect(on_gpu or not config.gpu_decode, "config", "gpu_decode", "false: the run is on a CPU", True)
-    if config.wandb:
-        importlib.import_module("wandb")
-    with torch.random.fork_rng():
-        state = build_state(config, dataset, torch.device("cpu"))
-        if checkpoint is not None:
-            state.load(checkpoint)
-        encoder = state.method.eval().encoder
-    build_views(config, dataset)
-    height, width = dataset.train_images.shape[2:]
-    for size in {(height, width), (config.views.size or height,) * 2}:
-        try:
-            shape = encoder.feature_map(torch.zeros(1, 3, *size)).shape
-        except Exception as error:  # networks refuse sizes in their own ways
-            raise ValueError(f"encoder: {config.encoder.name} does not take images of {size}: {error}") from error
-        good = len(shape) == 4 and shape[1] == encoder.num_features
-        expect(good, "encoder", "name", "a network whose last features are a map", config.encoder.name)
-
-
-def build_optimizer(config: OptimizerConfig, method: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser over all trained parameters; biases and norms, which have one dimension, are not decayed.
-
-    A group whose learning rate the loop leaves alone, as the method asks, has a true "constant".
-    """
-    chosen: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in method.named_parameters():
-        if parameter.requires_grad:
-            key = (parameter.ndim <= 1, name.split(".")[0] in getattr(method, "constant_lr", ()))
-            chosen.setdefault(key, []).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": chosen[flat, constant], "weight_decay": 0.0 if flat else config.weight_decay, "constant": constant}
-        for flat, constant in sorted(chosen)
-    ]
-    if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr)
-    if config.name == "lars":
-        from timm.optim import Lars
-
-        # As in SimCLR (arXiv 2002.05709, appendix B.1) only the steps of biases and norms are not scaled. By itself
-        # timm's scales no step of what is not decayed, which with a weight decay of 0 is everything.
-        for group, (flat, _) in zip(groups, sorted(chosen), strict=True):
-            group["always_adapt"] = not flat
-        return Lars(groups, lr=config.lr, momentum=config.momentum)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
 
 
 def is_run(folder: Path) -> bool:
@@ -390,46 +219,6 @@ def _empty(folder: Path, names: str) -> None:
             path.unlink()
     if not folder.is_symlink() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-def load_run(folder: Path | str, checkpoint: Path | None = None, dataset: data.Dataset | None = None) -> Run:
-    """Reads a run back from its folder, on the CPU, at its last checkpoint or another.
-
-    Its data are read again, unless they are given: what ``load_data`` made of the run's configuration.
-
-    Raises:
-        ValueError: the folder holds no run, or none with a checkpoint; the data it was trained on is gone; the
-            checkpoint is not there, is damaged, or is of another method, encoder or data set; log.csv
-            or result.json is damaged.
-        OSError: the checkpoint cannot be read.
-    """
-    folder = Path(folder)
-    checkpoint = latest_checkpoint(folder) if checkpoint is None else checkpoint
-    expect(is_run(folder), "run", "folder", "one that holds a run", str(folder))
-    kept = ", ".join(map(str, sorted(folder.glob("checkpoints/*.pt")))) or "those that a training writes"
-    expect(checkpoint.is_file(), "run", "checkpoint", f"a file, such as {kept}", f"{checkpoint}, which is none")
-    config = read_config(folder / "config.yaml")
-    dataset = load_data(config) if dataset is None else dataset
-    # Reading draws weights and loads a random state, neither of which is to be felt outside.
-    with torch.random.fork_rng():
-        state = build_state(config, dataset, torch.device("cpu"))
-        state.load(checkpoint)
-    prototypes: list[Tensor] = []
-    assignments: list[Tensor] = []
-    if state.prototypes is not None and state.prototypes.ready:
-        prototypes, assignments, _ = state.prototypes.lookup(torch.arange(len(dataset.train_images)))
-    return Run(
-        path=folder,
-        config=config,
-        dataset=dataset,
-        method=state.method.eval(),
-        views=build_views(config, dataset),
-        boxes=state.boxes.boxes,
-        prototypes=prototypes,
-        assignments=assignments,
-        log=read_log(folder),
-        result=read_result(folder),
-    )
 
 
 def _checkpoints(folder: Path) -> list[Path]:

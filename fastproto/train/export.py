@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastproto
 from fastproto._check import expect
-from fastproto.train.checkpoint import Run, load_run
+from fastproto.train.build import Run, load_run
 from fastproto.train.encoders import RESNET_WIDTH, RESNETS, TIMM, has_small_stem
 from fastproto.train.files import write_text, write_whole
 

@@ -25,14 +25,8 @@ from tqdm import tqdm
 import fastproto
 from fastproto import _settings
 from fastproto.losses._gather import gather_dealt_rows, rank_and_world, sum_over_ranks
-from fastproto.train.checkpoint import (
-    State,
-    build_state,
-    build_views,
-    keep_best,
-    resume_point,
-    start_folder,
-)
+from fastproto.train.build import build_state, build_views
+from fastproto.train.checkpoint import State, keep_best, resume_point, start_folder
 from fastproto.train.clock import PHASES, Clock
 from fastproto.train.config import Config, OptimizerConfig, plain
 from fastproto.train.data import Dataset, batches

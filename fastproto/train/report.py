@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastproto
 from fastproto.cluster import concentration
-from fastproto.train.checkpoint import Run, load_run
+from fastproto.train.build import Run, load_run
 from fastproto.train.clock import PHASES
 from fastproto.train.config import Config, plain
 from fastproto.train.data import Dataset, Images
@@ -60,7 +60,7 @@ def write_report(run: Path, dataset: Dataset | None = None) -> Path:
 
 
 def page(run: Run) -> str:
-    """The whole page of a ``fastproto.train.checkpoint.Run``."""
+    """The whole page of a ``fastproto.train.build.Run``."""
     config, data = run.config, run.dataset
     run.method.to(device_of(run))
     method = METHODS.get(config.method) or config.method

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from fastproto.train.checkpoint import State, build_state, latest_checkpoint
+from fastproto.train.build import build_state
+from fastproto.train.checkpoint import State, latest_checkpoint
 from fastproto.train.config import Config
 from fastproto.train.data import Dataset
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastproto.train import checkpoint, data
+from fastproto.train import build, data
 from fastproto.train.config import Config, EncoderConfig, OptimizerConfig, PrototypeConfig, ViewConfig
 from fastproto.train.data import Dataset
 from fastproto.views import SIMC_BOX
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(("crop", "box"), [("random", (0, 0, 1, 1)), ("contrastive", (0, 0, 1, 1)), ("simc", SIMC_BOX)])
 def test_boxes_begin_as_the_crop_asks(tiny_config: Config, tiny_data: Dataset, crop: str, box: tuple) -> None:
-    state = checkpoint.build_state(replace(tiny_config, crop=crop), tiny_data, CPU)  # type: ignore[arg-type]
+    state = build.build_state(replace(tiny_config, crop=crop), tiny_data, CPU)  # type: ignore[arg-type]
     assert torch.equal(state.boxes.boxes, torch.tensor([box] * 40, dtype=torch.float32))
 
 
@@ -28,28 +28,28 @@ def test_views_are_the_configured_ones(tiny_config: Config, tiny_data: Dataset) 
         size=None, scale=(0.3, 0.7), ratio=(0.5, 2.0), alpha=0.3, augment="moco", jitter=(0.1, 0.2, 0.3, 0.4),
         blur=(1.0, 0.1), solarize=(0.0, 0.2),
     )  # fmt: skip
-    guided = checkpoint.build_views(replace(tiny_config, views=views, seed=7), tiny_data)
+    guided = build.build_views(replace(tiny_config, views=views, seed=7), tiny_data)
     assert (guided.size, guided.scale, guided.ratio, guided.alpha) == ((20, 20), (0.3, 0.7), (0.5, 2.0), 0.3)
     assert (guided.augment, guided.jitter, guided.seed, guided.views) == ("moco", (0.1, 0.2, 0.3, 0.4), 7, 2)
     assert (guided.blur, guided.solarize) == ((1.0, 0.1), (0.0, 0.2))
     assert (guided.mean, guided.std) == (tiny_data.mean, tiny_data.std)
     # A plain random crop is uniform.
-    assert checkpoint.build_views(replace(tiny_config, views=views, crop="random"), tiny_data).alpha == 1.0
-    assert checkpoint.build_views(tiny_config, tiny_data).size == (16, 16)
+    assert build.build_views(replace(tiny_config, views=views, crop="random"), tiny_data).alpha == 1.0
+    assert build.build_views(tiny_config, tiny_data).size == (16, 16)
 
 
 def test_only_matrices_and_kernels_are_decayed() -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
     module[2].weight.requires_grad_(False)
     config = OptimizerConfig(name="sgd", lr=0.3, momentum=0.8, weight_decay=0.1)
-    decayed, rest = checkpoint.build_optimizer(config, module).param_groups
+    decayed, rest = build.build_optimizer(config, module).param_groups
     assert [id(parameter) for parameter in decayed["params"]] == [id(module[0].weight)]
     assert {id(parameter) for parameter in rest["params"]} == {
         id(parameter) for parameter in (module[0].bias, module[1].weight, module[1].bias, module[2].bias)
     }
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
     assert (decayed["lr"], decayed["momentum"]) == (0.3, 0.8)
-    adamw = checkpoint.build_optimizer(replace(config, name="adamw"), module)
+    adamw = build.build_optimizer(replace(config, name="adamw"), module)
     assert isinstance(adamw, torch.optim.AdamW)
     assert adamw.param_groups[0]["lr"] == 0.3
 
@@ -58,7 +58,7 @@ def test_a_clustering_begins_where_it_is_asked_to(tiny_config: Config, tiny_data
     found = []
     for warm_start in (False, True):
         config = replace(tiny_config, prototypes=PrototypeConfig(num=(5,), n_iter=1, warm_start=warm_start))
-        bank = checkpoint.build_state(config, tiny_data, CPU).prototypes
+        bank = build.build_state(config, tiny_data, CPU).prototypes
         features = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
         for _ in range(3):
             bank.update(features)
@@ -69,7 +69,7 @@ def test_a_clustering_begins_where_it_is_asked_to(tiny_config: Config, tiny_data
 
 def test_simsiams_predictor_has_groups_of_its_own(tiny_config: Config, tiny_data: Dataset) -> None:
     config = replace(tiny_config, method="simsiam", optimizer=OptimizerConfig(weight_decay=0.1))
-    state = checkpoint.build_state(config, tiny_data, CPU)
+    state = build.build_state(config, tiny_data, CPU)
     names = {id(parameter): name for name, parameter in state.method.named_parameters()}
     seen = {}
     for group in state.optimizer.param_groups:
@@ -86,7 +86,7 @@ def test_lars_scales_the_steps_of_matrices_and_kernels_by_their_norms(decay: flo
     module = nn.Linear(4, 2)
     weight, bias = module.weight.detach().clone(), module.bias.detach().clone()
     upstream = torch.randn_like(weight)
-    lars = checkpoint.build_optimizer(OptimizerConfig("lars", lr=0.3, momentum=0.0, weight_decay=decay), module)
+    lars = build.build_optimizer(OptimizerConfig("lars", lr=0.3, momentum=0.0, weight_decay=decay), module)
     ((module.weight * upstream).sum() + module.bias.sum()).backward()
     lars.step()
     # You et al., Large Batch Training of Convolutional Networks, arXiv 1708.03888, algorithm 1.
@@ -96,12 +96,12 @@ def test_lars_scales_the_steps_of_matrices_and_kernels_by_their_norms(decay: flo
 
 
 def test_a_limit_takes_images_evenly_over_the_classes(tiny_config: Config, made: Dataset) -> None:
-    limited = checkpoint.load_data(replace(tiny_config, limit=16))
+    limited = build.load_data(replace(tiny_config, limit=16))
     kept = [40 * i // 16 for i in range(16)]
     assert torch.equal(limited.train_images, made.train_images[kept])
     assert torch.equal(limited.train_labels, made.train_labels[kept])
     assert torch.equal(limited.test_images, made.test_images)
-    assert checkpoint.load_data(tiny_config) is made
+    assert build.load_data(tiny_config) is made
 
 
 def test_data_is_loaded_as_configured(
@@ -109,11 +109,11 @@ def test_data_is_loaded_as_configured(
 ) -> None:
     asked = []
     monkeypatch.setattr(data, "load", lambda *args, **options: asked.append((args, options)) or tiny_data)
-    checkpoint.load_data(tiny_config)
+    build.load_data(tiny_config)
     options = {"image_size": 48, "class_list": "list.txt", "resident": False, "workers": 3}
     options |= {"strict": True, "gpu_decode": True}
     config = replace(tiny_config, data="imagenet", data_root="/data/sets", test_shards="x.tar", **options)
-    checkpoint.load_data(config)
+    build.load_data(config)
     plain = dict.fromkeys(("image_size", "class_list", "test_shards", "resident"))
     (first, first_options), second = asked
     assert first == ("digits", None)
@@ -124,8 +124,8 @@ def test_data_is_loaded_as_configured(
 
 
 def test_processes_that_train_leave_each_other_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint.os, "sched_getaffinity", lambda pid: set(range(24)), raising=False)
-    assert [checkpoint.default_workers(devices) for devices in (1, 2, 4, 24, 48)] == [16, 11, 5, 1, 1]
+    monkeypatch.setattr(build.os, "sched_getaffinity", lambda pid: set(range(24)), raising=False)
+    assert [build.default_workers(devices) for devices in (1, 2, 4, 24, 48)] == [16, 11, 5, 1, 1]
 
 
 def test_a_limit_that_leaves_no_label_is_refused(
@@ -134,9 +134,9 @@ def test_a_limit_that_leaves_no_label_is_refused(
     labels = torch.full((40,), -1)
     labels[1] = 0
     monkeypatch.setattr(data, "load", lambda *args, **options: replace(tiny_data, train_labels=labels))
-    assert checkpoint.load_data(replace(tiny_config, limit=39)).train_labels.max() == 0
+    assert build.load_data(replace(tiny_config, limit=39)).train_labels.max() == 0
     with pytest.raises(ValueError, match=r"config: limit expected so many that some have a label, .*, got int 20"):
-        checkpoint.load_data(replace(tiny_config, limit=20))
+        build.load_data(replace(tiny_config, limit=20))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_limit_that_leaves_no_label_is_refused(
 )
 def test_more_than_there_are_images_is_refused(tiny_config: Config, made: Dataset, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        checkpoint.load_data(replace(tiny_config, **changes))
+        build.load_data(replace(tiny_config, **changes))
 
 
 @pytest.mark.parametrize(
@@ -171,15 +171,15 @@ def test_more_than_there_are_images_is_refused(tiny_config: Config, made: Datase
 )
 def test_what_cannot_be_built_is_refused(tiny_config: Config, tiny_data: Dataset, changes: dict, message: str) -> None:
     random = torch.get_rng_state()
-    checkpoint.check_buildable(tiny_config, tiny_data)
+    build.check_buildable(tiny_config, tiny_data)
     with pytest.raises(ValueError, match=message):
-        checkpoint.check_buildable(replace(tiny_config, **changes), tiny_data)
+        build.check_buildable(replace(tiny_config, **changes), tiny_data)
     assert torch.equal(torch.get_rng_state(), random)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_a_device_that_is_not_there_is_refused(tiny_config: Config, tiny_data: Dataset) -> None:
     with pytest.raises(ValueError, match="config: device expected cpu: no GPU is here, got cuda"):
-        checkpoint.check_buildable(replace(tiny_config, device="cuda"), tiny_data)
+        build.check_buildable(replace(tiny_config, device="cuda"), tiny_data)
     with pytest.raises(ValueError, match="config: gpu_decode expected false: the run is on a CPU, got bool True"):
-        checkpoint.check_buildable(replace(tiny_config, gpu_decode=True), tiny_data)
+        build.check_buildable(replace(tiny_config, gpu_decode=True), tiny_data)

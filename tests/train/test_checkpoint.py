@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastproto.train import checkpoint, files
+from fastproto.train import build, checkpoint, files
 from fastproto.train.config import Config, OptimizerConfig, plain, read_config
 from fastproto.train.data import Dataset
 from fastproto.train.export import CARD, WRITERS
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 def stepped(config: Config, dataset: Dataset) -> checkpoint.State:
     """A state with everything in it changed from how it began."""
-    state = checkpoint.build_state(config, dataset, CPU)
+    state = build.build_state(config, dataset, CPU)
     sum(parameter.square().sum() for parameter in state.method.parameters() if parameter.requires_grad).backward()
     state.optimizer.step()
     state.boxes.update(torch.arange(3), torch.tensor([[0.1, 0.2, 0.8, 0.9]] * 3))
@@ -55,7 +55,7 @@ def test_a_checkpoint_brings_everything_back(
     path = saved.save(tmp_path)
     assert path == tmp_path / "checkpoints" / "epoch-0003.pt"
     expected = torch.rand(4)
-    loaded = checkpoint.build_state(config, tiny_data, CPU)
+    loaded = build.build_state(config, tiny_data, CPU)
     loaded.load(path)
     torch.testing.assert_close(torch.rand(4), expected, rtol=0, atol=0)
     before, after = everything(saved), everything(loaded)
@@ -79,7 +79,7 @@ def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_the_last_checkpoints_are_kept(tmp_path: Path, tiny_config: Config, tiny_data: Dataset) -> None:
-    state = checkpoint.build_state(tiny_config, tiny_data, CPU)
+    state = build.build_state(tiny_config, tiny_data, CPU)
     (tmp_path / "config.yaml").write_text(checkpoint.MARK)
     mine = [tmp_path / "checkpoints" / name for name in ("epoch-0002-backup.pt", "epoch-.pt", "epoch-1.pt")]
     mine[0].parent.mkdir()
@@ -102,7 +102,7 @@ def test_the_last_checkpoints_are_kept(tmp_path: Path, tiny_config: Config, tiny
 
 def test_the_state_begins_the_same_for_the_same_seed(tiny_config: Config, tiny_data: Dataset) -> None:
     first, again, other = (
-        everything(checkpoint.build_state(replace(tiny_config, seed=seed), tiny_data, CPU)) for seed in (5, 5, 6)
+        everything(build.build_state(replace(tiny_config, seed=seed), tiny_data, CPU)) for seed in (5, 5, 6)
     )
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["method.queue"], other["method.queue"])
@@ -211,7 +211,7 @@ def test_a_run_is_read_back(tmp_path: Path, tiny_config: Config, made: Dataset, 
     state.save(tmp_path)
     files.write_log(tmp_path, state.log)
     random = torch.get_rng_state()
-    run = checkpoint.load_run(str(tmp_path))
+    run = build.load_run(str(tmp_path))
     assert torch.equal(torch.get_rng_state(), random)
     assert (run.path, run.config, run.log, run.result) == (tmp_path, config, state.log, {})
     assert run.dataset is made
@@ -226,24 +226,24 @@ def test_a_run_is_read_back(tmp_path: Path, tiny_config: Config, made: Dataset, 
         assert torch.equal(run.prototypes[0], state.prototypes.prototypes_0)
         assert torch.equal(run.assignments[0], state.prototypes.assignments_0)
     (tmp_path / "result.json").write_text(json.dumps({"config": plain(config)}))
-    assert checkpoint.load_run(tmp_path).result == {"config": plain(config)}
+    assert build.load_run(tmp_path).result == {"config": plain(config)}
 
 
 def test_a_run_before_its_first_clustering_has_no_prototypes(
     tmp_path: Path, tiny_config: Config, made: Dataset
 ) -> None:
     checkpoint.start_folder(tmp_path, tiny_config)
-    checkpoint.build_state(tiny_config, made, CPU).save(tmp_path)
-    run = checkpoint.load_run(tmp_path)
+    build.build_state(tiny_config, made, CPU).save(tmp_path)
+    run = build.load_run(tmp_path)
     assert (run.prototypes, run.assignments) == ([], [])
 
 
 def test_no_run_is_refused(tmp_path: Path, tiny_config: Config) -> None:
     with pytest.raises(ValueError, match=r"run: folder expected one that holds a run, got .*nowhere"):
-        checkpoint.load_run(tmp_path / "nowhere")
+        build.load_run(tmp_path / "nowhere")
     checkpoint.start_folder(tmp_path, tiny_config)
     with pytest.raises(ValueError, match=r"run: folder expected a run with a checkpoint, got .*, which has none"):
-        checkpoint.load_run(tmp_path)
+        build.load_run(tmp_path)
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(

@@ -18,8 +18,8 @@ from PIL import Image
 
 import fastproto
 from fastproto import cli
-from fastproto.train import checkpoint, loop
-from fastproto.train.checkpoint import load_data, load_run
+from fastproto.train import build, loop
+from fastproto.train.build import load_data, load_run
 from fastproto.train.data import dataset
 from fastproto.train.files import read_log
 
@@ -62,7 +62,7 @@ def test_a_run_from_the_command_line(
     tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, loaded = tmp_path / "run", []
-    monkeypatch.setattr(checkpoint, "load_data", lambda config: loaded.append(load_data(config)) or loaded[-1])
+    monkeypatch.setattr(build, "load_data", lambda config: loaded.append(load_data(config)) or loaded[-1])
     assert cli.main(["train", recipe(tmp_path, images), "--out", str(run), "--crop", "contrastive", "--seed", "5"]) == 0
     # Once: the report is of the data that was trained on.
     assert len(loaded) == 1

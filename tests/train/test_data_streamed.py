@@ -17,7 +17,8 @@ from train._files import write_image
 from train._runs import at_the_end, stop_after
 
 from fastproto.train import loop
-from fastproto.train.checkpoint import State, load_data
+from fastproto.train.build import load_data
+from fastproto.train.checkpoint import State
 from fastproto.train.config import Config
 from fastproto.train.data import BrokenImage, Dataset, Streamed, batches, dataset, load, squares, streamed
 from fastproto.train.evaluate import evaluate

@@ -12,7 +12,7 @@ import pytest
 
 from fastproto import cli
 from fastproto.train import data, evaluate, loop, report
-from fastproto.train.checkpoint import load_run
+from fastproto.train.build import load_run
 from fastproto.train.config import Config, EvaluationConfig
 from fastproto.train.data import Dataset
 from fastproto.train.probes import LEARNING_RATES, linear_sgd

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastproto import cli
-from fastproto.train import checkpoint, data
+from fastproto.train import build, checkpoint, data
 from fastproto.train.config import Config, EncoderConfig, ViewConfig
 from fastproto.train.data import Dataset
 from fastproto.train.export import CARD, WRITERS, export
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def make_run(tmp_path: Path, tiny_config: Config, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch):
-    def make(encoder: str, width: int | None = None, side: int = 20) -> checkpoint.Run:
+    def make(encoder: str, width: int | None = None, side: int = 20) -> build.Run:
         def grown(images: Tensor) -> Tensor:
             return nn.functional.interpolate(images.float(), side).byte()
 
@@ -32,11 +32,11 @@ def make_run(tmp_path: Path, tiny_config: Config, tiny_data: Dataset, monkeypatc
             tiny_config, encoder=EncoderConfig(encoder, width), views=ViewConfig(size=side), method="simclr", seed=3
         )
         checkpoint.start_folder(tmp_path, config)
-        state = checkpoint.build_state(config, data.load("made"), CPU)
+        state = build.build_state(config, data.load("made"), CPU)
         for norm in (module for module in state.method.modules() if isinstance(module, nn.BatchNorm2d)):
             norm.running_mean.uniform_(-0.1, 0.1)
         state.save(tmp_path)
-        return checkpoint.load_run(tmp_path)
+        return build.load_run(tmp_path)
 
     return make
 

@@ -16,7 +16,8 @@ from train._runs import at_the_end, stop_after
 from fastproto.cluster import PrototypeBank
 from fastproto.losses import _gather
 from fastproto.train import loop
-from fastproto.train.checkpoint import State, build_state, build_views, read_checkpoint
+from fastproto.train.build import build_state, build_views
+from fastproto.train.checkpoint import State, read_checkpoint
 from fastproto.train.clock import PHASES
 from fastproto.train.config import (
     Config,

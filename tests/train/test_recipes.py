@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastproto.train.checkpoint import build_state, build_views
+from fastproto.train.build import build_state, build_views
 from fastproto.train.config import Config, LossConfig, MethodName, read_config
 from fastproto.train.data import Dataset
 from fastproto.train.methods import Prototypes

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastproto.train import report
-from fastproto.train.checkpoint import load_data
+from fastproto.train.build import load_data
 from fastproto.train.config import Config, EncoderConfig, PrototypeConfig
 from fastproto.train.data import Dataset
 from fastproto.train.evaluate import embed, write_evaluations

@@ -14,7 +14,8 @@ from train._runs import stop_after
 
 from fastproto import cli
 from fastproto.train import loop
-from fastproto.train.checkpoint import build_state, load_data, read_checkpoint, start_folder
+from fastproto.train.build import build_state, load_data
+from fastproto.train.checkpoint import read_checkpoint, start_folder
 from fastproto.train.config import Config, EvaluationConfig
 from fastproto.train.data import Dataset
 from fastproto.train.files import read_log

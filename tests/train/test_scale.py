@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from fastproto import cli
-from fastproto.train.checkpoint import Run, load_run, read_checkpoint
+from fastproto.train.build import Run, load_run
+from fastproto.train.checkpoint import read_checkpoint
 from fastproto.train.files import read_log
 
 RECIPE = """

@@ -16,7 +16,8 @@ from torch import Tensor
 from train._runs import at_the_end, stop_after
 
 from fastproto.train import checkpoint, loop
-from fastproto.train.checkpoint import State, build_state, check_buildable
+from fastproto.train.build import build_state, check_buildable
+from fastproto.train.checkpoint import State
 from fastproto.train.config import Config, EvaluationConfig, difference
 from fastproto.train.data import Dataset
 from fastproto.train.evaluate import KNN, embed, evaluate

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastproto._check import LONGEST, expect
 from fastproto.train.data.dataset import Encoded
 from fastproto.train.data.folders import IMAGE_SUFFIXES, Split
-from fastproto.train.data.streamed import ignore_signals, started, unchanged
+from fastproto.train.data.streamed import as_many_workers_as_asked, ignore_signals, started, unchanged
 
 BLOCK = 512
 # A number above is no class: so many would fill the memory.
@@ -89,9 +89,10 @@ def _read_shards(pattern: str, workers: int, strict: bool) -> tuple[Encoded, int
     shards = _expand(pattern)
     # A million images take a minute in one process.
     workers = workers if len(shards) > 1 else 0
-    indices: DataLoader[Index] = DataLoader(
-        _Headers(shards), batch_size=None, num_workers=workers, collate_fn=unchanged, worker_init_fn=ignore_signals
-    )
+    with as_many_workers_as_asked():
+        indices: DataLoader[Index] = DataLoader(
+            _Headers(shards), batch_size=None, num_workers=workers, collate_fn=unchanged, worker_init_fn=ignore_signals
+        )
     found, cut = [], 0
     for path, index in zip(shards, started(indices), strict=True):
         expect(not index.problem, "load", "shards", "plain tar files of KEY.jpg and KEY.cls", index.problem)
