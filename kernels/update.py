@@ -113,8 +113,8 @@ def update(
     counts = torch.zeros(2, num_clusters, dtype=torch.float64, device=x.device)
     if n == 0:
         return sums, counts
-    # 32 bits are half the work of sorting 64.
-    ordered, places = labels.int().sort()
+    # 32 bits are half the work of sorting 64; what 32 cannot hold is beyond the clusters.
+    ordered, places = labels.clamp(-1, num_clusters).int().sort()
     columns = min(COLUMNS, triton.next_power_of_2(d))
     stride_w = 0 if weights is None else weights.stride(0)
     with torch.cuda.device_of(x):

@@ -78,11 +78,17 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         # PyTorch's dispatcher costs 15 µs a call on few rows.
         if self._may_go_straight and _goes_straight_to_the_cpu(args):
-            return self.implementations[self.choose("cpu")](*args)
+            return self._run(*args)
         return self._call(*args)
 
     def _run(self, *args: Any) -> Any:
-        return self.implementations[self.choose(_device_type(args))](*args)
+        device_type = _device_type(args)
+        implementation = self.implementations[self.choose(device_type)]
+        if not torch.is_autocast_enabled(device_type):
+            return implementation(*args)
+        # It is on inside of an op too, and would lower the products of a reference.
+        with torch.autocast(device_type, enabled=False):
+            return implementation(*args)
 
     def choose(self, device_type: str) -> str:
         """The backend that runs this op on a device type now.

@@ -268,6 +268,20 @@ def test_dtypes_mix_and_autocast_does_not_lower() -> None:
     assert torch.equal(lowered, contrast(features, keys, targets).loss)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_lower_the_reference_either(dtype: torch.dtype) -> None:
+    arguments = problem(40, 30, 300, dtype=torch.float32)
+    leaves = [arguments[name] for name in ("features", "keys", "scale", "bias")]
+    with fastproto.backend("reference"):
+        loss = contrast(**arguments).loss
+        plain = torch.autograd.grad(loss.sum(), leaves)
+        with torch.autocast("cpu", dtype=dtype):
+            lowered = contrast(**arguments).loss
+            gradients = torch.autograd.grad(lowered.sum(), leaves)
+    assert torch.equal(lowered, loss)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, plain, strict=True))
+
+
 def test_the_same_bits_every_run() -> None:
     arguments = problem(33, 507, 130, dtype=torch.float32)
     leaves = [arguments[name] for name in ("features", "keys", "scale", "bias")]

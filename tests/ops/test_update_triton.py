@@ -93,7 +93,7 @@ def test_labels_beyond_the_clusters_add_to_nothing() -> None:
     """Where nothing has refused them, as outside of debug mode on a GPU."""
     from fastproto.kernels.update import update
 
-    x, labels = torch.ones(6, 3, device=DEVICE), torch.tensor([0, 2, 1, 9, 2, -1], device=DEVICE)
+    x, labels = torch.ones(6, 3, device=DEVICE), torch.tensor([0, 2, 1, 1 << 32, 2, -1], device=DEVICE)
     rounders = torch.full((2, 2), 64.0, dtype=torch.float64, device=DEVICE)
     sums, counts = update(x, labels, 2, None, rounders)
     assert torch.equal(sums[0], torch.ones_like(sums[0]))
