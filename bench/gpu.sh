@@ -4,7 +4,8 @@
 #   bench/gpu.sh build    compiles for the GPUs that are there, or those of FASTPROTO_CUDA_ARCHS, and installs
 #   bench/gpu.sh test     the tests marked gpu, on eight processes where pytest-xdist is installed
 #   bench/gpu.sh bench    the benchmarks of the GPU; JSON goes to bench/results/GPU-NAME/
-#   bench/gpu.sh train DATA [options]    bench/table.py: every method with every crop; goes on when repeated
+#   bench/gpu.sh train DATA [options]    bench/table.py: every method with every crop; goes on when repeated; wants the
+#                                        packages of the extra [train] too, of which jsonargparse is seldom there
 # Each part takes minutes, and is interrupted after nine: what was measured until then is kept. PYTHON names the
 # interpreter that holds torch, FASTPROTO_COMMIT the commit of a tree without .git. Where OUT names a folder, test,
 # bench and train copy bench/results/GPU-NAME to $OUT/GPU-NAME, and what they print is in $OUT/PART.log too.
