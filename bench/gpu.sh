@@ -65,5 +65,5 @@ case "$part" in
       run "$@" 2>&1 | tee -i "$OUT/$part.log"
     fi
     ;;
-  *) sed -n '2,10p' "$0"; exit 2 ;;
+  *) sed -n '2,11p' "$0"; exit 2 ;;
 esac
