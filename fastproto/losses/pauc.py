@@ -50,7 +50,8 @@ class PAUCLoss(nn.Module):
 
     Args:
         temperature: τ of InfoNCE.
-        align_weight, uniform_weight, correlation_weight: λ_a, λ_u, λ_c.
+        align_weight, uniform_weight, correlation_weight: λ_a, λ_u, λ_c. "cross" is a sum over dimensions: at 1 it
+            drowns the others, and an encoder learns less than nothing (bench/notes.md). "covariance" is a mean.
         uniform_t: t.
         correlation: "cross" or "covariance".
         gather_distributed: the prototypes are those of the batch of all ranks, and so is the mean of ProtoNCE.
@@ -89,7 +90,7 @@ class PAUCLoss(nn.Module):
         temperature: float = 0.2,
         align_weight: float = 1.0,
         uniform_weight: float = 1.0,
-        correlation_weight: float = 1.0,
+        correlation_weight: float = 0.01,
         uniform_t: float = 2.0,
         correlation: str = "cross",
         gather_distributed: bool = False,

@@ -168,7 +168,7 @@ class LossConfig:
         metric_weight: of the siamese metric (spcl).
         align_weight: of the alignment of batch prototypes (pauc).
         uniform_weight: of the uniformity of batch prototypes (pauc).
-        correlation_weight: of the correlation of batch prototypes (pauc).
+        correlation_weight: of the correlation of batch prototypes (pauc); "cross" is a sum over head.dim dimensions.
         correlation: its form: "cross" between the two views, or "covariance" within each (pauc).
     """
 
@@ -178,7 +178,7 @@ class LossConfig:
     metric_weight: float = 1.0
     align_weight: float = 1.0
     uniform_weight: float = 1.0
-    correlation_weight: float = 1.0
+    correlation_weight: float = 0.01
     correlation: Literal["cross", "covariance"] = "cross"
 
     def __post_init__(self) -> None:
