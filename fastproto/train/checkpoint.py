@@ -209,6 +209,11 @@ def start_folder(folder: Path, config: Config) -> None:
             else:
                 path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder, config)
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Also where a run goes on: its data may lie elsewhere by then, and what reads the run looks for them there."""
     write_text(folder / "config.yaml", f"{MARK}\n{to_yaml(config)}")
 
 

@@ -26,7 +26,7 @@ import fastproto
 from fastproto import _settings
 from fastproto.losses._gather import gather_dealt_rows, rank_and_world, sum_over_ranks
 from fastproto.train.build import build_state, build_views
-from fastproto.train.checkpoint import State, keep_best, resume_point, start_folder
+from fastproto.train.checkpoint import State, keep_best, resume_point, start_folder, write_config
 from fastproto.train.clock import PHASES, Clock
 from fastproto.train.config import Config, OptimizerConfig, plain
 from fastproto.train.data import Dataset, batches
@@ -91,13 +91,13 @@ def train(
     path = resume_point(folder) if resume else None
     if path is not None:
         state.load(path)
-        if rank == 0:
+    if rank == 0:
+        (write_config if resume else start_folder)(folder, config)
+        if path is None:
+            state.save(folder, config.keep)
+        else:
             # A run that was killed may have left nothing after its checkpoint.
             keep_up(path, folder, state)
-    elif rank == 0:
-        if not resume:
-            start_folder(folder, config)
-        state.save(folder, config.keep)
     method, boxes, prototypes = state.method, state.boxes, state.prototypes
     if config.compile:
         for encoder in (part for part in method.modules() if isinstance(part, Encoder)):

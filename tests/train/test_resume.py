@@ -15,8 +15,8 @@ from train._runs import stop_after
 from fastproto import cli
 from fastproto.train import loop
 from fastproto.train.build import build_state, load_data
-from fastproto.train.checkpoint import read_checkpoint, start_folder
-from fastproto.train.config import Config, EvaluationConfig
+from fastproto.train.checkpoint import is_run, read_checkpoint, start_folder
+from fastproto.train.config import Config, EvaluationConfig, read_config
 from fastproto.train.data import Dataset
 from fastproto.train.files import read_log
 
@@ -120,6 +120,15 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(
     del saved["origin"]
     torch.save(saved, path)
     assert cli.main(["eval", str(tmp_path / "fewer"), "--knn"]) == 0
+
+
+def test_where_the_data_lie_now_is_remembered(tmp_path: Path, tiny_config: Config, tiny_data: Dataset) -> None:
+    with pytest.raises(loop.Interrupted):
+        loop.train(tiny_config, tiny_data, tmp_path, stop=stop_after(1))
+    moved = replace(tiny_config, data_root="/elsewhere", keep=3)
+    loop.train(moved, tiny_data, tmp_path, resume=True)
+    assert read_config(tmp_path / "config.yaml") == moved
+    assert is_run(tmp_path)
 
 
 def test_a_folder_of_other_images_is_refused(tmp_path: Path, tiny_config: Config) -> None:
