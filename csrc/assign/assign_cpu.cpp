@@ -54,8 +54,8 @@ void judge(const Assign& args, const Centers& centers, Chunk& chunk, int64_t fir
     const int64_t last = skipped[group] ? 0 : std::min(centers.tiles, (group + 1) * GROUP);
     for (int64_t tile = group * GROUP; tile < last; ++tile) {
       const Vec score = load(scores + tile * size), doubted = error(tile);
-      certain = max(certain, score - doubted);
-      hope = max(hope, score + doubted);
+      certain = larger(certain, score - doubted);
+      hope = larger(hope, score + doubted);
     }
     nearest[group - group_begin] = hope;
   }

@@ -11,7 +11,7 @@ namespace FASTPROTO_ISA {
 inline float miss(const Chunk& chunk, int64_t first, Vec scores) {
   float beyond[LANES];
   // ||x − c||² = |x|² − 2 (<x, c> − |c|² / 2)
-  store(beyond, max(load(chunk.square.data() + first) - 2 * scores, Vec{}));
+  store(beyond, larger(load(chunk.square.data() + first) - 2 * scores, Vec{}));
   for (int l = 0; l < LANES; ++l) beyond[l] = std::sqrt(beyond[l]) - chunk.own[first + l];
   return -largest(-load(beyond));
 }

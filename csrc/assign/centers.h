@@ -107,7 +107,8 @@ void pack_centers(const Assign& args, Centers& centers, int threads) {
   centers.packed.take(size * centers.words);
   centers.start.assign(size, 0);
   centers.bias.assign(size, INF);
-  for (auto* of_tile : {&centers.scale, &centers.length, &centers.residual, &centers.offset}) of_tile->assign(centers.tiles, 0.f);
+  for (auto* of_tile : {&centers.scale, &centers.length, &centers.residual, &centers.offset})
+    of_tile->assign(centers.tiles, 0.f);
   parallel_for(centers.tiles, threads, [&](int64_t tile) { pack_tile<Number>(args, centers, tile); });
 }
 

@@ -8,8 +8,8 @@
 namespace fastproto {
 namespace FASTPROTO_ISA {
 
-constexpr int64_t STRETCH = 320 / GROUP;  // groups between two looks at the scores: 320 tiles · 128 rows · 4 B = 160 KB, the L2's
-constexpr int64_t WAITING = 32;    // tiles that a row may have waiting for the exact look
+constexpr int64_t STRETCH = 320 / GROUP;  // groups between two looks at the scores: 320 tiles · 128 rows · 4 B = 160 KB
+constexpr int64_t WAITING = 32;           // tiles that a row may have waiting for the exact look
 
 // A chunk of rows: as the screen takes them, in panels of NR, and what is known of each.
 struct Chunk {

@@ -75,7 +75,6 @@ inline IntVec load_words(const int32_t* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
 // A row in integers.
 struct Quantized {
@@ -95,7 +94,7 @@ inline Quantized measure(const float* x, int64_t D) {
   Vec largest_abs{}, squared{};
   for (int64_t d = 0; d < D; d += LANES) {
     const Vec v = load(x + d);
-    largest_abs = max(largest_abs, max(v, -v));
+    largest_abs = larger(largest_abs, larger(v, -v));
     squared += v * v;
   }
   const float largest = fastproto::FASTPROTO_ISA::largest(largest_abs);
@@ -127,7 +126,8 @@ inline void quantize(const float* x, int64_t D, Quantized& row, Number* out) {
 }
 
 // best[n] = max over the tile's centres of <x_n, c> − bias, of NR rows: one panel, (words, NR), by one tile, (words, MR),
-// which has one scale, and whose sums start from `start`. All loops over registers are unrolled by order: one that is not puts them into memory.
+// which has one scale, and whose sums start from `start`. All loops over registers are unrolled by order: one that is not
+// puts them into memory.
 template <typename Number, bool VNNI>
 inline void screen_tile(const int32_t* centers, const int32_t* start, const int32_t* rows, int64_t words,
                         float scale, const float* bias, const float* row_scale, float* best) {
@@ -150,7 +150,7 @@ inline void screen_tile(const int32_t* centers, const int32_t* start, const int3
     const Vec factor = load(row_scale + v * LANES) * scale;
     Vec largest = splat(-INF);
 #pragma GCC unroll 14
-    for (int m = 0; m < MR; ++m) largest = max(__builtin_convertvector(acc[m][v], Vec) * factor - bias[m], largest);
+    for (int m = 0; m < MR; ++m) largest = larger(__builtin_convertvector(acc[m][v], Vec) * factor - bias[m], largest);
     store(best + v * LANES, largest);
   }
 }

@@ -111,10 +111,7 @@ def _op(name: str, module: str, schema: str, cpp: Callable[..., Any], adapt: Cal
 
 
 def _join(features: Tensor, second: Tensor | None, *rest: Any) -> tuple[Any, ...]:
-    if second is None:
-        return (features, *rest)
-    with torch.autocast(features.device.type, enabled=False):
-        return (torch.cat([features, second]), *rest)
+    return (features if second is None else torch.cat([features, second]), *rest)
 
 
 _pairs_fwd = _op(
