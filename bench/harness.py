@@ -147,7 +147,7 @@ def device_name(device: str) -> str:
     if found := re.search(r"model name\s*: (.*)", text):
         model = re.sub(r"\((R|TM)\)| Processor\b| CPU\b", "", found[1])
     family = f" family {found[1]}" if (found := re.search(r"cpu family\s*: (\d+)", text)) else ""
-    isa = "avx512" if "avx512f" in text else "avx2" if "avx2" in text else "baseline"
+    isa = next((name for name in ("amx", "avx512", "avx2") if name in text), "baseline")
     return f"{model}{family} {torch.get_num_threads()} threads {isa}"
 
 

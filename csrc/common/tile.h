@@ -157,6 +157,12 @@ template <int M = MR, typename Run> inline void for_tiles(int64_t count, Run run
   if constexpr (M > 1) for_tiles<M - 1>(count, run, first);
 }
 
+// The same with M rows, then M / 2, and so on.
+template <int M, typename Run> inline void for_halves(int64_t count, Run run, int64_t first = 0) {
+  for (; first + M <= count; first += M) run(std::integral_constant<int, M>{}, first);
+  if constexpr (M > 1) for_halves<M / 2>(count, run, first);
+}
+
 // Two vectors of floats as one of bfloat16, first `low`, then `high`; ties to even.
 inline Vec narrow(Vec low, Vec high) {
 #if defined(__AVX512F__)

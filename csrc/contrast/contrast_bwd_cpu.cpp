@@ -10,13 +10,13 @@
 #include <vector>
 
 #include "../common/parallel.h"
+#include "product.h"
 #include "rows.h"
 
 namespace fastproto {
 namespace FASTPROTO_ISA {
 namespace {
 
-constexpr int64_t ROWS = 256 / NR * NR;
 constexpr int64_t MAX_KEYS = 64 * MR;  // of a chunk: y and its gradient at D = 128 take 2 · 200 KB
 constexpr float INF = std::numeric_limits<float>::infinity();
 
@@ -30,10 +30,10 @@ struct Block {
   int64_t first, count, padded;
   int64_t lowest_group, highest_group;
   std::vector<Hit> hits;  // by key, then row
-  alignas(64) float lse[ROWS];
-  alignas(64) float grad[ROWS];
-  alignas(64) float target_q[ROWS];  // q_{i,t(i)}
-  alignas(64) float scale[ROWS];  // of the scores, where the rows have it not
+  alignas(64) float lse[MAX_BLOCK];
+  alignas(64) float grad[MAX_BLOCK];
+  alignas(64) float target_q[MAX_BLOCK];  // q_{i,t(i)}
+  alignas(64) float scale[MAX_BLOCK];  // of the scores, where the rows have it not
   const float *across, *along;
 };
 
@@ -80,7 +80,7 @@ inline void symmetric_row(const Contrast& args, const Block& block, int64_t j, c
     if (i == mine) return target_gradient(args, j);
     return hidden(i) ? 0.f : std::exp(scores[i] - lse_j) * grad_j;
   };
-  float of_hits[ROWS];
+  float of_hits[MAX_BLOCK];
   for (const Hit* h = hit; h < end; ++h) of_hits[h - hit] = as_key(h->row) + as_row(h->row);
   const float of_mine = has_mine ? as_key(mine) + as_row(mine) : 0.f;
   for (int64_t i = 0; i < block.padded; i += LANES) {
@@ -94,50 +94,47 @@ inline void symmetric_row(const Contrast& args, const Block& block, int64_t j, c
   if (has_mine) scores[mine] = of_mine;
 }
 
-template <typename Number, int M>
-void key_tile(const Contrast& args, const Block& block, int64_t first, const float* y, const float* scale, float* scores,
-              float* dy, float* db) {
-  const int64_t depth = words_of<Number>(args.D), rows = words_of<Number>(block.padded);
-  for (int64_t panel = 0; panel < block.padded / NR; ++panel)
-    tile_product<M, 1, MR, Number>(y, block.across + panel * depth * NR, depth, scores + panel * NR, ROWS, nullptr);
+template <int M, typename Product>
+void key_tile(const Contrast& args, const Block& block, int64_t first, const float* y, const float* scale, Product& product,
+              float* scores, float* dy, float* db) {
+  product.template scores<M>(y, block.across, block.padded, args.D, scores);
   float keep[M];
   const Hit *hit = block.hits.data(), *const last = hit + block.hits.size();
   while (hit < last && hit->key < first) ++hit;
   for (int m = 0; m < M; ++m) {
     const Hit* end = hit;
     while (end < last && end->key == first + m) ++end;
-    float* row = scores + m * ROWS;
-    scale_scores<Number>(row, block.scale, scale[m], block.padded);
+    float* row = scores + m * Product::LD;
+    if (Product::SCALE_SCORES) scale_scores(row, block.scale, scale[m], block.padded);
     if (args.symmetric)
       symmetric_row(args, block, first + m, hit, end, row);
     else
       db[m] += gradient_row(args, block, first + m, hit, end, row);
-    weights_to_words<Number>(row, block.scale, block.padded);
+    product.finish_weights(row, block.scale, block.padded);
     hit = end;
     keep[m] = 1.f;
   }
-  const int64_t width = round_up(args.D, NR);
-  for (int64_t panel = 0; panel < width / NR; ++panel)
-    tile_product<M, ROWS, 1, Number>(scores, block.along + panel * rows * NR, rows, dy + panel * NR, width, keep);
+  product.template sums<M>(scores, block.along, block.padded, args.D, dy, keep);
 }
 
-template <typename Number>
+template <typename Product>
 void task(const Contrast& args, int64_t begin, int64_t end) {
+  constexpr int64_t ROWS = Product::BLOCK;
   thread_local Scratch scratch;
+  Product product;
   const int64_t width = round_up(args.D, NR), keys = end - begin;
   float* loaded = scratch.rows.take(std::max(ROWS, keys) * args.D);
-  float* y = scratch.y.take(round_up(keys, MR) * args.D);
-  float* across = scratch.across.take(ROWS * args.D);
-  float* along = scratch.along.take(ROWS * width);
-  float* scores = scratch.scores.take(MR * ROWS);
+  float* y = scratch.y.take(round_up(keys, Product::ROWS) * Product::left_size(args.D));
+  float* across = scratch.across.take(Product::across_size(args.D));
+  float* along = scratch.along.take(Product::along_size(args.D));
+  float* scores = Product::scores_in(scratch.scores.take(Product::SCORES_SIZE));
   scratch.dy.assign(keys * width, 0.f);
   scratch.db.assign(keys, 0.f);
   float *dy = scratch.dy.data(), *db = scratch.db.data();
   float* scale = scratch.scale.take(keys);
-  for (int64_t j = 0; j < keys; ++j) scale[j] = load_factor_y<Number>(args, begin + j, loaded + j * args.D);
-  const int64_t depth = words_of<Number>(args.D);
-  to_words<Number>(loaded, keys, args.D);
-  pack_tall(loaded, keys, depth, y);
+  for (int64_t j = 0; j < keys; ++j)
+    scale[j] = load_factor_y<Product::SCALE_SCORES>(args, begin + j, loaded + j * args.D);
+  product.pack_left(loaded, keys, args.D, y);
   for (int64_t first = 0; first < args.N; first += ROWS) {
     Block block;
     block.first = first;
@@ -159,16 +156,15 @@ void task(const Contrast& args, int64_t begin, int64_t end) {
       block.target_q[i] = counted ? target_gradient(args, first + i) : 0.f;
       float* row = loaded + i * args.D;
       // An ignored row is emptied, so that not even a NaN in it reaches the keys.
-      block.scale[i] = counted ? load_factor_x<Number>(args, first + i, row) : 0.f;
+      block.scale[i] = counted ? load_factor_x<Product::SCALE_SCORES>(args, first + i, row) : 0.f;
       if (!counted && i < block.count) std::fill(row, row + args.D, 0.f);
     }
-    to_words<Number>(loaded, block.count, args.D);
-    pack_across(loaded, block.count, depth, across);
-    pack_pairs_along<Number>(loaded, block.count, args.D, block.padded, along);
+    product.pack_right(loaded, block.count, block.padded, args.D, across, along);
     block.across = across;
     block.along = along;
-    for_tiles(keys, [&](auto M, int64_t j) {
-      key_tile<Number, M.value>(args, block, begin + j, y + j * depth, scale + j, scores, dy + j * width, db + j);
+    Product::for_tiles(keys, [&](auto M, int64_t j) {
+      const float* left = y + j * Product::left_size(args.D);
+      key_tile<M.value>(args, block, begin + j, left, scale + j, product, scores, dy + j * width, db + j);
     });
   }
   for (int64_t j = begin; j < end; ++j) {
@@ -188,11 +184,13 @@ void task(const Contrast& args, int64_t begin, int64_t end) {
 
 void contrast_bwd_keys(const Contrast& args, int threads) {
   if (contrast_is_bounded(args)) return contrast_bwd_symmetric(args, threads);
-  const int64_t even = (args.K + threads - 1) / threads;
-  const int64_t keys = std::max<int64_t>(MR, std::min(MAX_KEYS, round_up(even, MR)));
-  const auto run = in_bfloat16(args) ? task<Product16> : task<float>;
-  parallel_for((args.K + keys - 1) / keys, threads,
-               [&](int64_t t) { run(args, t * keys, std::min(args.K, t * keys + keys)); });
+  with_product(args, [&](auto chosen) {
+    typedef typename decltype(chosen)::Product Product;
+    const int64_t even = (args.K + threads - 1) / threads;
+    const int64_t keys = std::max<int64_t>(Product::ROWS, std::min(MAX_KEYS, round_up(even, Product::ROWS)));
+    parallel_for((args.K + keys - 1) / keys, threads,
+                 [&](int64_t t) { task<Product>(args, t * keys, std::min(args.K, t * keys + keys)); });
+  });
 }
 
 }  // namespace FASTPROTO_ISA

@@ -1,7 +1,7 @@
 // Forward: one pass over the keys gives the log-sum-exp and Σ_j p_ij a_j y_j, and with it dL/dx. It is attention with
 // keys = values: 2 · 2 · N · K · D operations with a gradient for x, half without; no N × K matrix.
 //
-// A task is a chunk of rows times a segment of keys. It walks the segment in blocks of KEYS keys, packs a block in both
+// A task is a chunk of rows times a segment of keys. It walks the segment in blocks of keys, packs a block in both
 // layouts (2 · 256 · 128 · 4 B = 256 KB: the L2's), and takes its rows through the block MR at a time: scores, running
 // maximum, exponentials, and their product with the keys. Segments are merged in their order. How many there are depends
 // on N and K alone, and a row does not depend on its chunk: the same bits for any number of threads.
@@ -12,13 +12,13 @@
 #include <vector>
 
 #include "../common/parallel.h"
+#include "product.h"
 #include "rows.h"
 
 namespace fastproto {
 namespace FASTPROTO_ISA {
 namespace {
 
-constexpr int64_t KEYS = 256 / NR * NR;
 constexpr int64_t MAX_ROWS = 64 * MR;  // of a chunk: x and its gradient at D = 128 take 2 · 200 KB
 constexpr float INF = std::numeric_limits<float>::infinity();
 // Below every score, and finite: no −∞ − (−∞) while a row has seen nothing.
@@ -36,8 +36,8 @@ struct Block {
   int64_t first, count, padded;
   int64_t lowest_group, highest_group;
   bool biased;                // some b is not 0, be it of the padding
-  alignas(64) float b[KEYS];      // −∞ for the padding
-  alignas(64) float scale[KEYS];  // of the scores, where the keys have it not
+  alignas(64) float b[MAX_BLOCK];      // −∞ for the padding
+  alignas(64) float scale[MAX_BLOCK];  // of the scores, where the keys have it not
   const float *across, *along;
 };
 
@@ -100,19 +100,18 @@ inline Vec exponentials(const Contrast& args, const Block& block, int64_t i, flo
   return total;
 }
 
-// MR or fewer rows of a chunk through one block.
-template <typename Number, int M>
-void row_tile(const Contrast& args, const Block& block, int64_t first, const float* x, const float* inverse, float* scores,
-              Segment& segment) {
-  const int64_t depth = words_of<Number>(args.D), keys = words_of<Number>(block.padded);
-  for (int64_t panel = 0; panel < block.padded / NR; ++panel)
-    tile_product<M, 1, MR, Number>(x, block.across + panel * depth * NR, depth, scores + panel * NR, KEYS, nullptr);
+// A tile of a chunk's rows through one block.
+template <int M, typename Product>
+void row_tile(const Contrast& args, const Block& block, int64_t first, const float* x, const float* inverse, Product& product,
+              float* scores, Segment& segment) {
+  constexpr int64_t LD = Product::LD;
+  product.template scores<M>(x, block.across, block.padded, args.D, scores);
   constexpr int PADDED = (M + LANES - 1) / LANES * LANES;
   alignas(64) float before[PADDED] = {}, max[PADDED], shrink[PADDED], sum[PADDED];
   Vec lanes[M];
   for (int m = 0; m < M; ++m) {
-    scale_scores<Number>(scores + m * KEYS, block.scale, inverse[m], block.padded);
-    lanes[m] = finish_scores(args, block, first + m, scores + m * KEYS);
+    if (Product::SCALE_SCORES) scale_scores(scores + m * LD, block.scale, inverse[m], block.padded);
+    lanes[m] = finish_scores(args, block, first + m, scores + m * LD);
   }
   fold_rows(lanes, larger, max);
   std::copy_n(segment.max + first, M, before);
@@ -121,34 +120,32 @@ void row_tile(const Contrast& args, const Block& block, int64_t first, const flo
     store(shrink + m, exp(load(before + m) - load(max + m)));
   }
   for (int m = 0; m < M; ++m) {
-    lanes[m] = exponentials(args, block, first + m, max[m], shrink[m], scores + m * KEYS, segment);
-    if (segment.acc) weights_to_words<Number>(scores + m * KEYS, block.scale, block.padded);
+    lanes[m] = exponentials(args, block, first + m, max[m], shrink[m], scores + m * LD, segment);
+    if (segment.acc) product.finish_weights(scores + m * LD, block.scale, block.padded);
   }
   fold_rows(lanes, [](Vec a, Vec b) { return a + b; }, sum);
   for (int m = 0; m < M; ++m) segment.sum[first + m] = segment.sum[first + m] * shrink[m] + sum[m];
   std::copy_n(max, M, segment.max + first);
-  if (!segment.acc) return;
-  const int64_t width = round_up(args.D, NR);
-  for (int64_t panel = 0; panel < width / NR; ++panel)
-    tile_product<M, KEYS, 1, Number>(scores, block.along + panel * keys * NR, keys,
-                                     segment.acc + first * width + panel * NR, width, shrink);
+  if (segment.acc)
+    product.template sums<M>(scores, block.along, block.padded, args.D, segment.acc + first * round_up(args.D, NR), shrink);
 }
 
-template <typename Number>
+template <typename Product>
 void task(const Contrast& args, int64_t row_begin, int64_t row_end, int64_t key_begin, int64_t key_end,
           Segment segment) {
+  constexpr int64_t KEYS = Product::BLOCK;
   thread_local Scratch scratch;
+  Product product;
   const int64_t rows = row_end - row_begin;
   float* loaded = scratch.rows.take(std::max(KEYS, rows) * args.D);
-  float* x = scratch.x.take(round_up(rows, MR) * args.D);
-  float* across = scratch.across.take(KEYS * args.D);
-  float* along = segment.acc ? scratch.along.take(KEYS * round_up(args.D, NR)) : nullptr;
-  float* scores = scratch.scores.take(MR * KEYS);
+  float* x = scratch.x.take(round_up(rows, Product::ROWS) * Product::left_size(args.D));
+  float* across = scratch.across.take(Product::across_size(args.D));
+  float* along = segment.acc ? scratch.along.take(Product::along_size(args.D)) : nullptr;
+  float* scores = Product::scores_in(scratch.scores.take(Product::SCORES_SIZE));
   float* inverse = scratch.inverse.take(rows);
-  for (int64_t i = 0; i < rows; ++i) inverse[i] = load_factor_x<Number>(args, row_begin + i, loaded + i * args.D);
-  const int64_t depth = words_of<Number>(args.D);
-  to_words<Number>(loaded, rows, args.D);
-  pack_tall(loaded, rows, depth, x);
+  for (int64_t i = 0; i < rows; ++i)
+    inverse[i] = load_factor_x<Product::SCALE_SCORES>(args, row_begin + i, loaded + i * args.D);
+  product.pack_left(loaded, rows, args.D, x);
   for (int64_t first = key_begin; first < key_end; first += KEYS) {
     Block block;
     block.first = first;
@@ -157,7 +154,7 @@ void task(const Contrast& args, int64_t row_begin, int64_t row_end, int64_t key_
     block.biased = args.b || block.count < block.padded;
     for (int64_t j = 0; j < block.count; ++j) {
       block.b[j] = args.b ? args.b[first + j] : 0.f;
-      block.scale[j] = load_factor_y<Number>(args, first + j, loaded + j * args.D);
+      block.scale[j] = load_factor_y<Product::SCALE_SCORES>(args, first + j, loaded + j * args.D);
     }
     std::fill(block.b + block.count, block.b + block.padded, -INF);
     std::fill(block.scale + block.count, block.scale + block.padded, 0.f);
@@ -165,13 +162,12 @@ void task(const Contrast& args, int64_t row_begin, int64_t row_end, int64_t key_
       const auto [low, high] = std::minmax_element(args.key_group + first, args.key_group + first + block.count);
       block.lowest_group = *low, block.highest_group = *high;
     }
-    to_words<Number>(loaded, block.count, args.D);
-    pack_across(loaded, block.count, depth, across);
-    if (along) pack_pairs_along<Number>(loaded, block.count, args.D, block.padded, along);
+    product.pack_right(loaded, block.count, block.padded, args.D, across, along);
     block.across = across;
     block.along = along;
-    for_tiles(rows, [&](auto M, int64_t i) {
-      row_tile<Number, M.value>(args, block, row_begin + i, x + i * depth, inverse + i, scores, segment);
+    Product::for_tiles(rows, [&](auto M, int64_t i) {
+      const float* left = x + i * Product::left_size(args.D);
+      row_tile<M.value>(args, block, row_begin + i, left, inverse + i, product, scores, segment);
     });
   }
 }
@@ -219,7 +215,9 @@ void finish_row(const Contrast& args, const std::vector<Segment>& segments, int6
   if (args.normalize) through_length(args.D, row.data(), load_feature(args, i, row.data()), dx);
 }
 
+template <typename Product>
 void every_row(const Contrast& args, int threads) {
+  constexpr int64_t ROWS = Product::ROWS, KEYS = Product::BLOCK;
   if (args.N == 0) return;
   // Few rows are little work for every key that is packed: split the keys, into no more segments than hold the
   // accumulators of 1024 rows.
@@ -230,8 +228,8 @@ void every_row(const Contrast& args, int threads) {
   const int64_t width = round_up(args.D, NR);
   // As many chunks of rows as keep every thread busy to the end.
   int64_t chunks = (args.N + MAX_ROWS - 1) / MAX_ROWS;
-  while (chunks * splits < 4 * threads && chunks * splits % threads != 0 && chunks * MR < args.N) ++chunks;
-  const int64_t rows = round_up((args.N + chunks - 1) / chunks, MR);
+  while (chunks * splits < 4 * threads && chunks * splits % threads != 0 && chunks * ROWS < args.N) ++chunks;
+  const int64_t rows = round_up((args.N + chunks - 1) / chunks, ROWS);
   chunks = (args.N + rows - 1) / rows;
 
   const int64_t floats = args.N * (3 + (args.entropy ? 2 : 0) + (args.dx ? width : 0));
@@ -252,10 +250,9 @@ void every_row(const Contrast& args, int threads) {
     }
     if (args.dx) segments[s].acc = take(args.N * width);
   }
-  const auto run = in_bfloat16(args) ? task<Product16> : task<float>;
   parallel_for(chunks * splits, threads, [&](int64_t t) {
     const int64_t row = t / splits * rows, key = t % splits * keys;
-    run(args, row, std::min(row + rows, args.N), key, std::min(key + keys, args.K), segments[t % splits]);
+    task<Product>(args, row, std::min(row + rows, args.N), key, std::min(key + keys, args.K), segments[t % splits]);
   });
   parallel_for((args.N + 63) / 64, threads, [&](int64_t block) {
     for (int64_t i = block * 64; i < std::min(args.N, block * 64 + 64); ++i) finish_row(args, segments, i);
@@ -269,7 +266,7 @@ void contrast_fwd(const Contrast& given, int threads) {
   std::vector<float> losses(given.lse ? 0 : given.N);
   args.loss = given.lse ? given.lse + given.N : losses.data();
   if (contrast_is_bounded(args) && !args.dx && !args.entropy) contrast_fwd_symmetric(args, threads);
-  else every_row(args, threads);
+  else with_product(args, [&](auto chosen) { every_row<typename decltype(chosen)::Product>(args, threads); });
   if (given.reduced) *given.loss = static_cast<float>(std::accumulate(args.loss, args.loss + args.N, 0.0) / given.divisor);
   else std::copy(args.loss, args.loss + args.N, given.loss);
   if (given.lse)

@@ -14,9 +14,8 @@ namespace FASTPROTO_ISA {
 // of the gradients, takes: by 2^-9 each.
 inline bool in_bfloat16(const Contrast& args) {
   constexpr int bfloat16 = static_cast<int>(Dtype::bfloat16);
-  return LANES == 16 && has_bf16() && args.x_dtype == bfloat16 && args.y_dtype == bfloat16;
+  return args.x_dtype == bfloat16 && args.y_dtype == bfloat16;
 }
-typedef std::conditional_t<LANES == 16, BFloat16, float> Product16;
 
 // Row i of x. Returns 1 / |x_i|, or 1 where it is taken as it is.
 inline float load_feature(const Contrast& args, int64_t i, float* out) {
@@ -46,17 +45,18 @@ inline void load_key(const Contrast& args, int64_t j, float* out) {
   scale_row(key, args.D, args.normalize ? a * inverse_length(key, args.D) : a, out);
 }
 
-// Row i of x, and key j, as the product in Number takes them. Return what is left to scale their scores with.
-template <typename Number> inline float load_factor_x(const Contrast& args, int64_t i, float* out) {
-  if constexpr (sizeof(Number) == 4) {
+// Row i of x, and key j, as factors of a product: scaled, or (SCALE_SCORES) as they came. Return what is left to scale their
+// scores with.
+template <bool SCALE_SCORES> inline float load_factor_x(const Contrast& args, int64_t i, float* out) {
+  if constexpr (!SCALE_SCORES) {
     load_feature(args, i, out);
     return 1.f;
   }
   load_row(args.x, args.x_dtype, i * args.stride_x, args.D, out);
   return args.normalize ? inverse_length(out, args.D) : 1.f;
 }
-template <typename Number> inline float load_factor_y(const Contrast& args, int64_t j, float* out) {
-  if constexpr (sizeof(Number) == 4) {
+template <bool SCALE_SCORES> inline float load_factor_y(const Contrast& args, int64_t j, float* out) {
+  if constexpr (!SCALE_SCORES) {
     load_key(args, j, out);
     return 1.f;
   }
@@ -65,16 +65,9 @@ template <typename Number> inline float load_factor_y(const Contrast& args, int6
   return args.normalize ? a * inverse_length(out, args.D) : a;
 }
 
-// row[j] · scale[j] · factor for `count` floats, a multiple of 2 LANES; nothing where factors were scaled themselves.
-template <typename Number> inline void scale_scores(float* row, const float* scale, float factor, int64_t count) {
-  if constexpr (sizeof(Number) == 2)
-    for (int64_t j = 0; j < count; j += LANES) store(row + j, load(row + j) * (load(scale + j) * factor));
-}
-// row[j] · scale[j], as the left factor of a product in Number, in the row's own place.
-template <typename Number> inline void weights_to_words(float* row, const float* scale, int64_t count) {
-  if constexpr (sizeof(Number) == 2)
-    for (int64_t j = 0; j < count; j += 2 * LANES)
-      store(row + j / 2, narrow(load(row + j) * load(scale + j), load(row + j + LANES) * load(scale + j + LANES)));
+// row[j] · scale[j] · factor for `count` floats, a multiple of LANES.
+inline void scale_scores(float* row, const float* scale, float factor, int64_t count) {
+  for (int64_t j = 0; j < count; j += LANES) store(row + j, load(row + j) * (load(scale + j) * factor));
 }
 
 // The gradient of a unit row becomes that of the row it was made from: (g − <g, u> u) / |row|.

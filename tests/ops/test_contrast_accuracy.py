@@ -11,17 +11,20 @@ from ops.test_contrast_kernels import needs_cpp
 from torch import Tensor
 
 import fastproto
+from fastproto import _native
 from fastproto.ops.contrast import contrast
 
 
-def assert_as_exact_as_plain_float32(backend: str, d: int, temperature: float, rounding: float, device: str) -> None:
+def assert_as_exact_as_plain_float32(
+    backend: str, d: int, temperature: float, rounding: float, device: str, n: int = 70
+) -> None:
     """Loss and gradients with twice the error of matrix product and cross-entropy at most, of the largest number
     ``rounding`` more. Half of the rows are near their target, so that little is left of 1 - p; half are anywhere."""
     generator = torch.Generator().manual_seed(d)
-    away = torch.linspace(0.1, 1, 70)[:, None] * torch.randn(70, d, generator=generator) / math.sqrt(d)
-    y = F.normalize(torch.randn(90, d, generator=generator), dim=1)
-    x = F.normalize((torch.arange(70) % 2)[:, None] * y[:70] + away, dim=1)
-    upstream, targets = torch.rand(70, generator=generator).to(device), torch.arange(70, device=device)
+    away = torch.linspace(0.1, 1, n)[:, None] * torch.randn(n, d, generator=generator) / math.sqrt(d)
+    y = F.normalize(torch.randn(n + 20, d, generator=generator), dim=1)
+    x = F.normalize((torch.arange(n) % 2)[:, None] * y[:n] + away, dim=1)
+    upstream, targets = torch.rand(n, generator=generator).to(device), torch.arange(n, device=device)
 
     def run(dtype: torch.dtype, ours: bool) -> list[Tensor]:
         features, keys = (rows.to(device, dtype).requires_grad_() for rows in (x, y))
@@ -39,7 +42,11 @@ def assert_as_exact_as_plain_float32(backend: str, d: int, temperature: float, r
 
 
 @needs_cpp
-@pytest.mark.parametrize("d", [24, 64, 130])
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize(("n", "d"), [(70, 24), (70, 64), (70, 130), (300, 64), (300, 130)])
 @pytest.mark.parametrize("temperature", [0.01, 0.05, 0.2])
-def test_as_exact_as_plain_float32(d: int, temperature: float) -> None:
-    assert_as_exact_as_plain_float32("cpp", d, temperature, 1e-7, "cpu")
+def test_as_exact_as_plain_float32(n: int, d: int, temperature: float) -> None:
+    """On every instruction set, AMX included, whose products are of bfloat16 pieces from 128 rows of 64 on."""
+    for isa in _native.cpp.supported_isas():
+        _native.cpp.set_isa(isa)
+        assert_as_exact_as_plain_float32("cpp", d, temperature, 1e-7, "cpu", n)

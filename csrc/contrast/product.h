@@ -1,0 +1,153 @@
+// The two products of the contrast kernels, of a few rows on the left with a block of rows on the right:
+//   scores (M × BLOCK) = left · rightᵀ        sums (M × D) = sums · alpha + weights · right,  weights made of the scores
+// in float32 or bfloat16, by vectors or on AMX: one interface, of which with_product chooses an implementation.
+// Included by *_cpu.cpp only.
+#pragma once
+
+#include "../common/amx.h"
+#include "../common/isa.h"
+#include "../common/tile.h"
+#include "rows.h"
+
+namespace fastproto {
+namespace FASTPROTO_ISA {
+
+constexpr int64_t MAX_BLOCK = 256 / NR * NR;  // right rows at a time
+
+// Number: bfloat16 stands two to a word, and its factors as they came: the scores are scaled instead.
+template <typename Number> struct VectorProduct {
+  static constexpr int ROWS = MR;             // of a tile
+  static constexpr int64_t BLOCK = MAX_BLOCK;
+  static constexpr int64_t LD = BLOCK;        // of the scores
+  static constexpr bool SCALE_SCORES = sizeof(Number) == 2;
+
+  // Words that a left row, the right block across and the right block along take.
+  static int64_t left_size(int64_t D) { return words_of<Number>(D); }
+  static int64_t across_size(int64_t D) { return BLOCK * words_of<Number>(D); }
+  static int64_t along_size(int64_t D) { return words_of<Number>(BLOCK) * round_up(D, NR); }
+  static constexpr int64_t SCORES_SIZE = ROWS * LD;
+  static float* scores_in(float* buffer) { return buffer; }
+
+  // Calls run(M, first) for tiles of left rows.
+  template <typename Run> static void for_tiles(int64_t count, Run run) { FASTPROTO_ISA::for_tiles(count, run); }
+
+  // Packs rows of floats, which it may overwrite.
+  void pack_left(float* rows, int64_t count, int64_t D, float* left) const {
+    to_words<Number>(rows, count, D);
+    pack_tall(rows, count, words_of<Number>(D), left);
+  }
+  // `along` may be null.
+  void pack_right(float* rows, int64_t count, int64_t padded, int64_t D, float* across, float* along) const {
+    to_words<Number>(rows, count, D);
+    FASTPROTO_ISA::pack_across(rows, count, words_of<Number>(D), across);
+    if (along) pack_pairs_along<Number>(rows, count, D, padded, along);
+  }
+
+  template <int M> void scores(const float* left, const float* across, int64_t padded, int64_t D, float* scores) {
+    const int64_t depth = words_of<Number>(D);
+    for (int64_t j = 0; j < padded; j += NR)
+      tile_product<M, 1, MR, Number>(left, across + j * depth, depth, scores + j, LD, nullptr);
+  }
+  // A row of scores has become one of weights: as the left factor takes it, times scale[j] where scores were scaled.
+  void finish_weights(float* row, const float* scale, int64_t padded) const {
+    if constexpr (SCALE_SCORES)
+      for (int64_t j = 0; j < padded; j += 2 * LANES)
+        store(row + j / 2, narrow(load(row + j) * load(scale + j), load(row + j + LANES) * load(scale + j + LANES)));
+  }
+  template <int M>
+  void sums(const float* weights, const float* along, int64_t padded, int64_t D, float* sums, const float* alpha) {
+    const int64_t width = round_up(D, NR), depth = words_of<Number>(padded);
+    for (int64_t d = 0; d < width; d += NR)
+      tile_product<M, LD, 1, Number>(weights, along + d * depth, depth, sums + d, width, alpha);
+  }
+};
+
+#if FASTPROTO_AMX && defined(__AVX512F__)
+
+// PIECES 1: bfloat16, as it came. PIECES 3: float32 in three pieces of bfloat16.
+template <int PIECES> struct AmxProduct {
+  static constexpr int ROWS = 2 * TILE_ROWS;
+  // Of three pieces 128 keys: so 32 rows of weights, 24 KB, stay in the L1 while as much passes by of a panel.
+  static constexpr int64_t BLOCK = PIECES == 3 ? 128 : MAX_BLOCK;
+  // Weights take half a word for each piece, in place: scores of three pieces stand half a row further on, so that no weight
+  // is written where a score has not been read.
+  static constexpr int64_t AHEAD = PIECES == 3 ? BLOCK / 2 : 0;
+  static constexpr int64_t LD = BLOCK + AHEAD;
+  static constexpr bool SCALE_SCORES = PIECES == 1;
+
+  static int64_t words(int64_t D) { return round_up(D, NR) / 2; }
+  static int64_t left_size(int64_t D) { return PIECES * words(D); }
+  static int64_t across_size(int64_t D) { return PIECES * BLOCK * words(D); }
+  static int64_t along_size(int64_t D) { return PIECES * BLOCK * words(D); }
+  static constexpr int64_t SCORES_SIZE = ROWS * LD;
+  static float* scores_in(float* buffer) { return buffer + AHEAD; }
+
+  template <typename Run> static void for_tiles(int64_t count, Run run) { for_halves<ROWS>(count, run); }
+
+  void pack_left(const float* rows, int64_t count, int64_t D, float* left) const {
+    to_pieces<PIECES>(rows, count, D, words(D), left, left_size(D), PIECES * LANES, LANES);
+  }
+  void pack_right(const float* rows, int64_t count, int64_t padded, int64_t D, float* across, float* along) {
+    const int64_t size = count * words(D);
+    float* pieces = pieces_.take(PIECES * size);
+    to_pieces<PIECES>(rows, count, D, words(D), pieces, words(D), LANES, size);
+    for (int p = 0; p < PIECES; ++p) {
+      FASTPROTO_ISA::pack_across(pieces + p * size, count, words(D), across + p * padded * words(D));
+      if (along)
+        pack_pairs_along<BFloat16>(pieces + p * size, count, 2 * words(D), padded, along + p * padded * words(D));
+    }
+  }
+
+  template <int M> void scores(const float* left, const float* across, int64_t padded, int64_t D, float* scores) {
+    const int64_t depth = words(D);
+    for (int64_t j = 0; j < padded; j += NR)
+      amx_product<M, PIECES>(tiles_, left, left_size(D), across + j * depth, padded * depth, depth, scores + j, LD);
+  }
+  void finish_weights(float* row, const float* scale, int64_t padded) const {
+    for (int64_t j = 0; j < padded; j += NR) {
+      Vec low = load(row + j), high = load(row + j + LANES);
+      if constexpr (SCALE_SCORES) low *= load(scale + j), high *= load(scale + j + LANES);
+      store_pieces<PIECES>(low, high, row - AHEAD + PIECES * j / 2, LANES);
+    }
+  }
+  template <int M>
+  void sums(const float* weights, const float* along, int64_t padded, int64_t D, float* sums, const float* alpha) {
+    const int64_t width = round_up(D, NR), depth = padded / 2;
+    alignas(64) float some[M * NR];
+    for (int64_t d = 0; d < width; d += NR) {
+      amx_product<M, PIECES>(tiles_, weights - AHEAD, LD, along + d * depth, width * depth, depth, some, NR);
+      for (int m = 0; m < M; ++m)
+        for (int v = 0; v < NR; v += LANES) {
+          float* to = sums + m * width + d + v;
+          store(to, load(to) * alpha[m] + load(some + m * NR + v));
+        }
+    }
+  }
+
+ private:
+  Tiles tiles_;
+  Buffer pieces_;
+};
+
+#endif
+
+template <typename T> struct Chosen {
+  typedef T Product;
+};
+
+// Calls run(Chosen<Product>{}) with the product for these rows and keys: the same for any number of threads.
+template <typename Run> void with_product([[maybe_unused]] const Contrast& args, Run run) {
+#if FASTPROTO_AMX && defined(__AVX512F__)
+  // To pack a key in pieces takes twice as long: below this size more than its products save.
+  const bool pieces_pay = args.N >= 128 && args.D >= 64;
+  if (has_amx() && in_bfloat16(args)) return run(Chosen<AmxProduct<1>>{});
+  if (has_amx() && pieces_pay) return run(Chosen<AmxProduct<3>>{});
+#endif
+#if defined(__AVX512F__)
+  if (has_bf16() && in_bfloat16(args)) return run(Chosen<VectorProduct<BFloat16>>{});
+#endif
+  run(Chosen<VectorProduct<float>>{});
+}
+
+}  // namespace FASTPROTO_ISA
+}  // namespace fastproto
