@@ -21,19 +21,31 @@ namespace {
 
 constexpr int64_t ROWS = 128;      // of a chunk at most: 64 KB of floats and 32 KB of integers at D = 128
 
+// The scores of some groups of centres.
 template <typename Number, bool VNNI>
-void screen(const Centers& centers, Chunk& chunk, int64_t group, float* scores) {
-  const int64_t last = std::min(centers.tiles, (group + 1) * GROUP), words = centers.words;
-  const int32_t* packed_centers = reinterpret_cast<const int32_t*>(centers.packed.data());
-  const int32_t* packed_rows = reinterpret_cast<const int32_t*>(chunk.packed.data());
-  for (int64_t panel = 0; panel < chunk.panels; ++panel) {
-    if (chunk.skipped[panel * centers.groups + group]) continue;
-    for (int64_t tile = group * GROUP; tile < last; ++tile)
-      screen_tile<Number, VNNI>(packed_centers + tile * words * MR, centers.start.data() + tile * MR,
-                                packed_rows + panel * words * NR, words, centers.scale[tile],
-                                centers.bias.data() + tile * MR, chunk.scale.data() + panel * NR,
-                                scores + (tile - group * GROUP) * chunk.size() + panel * NR);
-  }
+void screen(const Centers& centers, Chunk& chunk, int64_t group_begin, int64_t group_end) {
+  const int64_t words = centers.words;
+#if FASTPROTO_AMX && defined(__AVX512F__)
+  Tiles amx;
+#endif
+  for (int64_t group = group_begin; group < group_end; ++group)
+    for (int64_t panel = 0; panel < chunk.panels; ++panel) {
+      if (chunk.skipped[panel * centers.groups + group]) continue;
+      const int64_t first = group * GROUP, last = std::min(centers.tiles, first + GROUP);
+      const float *rows = chunk.packed.data() + panel * words * NR, *row_scale = chunk.scale.data() + panel * NR;
+      float* best = chunk.scores.data() + (first - group_begin * GROUP) * chunk.size() + panel * NR;
+#if FASTPROTO_AMX && defined(__AVX512F__)
+      for (int64_t tile = first; centers.amx && tile < last; tile += 2, best += 2 * chunk.size())
+        screen_two_tiles(amx, centers.rows.data() + tile * words * MR, rows, words, centers.scale.data() + tile,
+                         centers.bias.data() + tile * MR, row_scale, std::min<int64_t>(2, last - tile), best,
+                         chunk.size());
+      if (centers.amx) continue;
+#endif
+      for (int64_t tile = first; tile < last; ++tile, best += chunk.size())
+        screen_tile<Number, VNNI>(reinterpret_cast<const int32_t*>(centers.packed.data()) + tile * words * MR,
+                                  centers.start.data() + tile * MR, reinterpret_cast<const int32_t*>(rows), words,
+                                  centers.scale[tile], centers.bias.data() + tile * MR, row_scale, best);
+    }
 }
 
 // Takes in the scores of some groups for LANES rows from `first` on: which tiles can hold the nearest centre?
@@ -98,8 +110,7 @@ void task(const Assign& args, const Centers& centers, int64_t begin, int64_t end
   if (args.slack) skip_groups(args, centers, chunk);
   for (int64_t group = 0; group < centers.groups && centers.screened; group += STRETCH) {
     const int64_t last = std::min(centers.groups, group + STRETCH);
-    for (int64_t g = group; g < last; ++g)
-      screen<Number, VNNI>(centers, chunk, g, chunk.scores.data() + (g - group) * GROUP * chunk.size());
+    screen<Number, VNNI>(centers, chunk, group, last);
     for (int64_t first = 0; first < chunk.count; first += LANES)
       judge<Number, VNNI>(args, centers, chunk, first, group, last);
   }

@@ -22,6 +22,8 @@ struct Centers {
   std::vector<int64_t> order;                   // (tiles · MR,) which centre stands where; −1 where padded
   std::vector<int64_t> group_of;                // (K,)
   Buffer packed;                                // (tiles, words, MR) words of two or four numbers
+  bool amx = false;                             // bytes are screened on AMX, which wants them in
+  Buffer rows;                                  // (tiles, MR, words)
   std::vector<int32_t> start;                   // (tiles · MR, …) where the sums of products start from
   std::vector<float> bias;                      // (tiles · MR, …) of the padding ∞
   // (tiles,) the scale t of all centres of a tile, the largest of their own, which costs nothing: the bound takes the largest
@@ -47,7 +49,7 @@ template <typename Number>
 void pack_tile(const Assign& args, Centers& centers, int64_t tile) {
   thread_local std::vector<float> rows;
   thread_local Buffer integers;
-  const int64_t padded = round_up(args.D, LANES);
+  const int64_t padded = centers.words * PER_WORD<Number>;
   rows.assign(MR * padded, 0.f);
   float* packed = integers.take(MR * centers.words);
   std::fill(packed, packed + MR * centers.words, 0.f);
@@ -79,6 +81,7 @@ void pack_tile(const Assign& args, Centers& centers, int64_t tile) {
     centers.residual[tile] = std::max(centers.residual[tile], measured[m].residual);
   }
   pack_tall(packed, MR, centers.words, centers.packed.data() + tile * centers.words * MR);
+  if (centers.amx) std::copy_n(packed, MR * centers.words, centers.rows.data() + tile * centers.words * MR);
 }
 
 inline void order_centers(const Assign& args, Centers& centers) {
@@ -101,10 +104,12 @@ inline void order_centers(const Assign& args, Centers& centers) {
 
 template <typename Number>
 void pack_centers(const Assign& args, Centers& centers, int threads) {
-  centers.words = round_up(args.D, LANES) / PER_WORD<Number>;
+  centers.amx = sizeof(Number) == 1 && has_amx() && args.D > AMX_BYTES / 2;  // of fewer, vectors are as fast
+  centers.words = round_up(args.D, centers.amx ? AMX_BYTES : LANES) / PER_WORD<Number>;
   if (!centers.screened) return;
   const int64_t size = centers.tiles * MR + LANES;  // the last tile is read as a whole vector
   centers.packed.take(size * centers.words);
+  if (centers.amx) centers.rows.take((centers.tiles + 1) * MR * centers.words);  // tiles are read in pairs
   centers.start.assign(size, 0);
   centers.bias.assign(size, INF);
   for (auto* of_tile : {&centers.scale, &centers.length, &centers.residual, &centers.offset})

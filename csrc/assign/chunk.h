@@ -38,7 +38,7 @@ template <typename Number>
 void load_chunk(const Assign& args, const Centers& centers, Chunk& chunk) {
   thread_local std::vector<float> shifted;
   thread_local Buffer integers;
-  const int64_t D = args.D, size = chunk.size(), padded = round_up(D, LANES);
+  const int64_t D = args.D, size = chunk.size(), padded = centers.words * PER_WORD<Number>;
   const bool copied = args.x_dtype != static_cast<int>(Dtype::float32);
   shifted.assign(padded, 0.f);
   float* packed = integers.take(size * centers.words);
@@ -70,7 +70,7 @@ void load_chunk(const Assign& args, const Centers& centers, Chunk& chunk) {
     Number* numbers = reinterpret_cast<Number*>(packed + i * centers.words);
     Quantized x = measure<Number>(shifted.data(), padded);
     quantize(shifted.data(), padded, x, numbers);
-    if (sizeof(Number) == 1)
+    if (sizeof(Number) == 1 && !centers.amx)
       for (int64_t d = 0; d < padded; ++d) numbers[d] ^= Number(-UNSIGNED);
     chunk.row.push_back(row);
     chunk.nearest.emplace_back(args, row, std::max(x.length, SHORTEST) * std::max(centers.longest, SHORTEST));
@@ -96,9 +96,10 @@ unsigned open_centers(const Assign& args, const Centers& centers, const Chunk& c
   const int32_t* packed = reinterpret_cast<const int32_t*>(centers.packed.data()) + tile * words * MR;
   const int32_t* row = reinterpret_cast<const int32_t*>(chunk.packed.data()) + i / NR * words * NR + i % NR;
   IntVec even = load_words(centers.start.data() + tile * MR), odd{};
+  const int32_t sign = centers.amx ? static_cast<int32_t>(0x01010101u * UNSIGNED) : 0;  // of every byte: rows for AMX have theirs
   for (int64_t w = 0; w < words; w += 2) {  // their number is even: D is padded to LANES
-    even = dot_words<Number, VNNI>(even, load_words(packed + w * MR), row[w * NR] - IntVec{});
-    odd = dot_words<Number, VNNI>(odd, load_words(packed + (w + 1) * MR), row[(w + 1) * NR] - IntVec{});
+    even = dot_words<Number, VNNI>(even, load_words(packed + w * MR), (row[w * NR] ^ sign) - IntVec{});
+    odd = dot_words<Number, VNNI>(odd, load_words(packed + (w + 1) * MR), (row[(w + 1) * NR] ^ sign) - IntVec{});
   }
   const Vec product = __builtin_convertvector(even + odd, Vec) * (chunk.scale[i] * centers.scale[tile]);
   const Vec score = product - load(centers.bias.data() + tile * MR);

@@ -5,12 +5,13 @@
 // where the residuals are measured, not estimated. In 16 bits s is the smallest scale for which |q| ≤ 2^15.5, so that no
 // sum of products leaves 32 bits: |<q, r>| ≤ |q| |r| < 2^31. At D = 128 the residual of a gaussian row is 7e-5 of it, in
 // 8 bits 6e-3. A word of 32 bits holds two or four numbers, whose products and their sum are one instruction: pmaddwd and
-// vpdpwssd at twice, vpdpbusd at four times the rate of a float32 multiply-add.
+// vpdpwssd at twice, vpdpbusd at four times the rate of a float32 multiply-add; a tile of AMX's at 32 times.
 // Included by *_cpu.cpp only.
 #pragma once
 
 #include <limits>
 
+#include "../common/amx.h"
 #include "../common/isa.h"
 #include "../common/tile.h"
 
@@ -26,9 +27,11 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 // |x| |c| + |c|² / 2; their sum stays below this share of it.
 constexpr float ROUNDING = 1.f / (1 << 20);
 
-// vpdpbusd takes the rows without a sign: they stand as q + 128, and sums start from −128 Σ r. D · 255 · 127 < 2^31.
+// vpdpbusd takes the rows without a sign: they stand as q + 128, and sums start from −128 Σ r. D · 255 · 127 < 2^31. AMX takes
+// them with a sign.
 constexpr int UNSIGNED = 128;
 constexpr int64_t MAX_D_OF_BYTES = 1 << 16;
+constexpr int64_t AMX_BYTES = 64;  // of a row in a tile
 
 // acc + Σ c · x of the numbers in every word.
 template <typename Number, bool VNNI>
@@ -125,16 +128,24 @@ inline void quantize(const float* x, int64_t D, Quantized& row, Number* out) {
   row.residual = row.length > 0 ? std::max(std::sqrt(sum(squared_rest)), SHORTEST) : 0.f;
 }
 
-// best[n] = max over the tile's centres of <x_n, c> − bias, of NR rows: one panel, (words, NR), by one tile, (words, MR),
-// which has one scale, and whose sums start from `start`. All loops over registers are unrolled by order: one that is not
+// Σ <x_n, c> in integers become best[n] = max over a tile's centres of <x_n, c> − bias, for LANES rows.
+inline void best_of_tile(const IntVec (&sums)[MR], float scale, const float* bias, const float* row_scale, float* best) {
+  const Vec factor = load(row_scale) * scale;
+  Vec largest = splat(-INF);
+#pragma GCC unroll 14
+  for (int m = 0; m < MR; ++m) largest = larger(__builtin_convertvector(sums[m], Vec) * factor - bias[m], largest);
+  store(best, largest);
+}
+
+// The best of one tile, (words, MR), with one scale, whose sums start from `start`, for a panel of rows, (words, NR). All loops over registers are unrolled by order: one that is not
 // puts them into memory.
 template <typename Number, bool VNNI>
 inline void screen_tile(const int32_t* centers, const int32_t* start, const int32_t* rows, int64_t words,
                         float scale, const float* bias, const float* row_scale, float* best) {
-  IntVec acc[MR][NV];
+  IntVec acc[NV][MR];
 #pragma GCC unroll 14
   for (int m = 0; m < MR; ++m)
-    for (int v = 0; v < NV; ++v) acc[m][v] = start[m] - IntVec{};
+    for (int v = 0; v < NV; ++v) acc[v][m] = start[m] - IntVec{};
 #pragma GCC unroll 1
   for (int64_t w = 0; w < words; ++w) {
     IntVec x[NV];
@@ -142,18 +153,40 @@ inline void screen_tile(const int32_t* centers, const int32_t* start, const int3
 #pragma GCC unroll 14
     for (int m = 0; m < MR; ++m) {
       const IntVec c = centers[w * MR + m] - IntVec{};
-      for (int v = 0; v < NV; ++v) acc[m][v] = dot_words<Number, VNNI>(acc[m][v], c, x[v]);
+      for (int v = 0; v < NV; ++v) acc[v][m] = dot_words<Number, VNNI>(acc[v][m], c, x[v]);
     }
   }
 #pragma GCC unroll 2
-  for (int v = 0; v < NV; ++v) {
-    const Vec factor = load(row_scale + v * LANES) * scale;
-    Vec largest = splat(-INF);
-#pragma GCC unroll 14
-    for (int m = 0; m < MR; ++m) largest = larger(__builtin_convertvector(acc[m][v], Vec) * factor - bias[m], largest);
-    store(best + v * LANES, largest);
-  }
+  for (int v = 0; v < NV; ++v) best_of_tile(acc[v], scale, bias, row_scale + v * LANES, best + v * LANES);
 }
+
+#if FASTPROTO_AMX && defined(__AVX512F__)
+
+// The same bits on AMX, two tiles at a time, of rows with a sign. Centres stand in rows, (2, MR, words), as many words as fill
+// AMX's tiles; the best of the second tile is ld further on, and left out where `count` is 1.
+inline void screen_two_tiles(Tiles& amx, const float* centers, const float* rows, int64_t words, const float* scale,
+                             const float* bias, const float* row_scale, int64_t count, float* best, int64_t ld) {
+  amx.configure(MR);
+  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  for (int64_t w = 0; w < words; w += TILE_ROWS) {
+    tile_load<4>(centers + w, words), tile_load<5>(centers + MR * words + w, words);
+    tile_load<6>(rows + w * NR, NR), tile_load<7>(rows + w * NR + LANES, NR);
+    tile_add_product_of_bytes<0, 4, 6>(), tile_add_product_of_bytes<1, 4, 7>();
+    tile_add_product_of_bytes<2, 5, 6>(), tile_add_product_of_bytes<3, 5, 7>();
+  }
+  alignas(64) float products[2][NV][MR * LANES];
+  tile_store<0>(products[0][0], LANES), tile_store<1>(products[0][1], LANES);
+  tile_store<2>(products[1][0], LANES), tile_store<3>(products[1][1], LANES);
+  for (int64_t tile = 0; tile < count; ++tile)
+    for (int v = 0; v < NV; ++v) {
+      IntVec sums[MR];
+#pragma GCC unroll 14
+      for (int m = 0; m < MR; ++m) sums[m] = (IntVec)load(products[tile][v] + m * LANES);
+      best_of_tile(sums, scale[tile], bias + tile * MR, row_scale + v * LANES, best + tile * ld + v * LANES);
+    }
+}
+
+#endif
 
 }  // namespace FASTPROTO_ISA
 }  // namespace fastproto

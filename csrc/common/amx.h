@@ -1,4 +1,5 @@
-// Products on Intel's AMX: C (M × NR) = A (M × depth) · B (depth × NR), of bfloat16 numbers, in float32.
+// Products on Intel's AMX: C (M × NR) = A (M × depth) · B (depth × NR), of bfloat16 numbers, in float32. Of bytes: the tiles
+// and instructions alone, for k-means' screen.
 //
 // A tile register holds 16 rows of 64 bytes; tdpbf16ps adds a product of 16 × 32 and 32 × 16 numbers to 16 × 16 sums in as
 // many cycles as its left factor has rows: 16 times the rate of float32 FMAs. Of the eight tiles four hold 32 × 32 sums, two a
@@ -88,6 +89,10 @@ template <int TILE> inline void tile_store(float* to, int64_t ld) {
 }
 template <int C, int A, int B> inline void tile_add_product() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+}
+// Of bytes, four to a word.
+template <int C, int A, int B> inline void tile_add_product_of_bytes() {
+  __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
 }
 
 // Tiles 0 and 1 are the sums of the first 16 rows, 2 and 3 of the next; 4 and 5 hold those rows of A, 6 and 7 the columns of B.
