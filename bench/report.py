@@ -58,27 +58,29 @@ def markdown(rows: list[dict]) -> str:
 
 
 def _table(rows: list[dict]) -> str:
-    """A line per piece of work; per machine our time, and that of the best other in it; memory of both on the last."""
+    """A line per piece of work: the best other, and per machine our time and how often it goes into the other's."""
     devices = list(dict.fromkeys(row["device"] for row in rows))
     lines = [
-        f"| op | work | {' | '.join(devices)} | extra memory: ours, other |",
+        f"| work | beside | {' | '.join(devices)} | extra memory: ours, other |",
         "| --- | --- |" + " --- |" * (len(devices) + 1),
     ]
     for line in dict.fromkeys(tuple(row[key] for key in LINE) for row in rows):
-        cells, memory = [], ""
+        cells, bests, memory = [], [], ""
         for device in devices:
             mine = [row for row in rows if tuple(row[key] for key in LINE) == line and row["device"] == device]
             others = [row for row in mine if not row["method"].startswith("fastproto")]
             if not others:
-                cells.append("")
+                cells.append(""), bests.append("")
                 continue
             ours, best = mine[0], min(others, key=lambda row: row["median_ms"])
-            ratio = best["median_ms"] / ours["median_ms"]
-            cells.append(f"{ours['median_ms']:.2f} ms ({ratio:.1f}× {best['method']})")
+            cells.append(f"{_short(ours['median_ms'])} ms, {best['median_ms'] / ours['median_ms']:.1f}×")
+            bests.append(best["method"])
             memory = f"{ours['peak_extra_mib']:.0f}, {best['peak_extra_mib']:.0f} MiB"
         if memory:  # else ours beside ours
-            suite, *what = line
-            lines.append(f"| {suite} | {', '.join(what)} | {' | '.join(cells)} | {memory} |")
+            usual = statistics.mode(filter(None, bests))
+            named = zip(cells, bests, strict=True)
+            cells = [f"{cell} {best}" if best not in ("", usual) else cell for cell, best in named]
+            lines.append(f"| {', '.join(line[1:])} | {usual} | {' | '.join(cells)} | {memory} |")
     commits = []
     for device in devices:
         suites: dict[str, dict[str, None]] = {}
@@ -88,9 +90,13 @@ def _table(rows: list[dict]) -> str:
         places = (f"{at} ({', '.join(of)})" for at, of in suites.items())
         commits.append(f"{device}: {', '.join(places)}")
     versions = ", ".join(dict.fromkeys(row["torch"] for row in rows))
-    return "\n".join(
-        [*lines, "", f"2.0× a peer: in half of its time. Measured with torch {versions} on {'; '.join(commits)}."]
-    )
+    explained = "2.0×: in half of the time of what stands beside it, or is named, the fastest other there."
+    return "\n".join([*lines, "", f"{explained} Measured with torch {versions} on {'; '.join(commits)}."])
+
+
+def _short(value: float) -> str:
+    """To three digits, or all before the point."""
+    return f"{value:.{max(0, 3 - len(str(int(value))))}f}"
 
 
 def runs_markdown() -> str:
