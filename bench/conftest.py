@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 from gpu_marker import pytest_collection_modifyitems as pytest_collection_modifyitems
 from harness import Suite
+
+
+@pytest.fixture(autouse=True)
+def same_data() -> None:
+    """The same numbers in every run, on every machine."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")
