@@ -237,6 +237,22 @@ class KMeans:
         """``fit``, then ``labels_``."""
         return self.fit(x, sample_weight=sample_weight).labels_
 
+    def fit_transform(self, x: Array, y: object = None, *, sample_weight: Array | None = None) -> Tensor:
+        """``fit``, then ``transform`` of the same rows."""
+        return self.fit(x, sample_weight=sample_weight).transform(x)
+
+    def score(self, x: Array, y: object = None, *, sample_weight: Array | None = None) -> float:
+        """How well the centres fit this process's ``x`` (N, D): larger is better, as scikit-learn's searches want it.
+
+        Minus the sum of squared distances; spherical, the sum of inner products. Rows count by ``sample_weight`` (N,).
+        """
+        op = "KMeans.score"
+        rows = self._fitted_rows(x, op)
+        weights = check_weights(sample_weight, op, x.shape[0])
+        found = rows.nearest(self.cluster_centers_, "ip" if self.spherical else "l2", op)[1].double()
+        total = float((found if weights is None else found * weights.to(found.device)).sum())
+        return total if self.spherical else -total
+
     def transform(self, x: Array) -> Tensor:
         """Euclidean distances (N, K) from every row to every centre, where ``x`` (N, D) lies.
 

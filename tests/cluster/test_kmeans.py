@@ -227,6 +227,18 @@ def test_predict_transform_and_fit_predict_agree() -> None:
     assert torch.equal(kmeans.predict(new), expected.argmin(1))
     assert kmeans.predict(x[:0]).shape == (0,)
     assert kmeans.transform(x[:0]).shape == (0, 8)
+    assert torch.equal(KMeans(8, n_iter=4).fit_transform(x), kmeans.transform(x))
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+def test_score_is_larger_where_centres_fit_better(spherical: bool) -> None:
+    x, weights = blobs(), torch.linspace(0, 2, len(blobs()))
+    kmeans = KMeans(8, n_iter=4, spherical=spherical).fit(x, sample_weight=weights)
+    assert kmeans.score(x, sample_weight=weights) == pytest.approx(kmeans.inertia_ * (1 if spherical else -1), rel=1e-6)
+    assert kmeans.score(x) == pytest.approx(kmeans.score(x, sample_weight=torch.ones(len(x))), rel=1e-12)
+    assert kmeans.score(x) > KMeans(2, n_iter=4, spherical=spherical).fit(x).score(x)
+    with pytest.raises(ValueError, match=r"KMeans.score: sample_weight expected .*\(5,\)"):
+        kmeans.score(x, sample_weight=torch.ones(5))
 
 
 def test_transform_keeps_the_digits_of_offset_data() -> None:
