@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -130,12 +131,16 @@ def train(
                 clock.start("clustering")
                 method.eval()
                 if locates(config, epoch):
-                    boxes.update(torch.arange(len(images), device=device), find_boxes(config, method, dataset, device))
+                    with fabric.autocast():
+                        found = find_boxes(config, method, dataset, device)
+                    boxes.update(torch.arange(len(images), device=device), found)
                 if prototypes is not None and clusters(config, epoch):
-                    features = method.cluster_space(embed_all(method.embed, dataset, device))
+                    with fabric.autocast():  # the forward pass of all images; clustering is of float32
+                        features = embed_all(method.embed, dataset, device)
+                    features = method.cluster_space(features)
                     prototypes.update(features)
-                    found = prototypes.lookup(torch.arange(len(images), device=device))
-                    state.clustering = prototype_monitors(features, *(first for first, *_ in found))
+                    of_images = prototypes.lookup(torch.arange(len(images), device=device))
+                    state.clustering = prototype_monitors(features, *(first for first, *_ in of_images))
                     for parameter in method.after_clustering():
                         state.optimizer.state.pop(parameter, None)
             method.train()
@@ -181,7 +186,10 @@ def train(
             row["time/evaluation"] += clock.take()["evaluation"]
             state.log.append(row)
             state.epoch, state.step, state.sums, state.seconds = epoch + 1, 0, {}, {}
-            bar.set_postfix_str(f"epoch {epoch + 1}, loss {row['loss']:.3f}, data {row['data_wait']:.0%}")
+            summary = f"epoch {epoch + 1}, loss {row['loss']:.3f}, data {row['data_wait']:.0%}"
+            bar.set_postfix_str(summary)
+            if rank == 0 and bar.disable:  # no terminal: a line an epoch for whatever keeps them
+                tqdm.write(f"{summary}, {row['images_per_s']:.0f} img/s", file=sys.stderr)
             if board is not None:
                 keep_up(state.save(folder, config.keep), folder, state)
                 for name, value in row.items():

@@ -193,6 +193,28 @@ def test_mixed_precision_keeps_its_weights_in_float32(tmp_path: Path, tiny_confi
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
+@pytest.mark.usefixtures("no_evaluation")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_all_images_are_embedded_as_in_training_and_clustered_in_float32(
+    tmp_path: Path, tiny_config: Config, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    lowered: dict[str, set[bool]] = {"embed_all": set(), "update": set()}
+
+    def watch(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*args: object, **options: object) -> object:
+            lowered[name].add(torch.is_autocast_enabled("cpu"))
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(loop, "embed_all"), watch(PrototypeBank, "update")
+    config = replace(tiny_config, method="pcl", crop="contrastive", precision=precision)  # type: ignore[arg-type]
+    loop.train(config, tiny_data, tmp_path)
+    assert lowered == {"embed_all": {precision == "bf16-mixed"}, "update": {False}}
+
+
 @pytest.mark.parametrize("method", ["byol", "moco"])
 @pytest.mark.usefixtures("no_evaluation")
 def test_a_batch_in_parts_is_the_mean_of_its_parts(
