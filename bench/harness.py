@@ -147,7 +147,8 @@ def device_name(device: str) -> str:
     if found := re.search(r"model name\s*: (.*)", text):
         model = re.sub(r"\((R|TM)\)| Processor\b| CPU\b", "", found[1])
     family = f" family {found[1]}" if (found := re.search(r"cpu family\s*: (\d+)", text)) else ""
-    isa = next((name for name in ("amx", "avx512", "avx2") if name in text), "baseline")
+    isas = [] if _native.cpp is None else _native.cpp.supported_isas()
+    isa = next((name for name in ("amx", "avx512", "avx2") if any(isa.startswith(name) for isa in isas)), "baseline")
     return f"{model}{family} {torch.get_num_threads()} threads {isa}"
 
 
@@ -165,7 +166,7 @@ def bandwidth(device: str) -> float:
 
 
 def peak_flops(device: str) -> float:
-    """Operations a second, measured once a run: of float32 FMAs alone on a CPU, of a bfloat16 product on a GPU."""
+    """Operations a second, measured once a run: of float32 FMAs on a CPU, which AMX may pass, of bfloat16 on a GPU."""
     if (device, "flops") not in _measured:
         if device == "cuda":
             x = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)

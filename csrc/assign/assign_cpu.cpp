@@ -35,11 +35,13 @@ void screen(const Centers& centers, Chunk& chunk, int64_t group_begin, int64_t g
       const float *rows = chunk.packed.data() + panel * words * NR, *row_scale = chunk.scale.data() + panel * NR;
       float* best = chunk.scores.data() + (first - group_begin * GROUP) * chunk.size() + panel * NR;
 #if FASTPROTO_AMX && defined(__AVX512F__)
-      for (int64_t tile = first; centers.amx && tile < last; tile += 2, best += 2 * chunk.size())
-        screen_two_tiles(amx, centers.rows.data() + tile * words * MR, rows, words, centers.scale.data() + tile,
-                         centers.bias.data() + tile * MR, row_scale, std::min<int64_t>(2, last - tile), best,
-                         chunk.size());
-      if (centers.amx) continue;
+      if (centers.amx) {
+        for (int64_t tile = first; tile < last; tile += 2, best += 2 * chunk.size())
+          screen_two_tiles(amx, centers.rows.data() + tile * words * MR, rows, words, centers.scale.data() + tile,
+                           centers.bias.data() + tile * MR, row_scale, std::min<int64_t>(2, last - tile), best,
+                           chunk.size());
+        continue;
+      }
 #endif
       for (int64_t tile = first; tile < last; ++tile, best += chunk.size())
         screen_tile<Number, VNNI>(reinterpret_cast<const int32_t*>(centers.packed.data()) + tile * words * MR,

@@ -64,7 +64,7 @@ void pack_tile(const Assign& args, Centers& centers, int64_t tile) {
       row[d] = args.centers[k * args.D + d] - centers.origin[d];
       squares += double(row[d]) * row[d];
     }
-    measured[m] = measure<Number>(row, padded);
+    measured[m] = measure<Number>(row, round_up(args.D, LANES));
     scale = std::max(scale, measured[m].scale);
     centers.bias[at] = args.inner ? 0.f : static_cast<float>(squares / 2);
     centers.length[tile] = std::max(centers.length[tile], measured[m].length);
@@ -104,7 +104,7 @@ inline void order_centers(const Assign& args, Centers& centers) {
 
 template <typename Number>
 void pack_centers(const Assign& args, Centers& centers, int threads) {
-  centers.amx = sizeof(Number) == 1 && has_amx() && args.D > AMX_BYTES / 2;  // of fewer, vectors are as fast
+  centers.amx = sizeof(Number) == 1 && has_amx() && args.D > AMX_BYTES / 2;  // vectors are as fast at fewer
   centers.words = round_up(args.D, centers.amx ? AMX_BYTES : LANES) / PER_WORD<Number>;
   if (!centers.screened) return;
   const int64_t size = centers.tiles * MR + LANES;  // the last tile is read as a whole vector

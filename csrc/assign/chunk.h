@@ -68,7 +68,7 @@ void load_chunk(const Assign& args, const Centers& centers, Chunk& chunk) {
     const float* row = copied ? copies + i * D : static_cast<const float*>(args.x) + at;
     for (int64_t d = 0; d < D; ++d) shifted[d] = row[d] - centers.shift[d];
     Number* numbers = reinterpret_cast<Number*>(packed + i * centers.words);
-    Quantized x = measure<Number>(shifted.data(), padded);
+    Quantized x = measure<Number>(shifted.data(), round_up(D, LANES));
     quantize(shifted.data(), padded, x, numbers);
     if (sizeof(Number) == 1 && !centers.amx)
       for (int64_t d = 0; d < padded; ++d) numbers[d] ^= Number(-UNSIGNED);
@@ -96,7 +96,8 @@ unsigned open_centers(const Assign& args, const Centers& centers, const Chunk& c
   const int32_t* packed = reinterpret_cast<const int32_t*>(centers.packed.data()) + tile * words * MR;
   const int32_t* row = reinterpret_cast<const int32_t*>(chunk.packed.data()) + i / NR * words * NR + i % NR;
   IntVec even = load_words(centers.start.data() + tile * MR), odd{};
-  const int32_t sign = centers.amx ? static_cast<int32_t>(0x01010101u * UNSIGNED) : 0;  // of every byte: rows for AMX have theirs
+  // Of every byte: rows for AMX have theirs, vpdpbusd wants them without.
+  const int32_t sign = centers.amx ? static_cast<int32_t>(0x01010101u * UNSIGNED) : 0;
   for (int64_t w = 0; w < words; w += 2) {  // their number is even: D is padded to LANES
     even = dot_words<Number, VNNI>(even, load_words(packed + w * MR), (row[w * NR] ^ sign) - IntVec{});
     odd = dot_words<Number, VNNI>(odd, load_words(packed + (w + 1) * MR), (row[(w + 1) * NR] ^ sign) - IntVec{});

@@ -137,8 +137,8 @@ inline void best_of_tile(const IntVec (&sums)[MR], float scale, const float* bia
   store(best, largest);
 }
 
-// The best of one tile, (words, MR), with one scale, whose sums start from `start`, for a panel of rows, (words, NR). All loops over registers are unrolled by order: one that is not
-// puts them into memory.
+// The best of one tile, (words, MR), with one scale, whose sums start from `start`, for a panel of rows, (words, NR). All loops
+// over registers are unrolled by order: one that is not puts them into memory.
 template <typename Number, bool VNNI>
 inline void screen_tile(const int32_t* centers, const int32_t* start, const int32_t* rows, int64_t words,
                         float scale, const float* bias, const float* row_scale, float* best) {

@@ -8,7 +8,7 @@
 //
 // Float32 factors are the sums of three bfloat16 pieces (8 + 8 + 8 bits: exact), and a product is six of bfloat16:
 //   <a, b> = a₀b₀ + (a₀b₁ + a₁b₀) + (a₀b₂ + a₁b₁ + a₂b₀)     docs/math/contrast.md bounds what is left out
-// All but the first are summed first, while the sums are small: the roundings that count are those of depth / 2 steps.
+// All but the first are summed first, while the sums are small: a tile product adds 16 pairs, summed by themselves, in one step.
 // Included by *_cpu.cpp only.
 #pragma once
 
@@ -23,7 +23,7 @@ namespace FASTPROTO_ISA {
 
 #if FASTPROTO_AMX && defined(__AVX512F__)
 
-// Of one number three, of v = p₀ + p₁ + p₂ the first: v to 8 bits, and so are they of what it leaves.
+// v rounded to bfloat16's 8 bits, ties away from 0: the first of its pieces. The next are those of what is left.
 inline Vec leading_bits(Vec v) {
   return (Vec)(((IntVec)v + 0x8000) & ~0xffff);
 }
@@ -45,13 +45,14 @@ inline void to_pieces(const float* rows, int64_t count, int64_t D, int64_t words
   for (int64_t r = 0; r < count; ++r, rows += D, out += row_stride)
     for (int64_t d = 0; d < 2 * words; d += NR) {
       alignas(64) float padded[NR] = {};
-      if (d + NR > D) std::copy(rows + d, rows + std::max(d, D), padded);
+      if (d + NR > D) std::copy(rows + d, rows + D, padded);
       const float* from = d + NR > D ? padded : rows + d;
       store_pieces<PIECES>(load(from), load(from + LANES), out + d / NR * stretch_stride, piece_stride);
     }
 }
 
 constexpr int TILE_ROWS = 16;
+static_assert(LANES == TILE_ROWS && NR == 2 * TILE_ROWS && MR <= TILE_ROWS);
 
 // Holds the tiles of a thread while it lives: a thread that leaves them in use has them saved at every switch of context.
 class Tiles {

@@ -46,7 +46,8 @@ inline const char* isa_name(Isa isa) {
   }
 }
 
-// Whether this CPU has AMX with bfloat16 and 8-bit integers, and the kernel lets this process use it.
+// Whether this CPU has AMX with bfloat16 and 8-bit integers, and Linux lets this process use it. It does not where a thread has
+// a stack for signals too small for the tiles (8 KB, SIGSTKSZ of old), and refuses such stacks from then on.
 inline bool take_amx() {
 #if FASTPROTO_AMX
   unsigned eax, ebx, ecx, edx = 0;

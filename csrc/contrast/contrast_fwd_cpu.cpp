@@ -2,7 +2,7 @@
 // keys = values: 2 · 2 · N · K · D operations with a gradient for x, half without; no N × K matrix.
 //
 // A task is a chunk of rows times a segment of keys. It walks the segment in blocks of keys, packs a block in both
-// layouts (2 · 256 · 128 · 4 B = 256 KB: the L2's), and takes its rows through the block MR at a time: scores, running
+// layouts (2 · 256 · 128 · 4 B = 256 KB: the L2's), and takes its rows through the block a tile at a time: scores, running
 // maximum, exponentials, and their product with the keys. Segments are merged in their order. How many there are depends
 // on N and K alone, and a row does not depend on its chunk: the same bits for any number of threads.
 #include "contrast.h"

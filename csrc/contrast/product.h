@@ -87,9 +87,10 @@ template <int PIECES> struct AmxProduct {
   void pack_left(const float* rows, int64_t count, int64_t D, float* left) const {
     to_pieces<PIECES>(rows, count, D, words(D), left, left_size(D), PIECES * LANES, LANES);
   }
-  void pack_right(const float* rows, int64_t count, int64_t padded, int64_t D, float* across, float* along) {
+  void pack_right(const float* rows, int64_t count, int64_t padded, int64_t D, float* across, float* along) const {
+    thread_local Buffer buffer;
     const int64_t size = count * words(D);
-    float* pieces = pieces_.take(PIECES * size);
+    float* pieces = buffer.take(PIECES * size);
     to_pieces<PIECES>(rows, count, D, words(D), pieces, words(D), LANES, size);
     for (int p = 0; p < PIECES; ++p) {
       FASTPROTO_ISA::pack_across(pieces + p * size, count, words(D), across + p * padded * words(D));
@@ -126,7 +127,6 @@ template <int PIECES> struct AmxProduct {
 
  private:
   Tiles tiles_;
-  Buffer pieces_;
 };
 
 #endif
@@ -138,13 +138,13 @@ template <typename T> struct Chosen {
 // Calls run(Chosen<Product>{}) with the product for these rows and keys: the same for any number of threads.
 template <typename Run> void with_product([[maybe_unused]] const Contrast& args, Run run) {
 #if FASTPROTO_AMX && defined(__AVX512F__)
-  // To pack a key in pieces takes twice as long: below this size more than its products save.
-  const bool pieces_pay = args.N >= 128 && args.D >= 64;
-  if (has_amx() && in_bfloat16(args)) return run(Chosen<AmxProduct<1>>{});
+  // To pack a key, or for the keys' gradient a row, in pieces takes twice as long: below this size more than products save.
+  const bool pieces_pay = std::min(args.N, args.K) >= 128 && args.D >= 64;
+  if (has_amx() && both_bfloat16(args)) return run(Chosen<AmxProduct<1>>{});
   if (has_amx() && pieces_pay) return run(Chosen<AmxProduct<3>>{});
 #endif
 #if defined(__AVX512F__)
-  if (has_bf16() && in_bfloat16(args)) return run(Chosen<VectorProduct<BFloat16>>{});
+  if (has_bf16() && both_bfloat16(args)) return run(Chosen<VectorProduct<BFloat16>>{});
 #endif
   run(Chosen<VectorProduct<float>>{});
 }

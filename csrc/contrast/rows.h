@@ -9,10 +9,10 @@
 namespace fastproto {
 namespace FASTPROTO_ISA {
 
-// Rows and keys that both came in bfloat16 are multiplied in it where the CPU can. They stay as they came, exact, and lengths
+// Rows and keys that both came in bfloat16 are multiplied in it where the CPU can (with_product). They stay as they came, exact, and lengths
 // and temperatures scale the float32 scores: losses lose nothing. Rounded are the probabilities that the second product,
 // of the gradients, takes: by 2^-9 each.
-inline bool in_bfloat16(const Contrast& args) {
+inline bool both_bfloat16(const Contrast& args) {
   constexpr int bfloat16 = static_cast<int>(Dtype::bfloat16);
   return args.x_dtype == bfloat16 && args.y_dtype == bfloat16;
 }

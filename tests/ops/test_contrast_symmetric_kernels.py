@@ -19,7 +19,7 @@ def test_rows_against_themselves(backend: str, device: str, grouped: str | None,
     """The symmetric pass equals the two passes of the reference, targets in a group's own rows included."""
     generator = torch.Generator().manual_seed(5)
     n = 602
-    features = torch.randn(n, 50, generator=generator).to(device)
+    features = torch.randn(n, 70, generator=generator).to(device)
     targets = torch.randint(n, (n,), generator=generator).to(device)  # some a row's own
     targets[:100] = torch.arange(100, device=device).roll(50)
     groups = None
