@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -78,15 +79,16 @@ class Suite:
     def compare(self, work: Work, methods: dict[str, Callable[[], object]], seconds: float = 4.0) -> None:
         """Times the methods in turns until ``seconds`` are over, and writes; the first is ours.
 
+        The order of every round is drawn: none always comes after one that leaves the caches, or the host's memory, cold.
         Of the others, one that raises at its first call is left out.
         """
         first = next(iter(methods))
         methods = {name: method for name, method in methods.items() if _runs(work, name, method, name != first)}
         times: dict[str, list[float]] = {name: [] for name in methods}
-        begin = time.perf_counter()
+        begin, order = time.perf_counter(), random.Random(0)
         while time.perf_counter() - begin < seconds or len(next(iter(times.values()))) < 5:
-            for name, method in methods.items():
-                times[name].append(_time_ms(method, work.device))
+            for name in order.sample(list(methods), len(methods)):
+                times[name].append(_time_ms(methods[name], work.device))
         medians = {name: statistics.median(values) for name, values in times.items()}
         ours = next(iter(medians.values()))
         floor_ms = max(work.bytes / bandwidth(work.device), work.flop / peak_flops(work.device)) * 1e3
