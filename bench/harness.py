@@ -79,7 +79,7 @@ class Suite:
     def compare(self, work: Work, methods: dict[str, Callable[[], object]], seconds: float = 4.0) -> None:
         """Times the methods in turns until ``seconds`` are over, and writes; the first is ours.
 
-        The order of every round is drawn: none always comes after one that leaves the caches, or the host's memory, cold.
+        The order of every round is drawn: none always comes after one that leaves the caches cold.
         Of the others, one that raises at its first call is left out.
         """
         first = next(iter(methods))
