@@ -149,8 +149,8 @@ def device_name(device: str) -> str:
     if found := re.search(r"model name\s*: (.*)", text):
         model = re.sub(r"\((R|TM)\)| Processor\b| CPU\b", "", found[1])
     family = f" family {found[1]}" if (found := re.search(r"cpu family\s*: (\d+)", text)) else ""
-    isas = [] if _native.cpp is None else _native.cpp.supported_isas()
-    isa = next((name for name in ("amx", "avx512", "avx2") if any(isa.startswith(name) for isa in isas)), "baseline")
+    widest = "baseline" if _native.cpp is None else _native.cpp.supported_isas()[-1]
+    isa = widest.partition("_")[0]
     return f"{model}{family} {torch.get_num_threads()} threads {isa}"
 
 

@@ -151,16 +151,11 @@ __attribute__((noinline)) void tile_product(const float* A, const float* B, int6
     for (int v = 0; v < NV; ++v) store(C + m * ldc + v * LANES, acc[m][v]);
 }
 
-// Calls run(M, first) for tiles of MR rows, and for the rest.
-template <int M = MR, typename Run> inline void for_tiles(int64_t count, Run run, int64_t first = 0) {
+// Calls run(M, first) for tiles of MR rows, and for the rest: one tile of it, or tiles of half as many, and so on.
+template <int M = MR, bool HALVES = false, typename Run>
+inline void for_tiles(int64_t count, Run run, int64_t first = 0) {
   for (; first + M <= count; first += M) run(std::integral_constant<int, M>{}, first);
-  if constexpr (M > 1) for_tiles<M - 1>(count, run, first);
-}
-
-// The same with M rows, then M / 2, and so on.
-template <int M, typename Run> inline void for_halves(int64_t count, Run run, int64_t first = 0) {
-  for (; first + M <= count; first += M) run(std::integral_constant<int, M>{}, first);
-  if constexpr (M > 1) for_halves<M / 2>(count, run, first);
+  if constexpr (M > 1) for_tiles<HALVES ? M / 2 : M - 1, HALVES>(count, run, first);
 }
 
 // Two vectors of floats as one of bfloat16, first `low`, then `high`; ties to even.

@@ -39,7 +39,7 @@ template <typename Number> struct VectorProduct {
   // `along` may be null.
   void pack_right(float* rows, int64_t count, int64_t padded, int64_t D, float* across, float* along) const {
     to_words<Number>(rows, count, D);
-    FASTPROTO_ISA::pack_across(rows, count, words_of<Number>(D), across);
+    pack_across(rows, count, words_of<Number>(D), across);
     if (along) pack_pairs_along<Number>(rows, count, D, padded, along);
   }
 
@@ -82,7 +82,9 @@ template <int PIECES> struct AmxProduct {
   static constexpr int64_t SCORES_SIZE = ROWS * LD;
   static float* scores_in(float* buffer) { return buffer + AHEAD; }
 
-  template <typename Run> static void for_tiles(int64_t count, Run run) { for_halves<ROWS>(count, run); }
+  template <typename Run> static void for_tiles(int64_t count, Run run) {
+    FASTPROTO_ISA::for_tiles<ROWS, true>(count, run);
+  }
 
   void pack_left(const float* rows, int64_t count, int64_t D, float* left) const {
     to_pieces<PIECES>(rows, count, D, words(D), left, left_size(D), PIECES * LANES, LANES);
@@ -93,7 +95,7 @@ template <int PIECES> struct AmxProduct {
     float* pieces = buffer.take(PIECES * size);
     to_pieces<PIECES>(rows, count, D, words(D), pieces, words(D), LANES, size);
     for (int p = 0; p < PIECES; ++p) {
-      FASTPROTO_ISA::pack_across(pieces + p * size, count, words(D), across + p * padded * words(D));
+      pack_across(pieces + p * size, count, words(D), across + p * padded * words(D));
       if (along)
         pack_pairs_along<BFloat16>(pieces + p * size, count, 2 * words(D), padded, along + p * padded * words(D));
     }

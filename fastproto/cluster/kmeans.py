@@ -230,8 +230,7 @@ class KMeans:
     def predict(self, x: Array) -> Tensor:
         """Labels (N,) int64 of the nearest centres, where ``x`` (N, D) lies."""
         op = "KMeans.predict"
-        rows = self._fitted_rows(x, op)
-        return rows.nearest(self.cluster_centers_, "ip" if self.spherical else "l2", op)[0]
+        return self._nearest(self._fitted_rows(x, op), op)[0]
 
     def fit_predict(self, x: Array, y: object = None, *, sample_weight: Array | None = None) -> Tensor:
         """``fit``, then ``labels_``."""
@@ -249,7 +248,7 @@ class KMeans:
         op = "KMeans.score"
         rows = self._fitted_rows(x, op)
         weights = check_weights(sample_weight, op, x.shape[0])
-        found = rows.nearest(self.cluster_centers_, "ip" if self.spherical else "l2", op)[1].double()
+        found = self._nearest(rows, op)[1].double()
         total = float((found if weights is None else found * weights.to(found.device)).sum())
         return total if self.spherical else -total
 
@@ -321,6 +320,9 @@ class KMeans:
             raise RuntimeError(f"{op}: call fit first")
         check_rows(x, op, self.cluster_centers_.shape[1])
         return Rows(x, device=self.device, chunk_rows=self.chunk_rows)
+
+    def _nearest(self, rows: Rows, op: str) -> tuple[Tensor, Tensor]:
+        return rows.nearest(self.cluster_centers_, "ip" if self.spherical else "l2", op)
 
     def _training_rows(self, rows: Rows, op: str) -> Rows:
         most = rows.total if self.max_points_per_cluster is None else self.n_clusters * self.max_points_per_cluster

@@ -216,6 +216,12 @@ def test_processes_share_a_run_on_files_of_which_one_is_broken(tmp_path: Path, i
     assert loaded.method.encoder.trunk[1].num_batches_tracked == 8
 
 
+def assert_says_how_to_go_on(error: str, folder: Path) -> None:
+    *epochs, last = error.splitlines()
+    assert last == f"fastproto train: interrupted; go on with: fastproto train --out {folder} --resume"
+    assert all(line.startswith("epoch ") for line in epochs)
+
+
 def test_ctrl_c_reaches_the_workers_too(tmp_path: Path, images: Path) -> None:
     folder = tmp_path / "stopped"
     arguments = ["train", recipe(tmp_path, images, epochs=1000), "--method", "simclr", "--out", str(folder)]
@@ -229,9 +235,7 @@ def test_ctrl_c_reaches_the_workers_too(tmp_path: Path, images: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130, error
-    *epochs, last = error.splitlines()
-    assert last == f"fastproto train: interrupted; go on with: fastproto train --out {folder} --resume"
-    assert all(line.startswith("epoch ") for line in epochs)
+    assert_says_how_to_go_on(error, folder)
 
 
 def test_a_diverging_run_says_so(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,9 +262,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on_with_the_same_bits(
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130, error
-    *epochs, last = error.splitlines()
-    assert last == f"fastproto train: interrupted; go on with: fastproto train --out {folder} --resume"
-    assert all(line.startswith("epoch ") for line in epochs)
+    assert_says_how_to_go_on(error, folder)
     assert not (folder / "result.json").exists()
 
     assert cli.main(["train", "--out", str(folder), "--resume"]) == 0
