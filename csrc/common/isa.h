@@ -4,16 +4,6 @@
 // has_bf16, AMX's products of tiles behind has_amx.
 #pragma once
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 namespace fastproto {
@@ -34,86 +24,18 @@ namespace fastproto {
 
 enum class Isa { baseline, avx2, avx2_vnni, avx512, avx512_vnni, avx512_bf16, amx };
 
-inline const char* isa_name(Isa isa) {
-  switch (isa) {
-    case Isa::amx: return "amx";
-    case Isa::avx512_bf16: return "avx512_bf16";
-    case Isa::avx512_vnni: return "avx512_vnni";
-    case Isa::avx512: return "avx512";
-    case Isa::avx2_vnni: return "avx2_vnni";
-    case Isa::avx2: return "avx2";
-    default: return "baseline";
-  }
-}
-
-// Whether this CPU has AMX with bfloat16 and 8-bit integers, and Linux lets this process use it. It does not where a thread has
-// a stack for signals too small for the tiles (8 KB, SIGSTKSZ of old), and refuses such stacks from then on.
-inline bool take_amx() {
-#if FASTPROTO_AMX
-  unsigned eax, ebx, ecx, edx = 0;
-  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25, needed = bf16 | tile | int8;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & needed) != needed) return false;
-  constexpr long ask_for_feature = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, ask_for_feature, tile_data) == 0;
-#else
-  return false;
-#endif
-}
+const char* isa_name(Isa isa);
 
 // From the narrowest to the widest that this CPU has. baseline is x86-64-v2, or whatever the platform's compiler targets.
-inline std::vector<Isa> supported_isas() {
-  std::vector<Isa> isas{Isa::baseline};
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) {
-    isas.push_back(Isa::avx2);
-    unsigned eax = 0, ebx, ecx, edx;
-    if (FASTPROTO_AVX_VNNI && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 4 & 1) isas.push_back(Isa::avx2_vnni);
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd")) {
-      isas.push_back(Isa::avx512);
-      if (__builtin_cpu_supports("avx512vnni")) {
-        isas.push_back(Isa::avx512_vnni);
-        if (__builtin_cpu_supports("avx512bf16")) {
-          isas.push_back(Isa::avx512_bf16);
-          if (take_amx()) isas.push_back(Isa::amx);
-        }
-      }
-    }
-  }
-#endif
-  return isas;
-}
+std::vector<Isa> supported_isas();
 
-// The widest but for one: vdpbf16ps does two products where an FMA does one, and on AMD's cores issues as often, but on Intel's
-// (Emerald Rapids) every 2.2 cycles where two FMAs issue in each. There bfloat16 is faster widened.
-inline Isa fastest_isa() {
-  const Isa widest = supported_isas().back();
-#if defined(__x86_64__)
-  if (widest == Isa::avx512_bf16 && __builtin_cpu_is("intel")) return Isa::avx512_vnni;
-#endif
-  return widest;
-}
-
-// The one in use: the fastest, unless set_isa asked for another.
-inline Isa& current_isa() {
-  static Isa isa = fastest_isa();
-  return isa;
-}
+// The one in use: the fastest of this CPU, unless set_isa asked for another by its name.
+Isa current_isa();
+void set_isa(const char* name);
 
 inline bool has_vnni() { return current_isa() == Isa::avx2_vnni || current_isa() >= Isa::avx512_vnni; }
 inline bool has_bf16() { return current_isa() >= Isa::avx512_bf16; }
 inline bool has_amx() { return current_isa() == Isa::amx; }
-
-inline void set_isa(const std::string& name) {
-  for (Isa isa : supported_isas()) {
-    if (name == isa_name(isa)) {
-      current_isa() = isa;
-      return;
-    }
-  }
-  throw std::invalid_argument("isa: name expected an instruction set of this CPU, got '" + name + "'");
-}
 
 }  // namespace fastproto
 
