@@ -1,10 +1,11 @@
 # mypy: allow-untyped-defs
-"""Contrast of rows against keys, backward into the keys and their biases.
+"""Contrast of rows against keys, backward into the keys, their scales and their biases, by two sums over the rows.
 
     p_ij = exp(s_ij - lse_i) on A(i)       q_ij = g_i (p_ij - [j = t(i)])
-    dy_j = a_j Σ_i q_ij x_i                db_j = Σ_i q_ij
+    Σ_i q_ij x_i                           db_j = Σ_i q_ij
 
-Symmetric, the keys are the rows and s_ij = s_ji: dy_j = a Σ_i (q_ij + q_ji) x_i is the gradient of both roles.
+Of the first are dy_j = a_j Σ_i q_ij x_i and da_j = <y_j, Σ_i q_ij x_i>. Symmetric, the keys are the rows and
+s_ij = s_ji: the sum is Σ_i (q_ij + q_ji) x_i, for the gradient of both roles.
 
 N rows x, K keys y, D embedding, S parts of the rows. Rows with t(i) < 0 are ignored. docs/math/contrast.md derives it.
 
@@ -51,7 +52,7 @@ def _contrast_bwd_keys_kernel(
     key_group_ptr,  # (K,) int64
     saved_ptr,  # (2, N) float32: lse and p_t - 1
     grad_ptr,  # (N,) float32
-    dy_ptr,  # (S, K, D) float32
+    sum_ptr,  # (S, K, D) float32
     db_ptr,  # (S, K) float32
     N,
     K,
@@ -149,9 +150,8 @@ def _contrast_bwd_keys_kernel(
         acc_kv = add_product(acc_kv, q_kn, largest, x_nv, HALVES)
 
     at = pid_s.to(tl.int64) * K + offs_k
-    a_k = tl.load(a_ptr + offs_k, mask=mask_k, other=0.0)
     mask_kv = mask_k[:, None] if EVEN_V else mask_k[:, None] & (offs_v < D)[None, :]
-    tl.store(dy_ptr + at[:, None] * D + offs_v[None, :], acc_kv * a_k[:, None], mask=mask_kv)
+    tl.store(sum_ptr + at[:, None] * D + offs_v[None, :], acc_kv, mask=mask_kv)
     if HAS_BIAS and pid_v == 0:
         tl.store(db_ptr + at, bias_k, mask=mask_k)
 
@@ -176,12 +176,12 @@ def contrast_bwd_keys(
     tile: Tile | None = None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dL/dy (K, D), and dL/db (K,) where there is a bias, float32; tile and splits are for tests."""
+    """Σ_i q_ij x_i (K, D), and dL/db (K,) where there is a bias, float32; tile and splits are for tests."""
     n, k, columns_out = len(features), *keys.shape
     has_bias = bias is not None
     if n == 0:
-        dy = keys.new_zeros(k, columns_out, dtype=torch.float32)
-        return dy, dy.new_zeros(k) if has_bias else None
+        total = keys.new_zeros(k, columns_out, dtype=torch.float32)
+        return total, total.new_zeros(k) if has_bias else None
     counted = targets >= 0
     # An ignored row is emptied before the product, so that not even a NaN in it reaches the keys' gradient. Masking
     # its load instead would let every load wait for a target.
@@ -201,20 +201,20 @@ def contrast_bwd_keys(
     parts = splits or choose_splits(tiles * columns, triton.cdiv(n, tile.block_n), x.device)
     part = part_length(n, parts, tile.block_n)
     parts = triton.cdiv(n, part)
-    dy = torch.empty(parts, k, d, dtype=torch.float32, device=x.device)
+    total = torch.empty(parts, k, d, dtype=torch.float32, device=x.device)
     db = torch.empty(parts, k if has_bias else 0, dtype=torch.float32, device=x.device)
     bias = None if bias is None else bias.float().contiguous()
     groups, key_groups = (None if group is None else group.contiguous() for group in (groups, key_groups))
     inputs = (x, y, unit_n, unit_k, targets.contiguous(), scale.float().contiguous(), bias, groups, key_groups)
     with torch.cuda.device_of(x):
         _contrast_bwd_keys_kernel[tiles, parts, columns](
-            *inputs, saved.contiguous(), grad.contiguous(), dy, db, n, k, part, x.stride(0), y.stride(0),
+            *inputs, saved.contiguous(), grad.contiguous(), total, db, n, k, part, x.stride(0), y.stride(0),
             D=d, HALVES=halves, HAS_BIAS=has_bias, HAS_GROUPS=groups is not None, SYMMETRIC=symmetric,
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_D=tile.block_d, BLOCK_V=tile.block_v,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    dy, db = (dy[0], db[0]) if parts == 1 else (dy.sum(0), db.sum(0))
-    dy = dy[:, :columns_out].contiguous()
+    total, db = (total[0], db[0]) if parts == 1 else (total.sum(0), db.sum(0))
+    total = total[:, :columns_out].contiguous()
     if peak is not None:
-        dy, db = dy * peak, db * peak
-    return dy, db if has_bias else None
+        total, db = total * peak, db * peak
+    return total, db if has_bias else None

@@ -85,8 +85,8 @@ def proto_nce(
 
     Raises:
         TypeError: something is no tensor, or of another dtype.
-        ValueError: shapes, devices or numbers of sets do not fit, an assignment is out of range, φ is below 1e-8
-            (tensors are read on the CPU, on CUDA with ``fastproto.set_debug(True)``), or an unknown reduction.
+        ValueError: shapes, devices or numbers of sets do not fit, an assignment is out of range, φ is below 1e-8 or
+            infinite (tensors are read on the CPU, on CUDA with ``fastproto.set_debug(True)``), or an unknown reduction.
 
     Memory: grows with (N + K) · D, with negatives (N + r) · D in place of K · D; frozen prototypes get no gradient and
     nothing of their size is computed for one. The (N, K) logits exist in the reference backend only.
@@ -124,7 +124,8 @@ def proto_nce(
         else:
             batch = gather_rows(targets) if gather_distributed else targets
             sample = _sample_keys(batch, keys.shape[0], num_negatives, generator, gather_distributed)
-            loss, *rest = _contrast_sample(features, keys, targets, phi, b, normalize, divisor, *sample)
+            options = (normalize, divisor, return_stats)
+            loss, *rest = _contrast_sample(features, keys, targets, phi, b, *options, *sample)
         losses.append(loss.sum() if reduction == "sum" else loss)
         if return_stats:
             of_rows = ProtoNCEStats(*rest)
@@ -166,8 +167,9 @@ def _expect_set(features: Tensor, keys: Any, labels: Any, phi: Any, bias: Any, i
     if isinstance(phi, Tensor):
         expect_tensor(phi, "proto_nce", "concentration", (k,), FLOATS, device)
         if reads_data(phi):
-            low = float(phi.detach().min())
-            expect(low >= LEAST, "proto_nce", "concentration", f"values of at least {LEAST}", f"a minimum of {low}")
+            low, high = (float(end) for end in phi.detach().aminmax())
+            good = low >= LEAST and high < math.inf
+            expect(good, "proto_nce", "concentration", f"at least {LEAST}, finite", f"values from {low} to {high}")
     else:
         expect_type(phi, NUMBERS, "proto_nce", "concentration", "a number or a (K,) tensor")
         expect(LEAST <= phi < math.inf, "proto_nce", "concentration", f"at least {LEAST}, finite", phi)
@@ -242,20 +244,22 @@ def _contrast_sample(
     bias: Tensor | None,
     normalize: bool,
     divisor: float | Tensor | None,
+    stats: bool,
     kept: Tensor,
     kept_bias: Tensor,
-) -> Contrast:
+) -> tuple[Tensor, ...]:
     """The contrast with the kept keys only; ``top1`` counts in all keys."""
     position = torch.zeros(keys.shape[0], dtype=torch.int64, device=kept.device)
     position = position.scatter(0, kept, torch.arange(kept.shape[0], device=kept.device))
     kept_targets = torch.where(targets < 0, -1, position[targets.clamp(min=0)])
     scale = _inverse(phi[kept] if isinstance(phi, Tensor) else phi)
     bias = kept_bias if bias is None else bias[kept] + kept_bias
-    rows = Contrast(
-        *contrast_unchecked(
-            features, keys[kept], kept_targets, scale, bias, normalize=normalize, divisor=divisor, stats=True
-        )
+    out = contrast_unchecked(
+        features, keys[kept], kept_targets, scale, bias, normalize=normalize, divisor=divisor, stats=stats
     )
+    if not stats:
+        return out
+    rows = Contrast(*out)
     return rows._replace(top1=torch.where(targets < 0, -1, kept[rows.top1.clamp(min=0)]))
 
 
@@ -284,8 +288,8 @@ class ProtoNCELoss(nn.Module):
         float64. assignments: (N,) int64 or int32, -1 for rows that do not count. Output: scalar of at least float32.
 
     Raises:
-        ValueError: shapes, devices or numbers of sets do not fit, an assignment is out of range, or φ is below 1e-8
-            (tensors are read on the CPU, on CUDA with ``fastproto.set_debug(True)``).
+        ValueError: shapes, devices or numbers of sets do not fit, an assignment is out of range, or φ is below 1e-8 or
+            infinite (tensors are read on the CPU, on CUDA with ``fastproto.set_debug(True)``).
         TypeError: something is no tensor, or of another dtype.
 
     Example:

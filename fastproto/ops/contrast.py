@@ -145,16 +145,14 @@ def _triton_bwd_keys(
     grad = (grad if divisor is None else grad / divisor).expand(len(features))
     given = _scale_of(keys, scale, scale_all)
     x, (y,), a = unit_inputs(features, (keys,), given) if normalize else (features, (keys,), given)
-    dy, db = contrast_bwd_keys(x, y, targets, a, *options, symmetric, saved, grad)
-    wide = keys.float()
+    total, db = contrast_bwd_keys(x, y, targets, a, *options, symmetric, saved, grad)
+    wide, a = keys.float(), given.float()
+    along = (wide * total).sum(1)
     if normalize:
         length = torch.linalg.vector_norm(wide, dim=1).clamp(min=1e-12)
-        dy = dy if a is not given else dy / length[:, None]
-    # dy is a_j / |y_j| Σ_i q_ij x_i here.
-    along = (wide * dy).sum(1)
-    if normalize:
-        dy = dy - wide * (along / length.square())[:, None]
-    return present((dy, None if scale is None else along / scale.float(), db))
+        a, along = a / length, along / length
+        total = torch.addcmul(total, wide, (along / length)[:, None], value=-1)
+    return present((total * a[:, None], None if scale is None else along, db))
 
 
 def _suits_matrices(features: Tensor, *keys: Tensor | None) -> bool:

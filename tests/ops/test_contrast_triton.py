@@ -63,6 +63,14 @@ def test_equals_the_reference(shape: tuple[int, int, int], grouped: bool, normal
 
 
 @on_gpu
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_scale_of_zero_has_a_gradient(normalize: bool) -> None:
+    arguments = problem(33, 70, 24, normalize=normalize, device=DEVICE)
+    arguments["scale"] = torch.where(torch.arange(70, device=DEVICE) % 7 == 0, 0.0, arguments["scale"])
+    assert_close(run("triton", arguments, torch.float32), run("reference", arguments, torch.float64), 4e-6)
+
+
+@on_gpu
 def test_vectors_may_have_any_stride() -> None:
     test_contrast_kernels.test_vectors_may_have_any_stride("triton", DEVICE)
 
