@@ -90,7 +90,7 @@ def _table(rows: list[dict]) -> str:
         places = (f"{at} ({', '.join(of)})" for at, of in suites.items())
         commits.append(f"{device}: {', '.join(places)}")
     versions = ", ".join(dict.fromkeys(row["torch"] for row in rows))
-    explained = "2.0×: in half of the time of what stands beside it, or is named, the fastest other there."
+    explained = "2.0×: in half the time of the fastest alternative: the one in the column “beside”, or the one named."
     return "\n".join([*lines, "", f"{explained} Measured with torch {versions} on {'; '.join(commits)}."])
 
 

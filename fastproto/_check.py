@@ -14,7 +14,7 @@ from fastproto import _native, _settings
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32)
 MAX_SIDE = 2**31 - 1  # of an image: kernels count pixels in int32
-# Of Python or NumPy. True and False are none, which expect_type knows.
+# Of Python or NumPy; that True and False do not count is expect_type's to say.
 INTS = (int, np.integer)
 NUMBERS = (*INTS, float, np.floating)
 LONGEST = 200  # characters of a value that an error shows
@@ -38,23 +38,23 @@ def expect(holds: bool, op: str, argument: str, expected: str, got: Any) -> None
 
 
 def expect_type(value: Any, types: type | tuple[type, ...], op: str, argument: str, expected: str) -> None:
-    """Raises TypeError unless ``value`` is one of ``types``. True and False are no numbers."""
+    """Raises TypeError unless ``value`` is one of ``types``. True and False are not numbers."""
     if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
         raise TypeError(f"{op}: {argument} expected {expected}, got {describe(value)}")
 
 
 def is_integer(value: Any) -> bool:
-    """Whether it is an integer, of Python or NumPy. True and False are none."""
+    """Whether it is an integer, of Python or NumPy. True and False do not count."""
     return isinstance(value, INTS) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is an integer or a float, of Python or NumPy. True and False are none."""
+    """Whether it is an integer or a float, of Python or NumPy. True and False do not count."""
     return isinstance(value, NUMBERS) and not isinstance(value, bool)
 
 
 def expect_positive_ints(op: str, **counts: Any) -> None:
-    """Raises ValueError for one that is no integer of at least 1."""
+    """Raises ValueError for one that is not an integer of at least 1."""
     for argument, count in counts.items():
         expect(is_integer(count) and count >= 1, op, argument, "an integer of at least 1", count)
 
@@ -94,7 +94,8 @@ def expect_tensor(
     dtypes = tuple(dtypes)
     if not isinstance(value, Tensor) or value.dtype not in dtypes or value.layout != torch.strided:
         names = " or ".join(_name(dtype) for dtype in dtypes)
-        raise TypeError(f"{op}: {argument} expected a {names} tensor {_shape_name(shape)}, got {describe(value)}")
+        wanted = f"{'an' if names.startswith('i') else 'a'} {names} tensor {_shape_name(shape)}"
+        raise TypeError(f"{op}: {argument} expected {wanted}, got {describe(value)}")
     fits = value.dim() == len(shape) and all(
         isinstance(size, str) or size == actual for size, actual in zip(shape, value.shape, strict=True)
     )

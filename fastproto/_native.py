@@ -1,4 +1,4 @@
-"""The compiled modules, as far as they are there. A failed import is kept, and ``fastproto info`` shows it."""
+"""The compiled modules, where they were built. A failed import is kept, and ``fastproto info`` shows it."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ def set_debug(enabled: bool) -> None:
 def backend(name: str) -> Iterator[None]:
     """Forces every op inside the ``with`` block to one backend: "reference", "cpp", "triton" or "cuda".
 
-    float64 is left to the reference by all of them: they sum in float32. So are rows for which plain matrix products
-    serve better than the Triton kernels (more than 256 columns, few of them).
+    Kernels that compute in float32 leave float64 to the reference. So do the Triton kernels of the contrast where plain
+    matrix products serve better: rows of more than 256 columns, and at most 4 Mi scores.
 
     Raises:
         ValueError: no backend has that name.

@@ -45,8 +45,6 @@ def info_lines() -> list[str]:
 
 def _why(op: Op, device: str) -> str:
     """Why that backend: what stands behind it, and what keeps the others that the op has from running."""
-    if len(op.implementations) == 1:
-        return "its only implementation so far"
     others = [backend for backend in PREFERENCE[device] if backend in op.implementations]
     reasons = [f"not {backend}: {reason}" for backend in others if (reason := op.why_not(backend, device))]
     able = " before ".join(backend for backend in others if not op.why_not(backend, device))

@@ -29,8 +29,8 @@ BLOCK_N, BLOCK_D = 16, 128
 
 @triton.jit
 def powers(largest):
-    """2^e and 2^-e with 2^e · largest in [2^14, 2^15): float16 ends below 2^16. Below 2^-112, 0 among it, e is 126: the
-    inverse is to be a normal number too."""
+    """2^e and 2^-e with 2^e · largest in [2^14, 2^15): float16 ends below 2^16. Below 2^-112, and so for 0, e is 126:
+    the inverse is to be a normal number too."""
     exponent = largest.to(tl.int32, bitcast=True) >> 23
     up = tl.minimum(tl.maximum(2 * 127 + 14 - exponent, 1), 253)
     return (up << 23).to(tl.float32, bitcast=True), ((254 - up) << 23).to(tl.float32, bitcast=True)

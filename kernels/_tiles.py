@@ -6,7 +6,8 @@ of 16 shall not compile a kernel of its own. Strides are specialised: aligned_ro
 vector loads have to know.
 
 A tile is chosen by GPU architecture, bytes of a number and width of the rows; nothing is tried out at run time.
-tests/kernels/test_compile.py compiles every row of the table and holds it to no spills and the shared memory it has.
+tests/kernels/test_compile.py compiles every row of the table and holds it to the shared memory it has and to no spills;
+with all options at once on sm_80 to 160 bytes of them.
 """
 
 from __future__ import annotations
@@ -178,11 +179,11 @@ def processors(device: torch.device) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def choose_splits(programs: int, blocks: int, device: torch.device) -> int:
-    """Into how many parts to split a loop of so many blocks that so many programs walk alike.
+    """How many parts to split a loop of ``blocks`` blocks into, which ``programs`` programs run each.
 
-    The fewest parts of those that end first, where a processor runs one program at a time, and a part costs as much as
-    four blocks beside its own. Four programs for each processor are the most, which bounds the memory for their parts.
-    It depends on sizes and on the device alone, and so do the bits of the result.
+    The fewest of those that end first, where a processor runs one program at a time and a part costs as much as four
+    blocks beside its own. Four programs for each processor are the most, which bounds the memory for their parts. It
+    depends on sizes and on the device alone, and so do the bits of the result.
     """
     count = processors(device)
 
@@ -199,7 +200,7 @@ def part_length(total: int, parts: int, block: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def common_part(sizes: tuple[int, ...], parts: int, block: int) -> int:
-    """How much of each of several loops a part takes, alike for all: as many parts in all, or one for each loop."""
+    """The length of a part, alike for all of several loops: ``parts`` parts in all, or one a loop if that is more."""
     parts = max(parts, len(sizes))
     length = part_length(sum(sizes), parts, block)
     # One part more than there are processors would take as long as twice as many.

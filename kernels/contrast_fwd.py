@@ -11,7 +11,7 @@ The same rows may meet G sets of keys, each with targets of its own, in one laun
 keys of the sets stay where they are; what is one number for each key follows on from set to set.
 
 A program takes a tile of rows through one part of the keys, block by block, as attention with keys = values does: the
-running maximum m, l = Σ exp(s - m), o = Σ exp(s - m) a y. A second kernel merges the parts in their order. In memory
+running maximum m, l = Σ exp(s - m), o = Σ exp(s - m) a y. contrast_merge.py merges the parts in their order. In memory
 are S · N · D floats for o (and S is 1 where the row tiles fill the GPU), never the (N, K) scores. There is no atomic:
 the same sizes on the same GPU give the same bits.
 
@@ -31,41 +31,10 @@ import torch
 import triton
 import triton.language as tl
 from fastproto.kernels._halves import add_product, factor_rows, load_factor, scores
-from fastproto.kernels._tiles import INF, LN2, Tile, choose_splits, common_part, load_rows, load_scale, tile_for
+from fastproto.kernels._sets import MAX_SETS, keys_of_set, set_of_part
+from fastproto.kernels._tiles import INF, Tile, choose_splits, common_part, load_scale, tile_for
+from fastproto.kernels.contrast_merge import MERGE_COLUMNS, MERGE_ROWS, _contrast_merge_kernel
 from torch import Tensor
-
-# Each has its K as an argument of its own: Triton would specialise a tuple of them, and compile for every size.
-MAX_SETS = 4
-MERGE_ROWS, MERGE_COLUMNS = 64, 64
-# Loads of the parts to come on their way: the few programs that merge have nothing else to wait beside.
-MERGE_STAGES = tl.constexpr(4)
-
-
-@triton.jit
-def set_of_part(pid_s, y_ptrs, sizes, part):
-    """The set that a part of the keys belongs to."""
-    g = 0
-    end = 0
-    for i in tl.static_range(len(y_ptrs) - 1):
-        end += tl.cdiv(sizes[i], part)
-        g += (pid_s >= end).to(tl.int32)
-    return g
-
-
-@triton.jit
-def keys_of_set(g, y_ptrs, strides_y, sizes, part):
-    """Keys, stride and K of set g, and how many keys and parts the sets before it have."""
-    y_ptr, stride_y, K = y_ptrs[0], strides_y[0], sizes[0]
-    first_k = 0
-    first_s = 0
-    for i in tl.static_range(1, len(y_ptrs)):
-        reached = g >= i
-        y_ptr = tl.where(reached, y_ptrs[i], y_ptr)
-        stride_y = tl.where(reached, strides_y[i], stride_y)
-        K = tl.where(reached, sizes[i], K)
-        first_k += tl.where(reached, sizes[i - 1], 0).to(tl.int64)
-        first_s += tl.where(reached, tl.cdiv(sizes[i - 1], part), 0)
-    return y_ptr, stride_y, K, first_k, first_s
 
 
 @triton.jit(do_not_specialize=["N", "K0", "K1", "K2", "K3", "part"])
@@ -198,151 +167,6 @@ def _contrast_fwd_kernel(
     if NEED_DX:
         mask_nv = mask_n[:, None] if EVEN_V else mask_n[:, None] & (offs_v < D)[None, :]
         tl.store(acc_ptr + at[:, None] * D + offs_v[None, :], acc_nv, mask=mask_nv)
-
-
-@triton.jit
-def minus_expm1(x):
-    """exp(-x) - 1 for x ≥ 0, with all digits where x is small."""
-    # Below 1/4 the series, whose next term is x^6 / 5040 of it.
-    s = tl.minimum(x, 0.25)
-    series = -s * (1 - s / 2 * (1 - s / 3 * (1 - s / 4 * (1 - s / 5 * (1 - s / 6)))))
-    return tl.where(x < 0.25, series, tl.exp(-x) - 1)
-
-
-@triton.jit(do_not_specialize=["N", "K0", "K1", "K2", "K3", "part"])
-def _contrast_merge_kernel(
-    x_ptr,
-    y_ptrs,
-    unit_n_ptr,
-    unit_k_ptr,
-    target_ptr,
-    a_ptr,
-    b_ptr,
-    max_ptr,
-    sum_ptr,
-    acc_ptr,
-    spread_ptr,
-    part_top1_ptr,
-    loss_ptr,  # (G, N) float32
-    saved_ptr,  # (G, 2, N) float32: lse and p_t - 1
-    dx_ptr,  # (G, N, D_OUT) float32
-    entropy_ptr,  # (G, N) float32
-    top1_ptr,  # (G, N) int64
-    positive_ptr,
-    N,
-    K0,
-    K1,
-    K2,
-    K3,
-    part,
-    stride_x,
-    strides_y,
-    D: tl.constexpr,
-    D_OUT: tl.constexpr,
-    HALVES: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    NEED_DX: tl.constexpr,
-    NEED_STATS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    g = tl.program_id(2)
-    y_ptr, stride_y, K, first_k, first_s = keys_of_set(g, y_ptrs, strides_y, (K0, K1, K2, K3), part)
-    parts = tl.cdiv(K, part)
-    a_ptr += first_k
-    if HALVES:
-        unit_k_ptr += first_k
-    if HAS_BIAS:
-        b_ptr += first_k
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    out_n = g * N.to(tl.int64) + offs_n
-    first_n = first_s * N.to(tl.int64) + offs_n
-    target_n = tl.load(target_ptr + out_n, mask=mask_n, other=-1)
-    counted_n = target_n >= 0
-    # A target beyond the keys, which only debug mode refuses on a GPU, is not read; its loss is NaN.
-    known_n = target_n < K
-    key_n = tl.minimum(tl.maximum(target_n, 0), K - 1)
-    if HALVES:
-        unit_k = tl.load(unit_k_ptr + key_n, mask=counted_n, other=0.0)
-
-    max_n = tl.full((BLOCK_N,), -INF, tl.float32)
-    top1_n = tl.zeros((BLOCK_N,), tl.int64)
-    at = first_n
-    for _ in tl.range(0, parts, num_stages=MERGE_STAGES):
-        here_n = tl.load(max_ptr + at, mask=mask_n, other=0.0)
-        if NEED_STATS:
-            top1_n = tl.where(here_n > max_n, tl.load(part_top1_ptr + at, mask=mask_n, other=0), top1_n)
-        max_n = tl.maximum(max_n, here_n)
-        at += N
-    level_n = tl.where(max_n == -INF, 0.0, max_n)
-
-    sum_n = tl.zeros((BLOCK_N,), tl.float32)
-    spread_n = tl.zeros((BLOCK_N,), tl.float32)
-    at = first_n
-    for _ in tl.range(0, parts, num_stages=MERGE_STAGES):
-        below_n = tl.load(max_ptr + at, mask=mask_n, other=0.0) - level_n
-        part_n = tl.load(sum_ptr + at, mask=mask_n, other=0.0)
-        sum_n += part_n * tl.exp2(below_n)
-        if NEED_STATS:
-            lowered_n = part_n * tl.where(below_n == -INF, 0.0, below_n)
-            spread_n += (tl.load(spread_ptr + at, mask=mask_n, other=0.0) + lowered_n) * tl.exp2(below_n)
-        at += N
-
-    # An ignored row may see no key at all.
-    sum_n = tl.where(counted_n, sum_n, 1.0)
-    if NEED_DX:
-        offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-        acc_nv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-        at = first_n
-        for _ in tl.range(0, parts, num_stages=MERGE_STAGES):
-            shrink_n = tl.exp2(tl.load(max_ptr + at, mask=mask_n, other=0.0) - level_n)
-            acc_nv += load_rows(acc_ptr, D, at, mask_n, offs_v, D, False) * shrink_n[:, None]
-            at += N
-        y_nv = load_rows(y_ptr, stride_y, key_n, counted_n, offs_v, D, False).to(tl.float32)
-        a_n = tl.load(a_ptr + key_n, mask=counted_n, other=0.0)
-        if HALVES:
-            y_nv += load_rows(y_ptr + D, stride_y, key_n, counted_n, offs_v, D, False).to(tl.float32)
-            a_n *= unit_k
-        share_n = LN2 / sum_n
-        dx_nv = acc_nv * share_n[:, None] - a_n[:, None] * y_nv
-        dx_nv = tl.where(counted_n[:, None], dx_nv, 0.0)
-        mask_nv = mask_n[:, None] & (offs_v < D_OUT)[None, :]
-        tl.store(dx_ptr + out_n[:, None] * D_OUT + offs_v[None, :], dx_nv, mask=mask_nv)
-
-    if tl.program_id(1) == 0:
-        # The positive scores are the diagonal of one more tile, of the same instructions on the same columns as all
-        # scores, so that a positive that is the maximum has its very bits. Finding each in its block would cost every
-        # score a comparison.
-        offs_d = tl.arange(0, BLOCK_D)
-        scores_nn = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
-        for start_d in tl.range(0, D, BLOCK_D, num_stages=1):
-            x_nd = load_factor(x_ptr, stride_x, offs_n, counted_n, start_d + offs_d, D, False, HALVES)
-            y_nd = load_factor(y_ptr, stride_y, key_n, counted_n, start_d + offs_d, D, False, HALVES)
-            scores_nn += scores(x_nd, y_nd, HALVES)
-        here = tl.arange(0, BLOCK_N)
-        diagonal_n = tl.sum(tl.where(here[:, None] == here[None, :], scores_nn, 0.0), 1)
-        scale_n, bias_n = load_scale(a_ptr, b_ptr, key_n, counted_n, HAS_BIAS)
-        if HALVES:
-            scale_n *= unit_k
-            diagonal_n *= tl.load(unit_n_ptr + offs_n, mask=mask_n, other=0.0)
-        positive_n = tl.fma(diagonal_n, scale_n, bias_n)
-        log_sum_n = tl.log(sum_n)
-        # (m - s_t) + log l, not lse - s_t: the difference of two large numbers would lose the digits of a small loss.
-        loss_n = tl.where(known_n, (max_n - positive_n) * LN2 + log_sum_n, float("nan"))
-        loss_n = tl.where(counted_n, loss_n, 0.0)
-        saved_n = g * N.to(tl.int64) + out_n
-        tl.store(loss_ptr + out_n, loss_n, mask=mask_n)
-        tl.store(saved_ptr + saved_n, tl.where(counted_n, max_n * LN2 + log_sum_n, 0.0), mask=mask_n)
-        # Rounding may leave a loss below 0, p not above 1. NaN stays.
-        tl.store(saved_ptr + N + saved_n, minus_expm1(tl.where(loss_n < 0, 0.0, loss_n)), mask=mask_n)
-        if NEED_STATS:
-            # Neither term is negative: log l, and Σ p (m - s).
-            entropy_n = log_sum_n - spread_n / sum_n * LN2
-            tl.store(entropy_ptr + out_n, tl.where(counted_n, entropy_n, 0.0), mask=mask_n)
-            tl.store(top1_ptr + out_n, tl.where(counted_n, top1_n, -1), mask=mask_n)
-            tl.store(positive_ptr + out_n, tl.where(counted_n, positive_n * LN2, 0.0), mask=mask_n)
 
 
 def with_stats(tile: Tile, halves: bool) -> Tile:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastproto.kernels.siamese import COLUMNS, COLUMNS_C, _load, _loss_of
+from fastproto.kernels.siamese_all_pairs import COLUMNS, COLUMNS_C, _load, _loss_of
 from torch import Tensor
 
 PAIRS, PAIRS_C = 16, 128

@@ -17,7 +17,7 @@ namespace fastproto {
 namespace FASTPROTO_ISA {
 namespace {
 
-constexpr int64_t MAX_KEYS = 64 * MR;  // of a chunk: y and its gradient at D = 128 take 2 · 200 KB
+constexpr int64_t MAX_KEYS = 64 * MR;  // of a chunk: y and its gradient at D = 128 take 2 · 448 KB (AVX2: 2 · 192)
 constexpr float INF = std::numeric_limits<float>::infinity();
 
 // A row of the block whose target is one of the task's keys.
@@ -33,7 +33,7 @@ struct Block {
   alignas(64) float lse[MAX_BLOCK];
   alignas(64) float grad[MAX_BLOCK];
   alignas(64) float target_q[MAX_BLOCK];  // q_{i,t(i)}
-  alignas(64) float scale[MAX_BLOCK];  // of the scores, where the rows have it not
+  alignas(64) float scale[MAX_BLOCK];  // of the scores, for products whose rows are not scaled themselves
   const float *across, *along;
 };
 
@@ -45,7 +45,7 @@ struct Scratch {
 // q_{i,t(i)}
 inline float target_gradient(const Contrast& args, int64_t i) { return args.lse[args.N + i] * row_grad(args, i); }
 
-// scores[i] of one key and block become q_ij. Returns their sum, if one wants it. hit … end are the rows whose target the key is.
+// scores[i] of one key and block become q_ij. Returns their sum where db is wanted. hit … end are the rows whose target the key is.
 inline float gradient_row(const Contrast& args, const Block& block, int64_t j, const Hit* hit, const Hit* end,
                           float* scores) {
   const float b = args.b ? args.b[j] : 0.f;

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# How far faiss moves the two halves of a split cluster: a little more than float16 resolves.
+# How far faiss moves the two halves of a split cluster: the spacing of float16 at 1.
 SPLIT_EPSILON = 1 / 1024
 
 

@@ -131,7 +131,7 @@ class Clustering(ClusteringParameters):
             weights: (N,), at least 0. Unlike in faiss they count in the objective too.
 
         Raises:
-            TypeError: ``x`` or ``weights`` are no numbers, ``index`` is none of faiss_compat's.
+            TypeError: ``x`` or ``weights`` are not numbers, ``index`` is not one of faiss_compat's.
             ValueError: sizes or parameters do not fit, NaN or infinity in ``x``, negative weights.
         """
         op = "faiss_compat.Clustering.train"

@@ -38,7 +38,7 @@ def fit_centers(
     Args:
         tol: the share of the objective that counts as hardly, if above 0.
         spherical: centres have unit length.
-        split: number of rows that clusters without rows are split by; None leaves their centres.
+        split: total number of rows, by which ``split_empty`` chooses what to split; None keeps empty clusters' centres.
         ahead: queues an iteration before the word about the one before it has come: a GPU never waits for the host.
             The result is the same.
         watch: is called with each report.

@@ -176,7 +176,7 @@ class Rows:
 
 
 def check_rows(x: Array, op: str, dim: int | None = None) -> None:
-    """Raises TypeError for what is no float tensor or array, ValueError for another shape than (N, D)."""
+    """Raises TypeError for what is not a float tensor or array, ValueError for another shape than (N, D)."""
     expect_type(x, (Tensor, np.ndarray), op, "x", "a float tensor or array (N, D)")
     if isinstance(x, np.ndarray):
         if x.dtype.kind != "f" or x.dtype.itemsize not in (2, 4, 8):

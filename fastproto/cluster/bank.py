@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastproto._check import (
     INTEGERS,
+    INTS,
     describe,
     expect,
     expect_positive_ints,
@@ -43,8 +44,9 @@ class PrototypeBank(nn.Module):
     Before the first update all assignments are -1, which losses ignore, and the prototypes are 0.
 
     Raises:
-        TypeError: an option that ``KMeans`` does not have, sizes that are none.
-        ValueError: a size below 1, more prototypes than samples, an option that is none.
+        TypeError: an option that ``KMeans`` does not have, num_prototypes that are neither a number nor several.
+        ValueError: a size that is not an integer of at least 1, more prototypes than samples, an unknown value of an
+            option.
 
     Example:
         >>> import torch
@@ -75,7 +77,7 @@ class PrototypeBank(nn.Module):
         op = "PrototypeBank"
         expect_positive_ints(op, num_samples=num_samples, dim=dim)
         given = num_prototypes.tolist() if isinstance(num_prototypes, (Tensor, np.ndarray)) else num_prototypes
-        expect_type(given, (int, np.integer, tuple, list), op, "num_prototypes", "an int, or several")
+        expect_type(given, (*INTS, tuple, list), op, "num_prototypes", "an int, or several")
         sizes = tuple(given) if isinstance(given, (tuple, list)) else (given,)
         expect(bool(sizes), op, "num_prototypes", "at least one size", sizes)
         for size in sizes:
@@ -116,7 +118,7 @@ class PrototypeBank(nn.Module):
         """Clusters the features of the whole data set, row i those of sample i, once per set.
 
         Raises:
-            TypeError: ``features`` is no float tensor.
+            TypeError: ``features`` is not a float tensor.
             ValueError: ``features`` is not (num_samples, dim), or a row holds NaN or infinity.
         """
         op = "PrototypeBank.update"

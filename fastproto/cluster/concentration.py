@@ -39,7 +39,7 @@ def concentration(
         (K,) float32, or float64 for float64 rows. Not differentiable.
 
     Raises:
-        TypeError: an argument is no tensor of the right dtype.
+        TypeError: an argument is not a tensor of the right dtype.
         ValueError: shapes, devices or options do not fit, or (where data is read) a label is outside -1 ... K - 1 or a
             labelled row or a centre holds NaN or infinity.
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastproto._check import describe, expect, expect_tensor, is_integer, is_number, reads_data
+from fastproto._check import describe, expect, expect_positive_ints, expect_tensor, is_integer, is_number, reads_data
 from fastproto.cluster import init as start
 from fastproto.cluster._faiss import faiss_lloyd
 from fastproto.cluster._fit import Report, fit_centers
@@ -54,7 +54,7 @@ def kmeans_assign(
         Not differentiable.
 
     Raises:
-        TypeError: ``x`` or ``centers`` is no float tensor.
+        TypeError: ``x`` or ``centers`` is not a float tensor.
         ValueError: shapes, devices or options do not fit, or (where data is read) a row holds NaN or infinity.
 
     Example:
@@ -129,8 +129,8 @@ class KMeans:
         history_: list of the objective that each of its iterations found, before moving the centres; training rows.
 
     Raises:
-        TypeError: rows that are no float tensor or array.
-        ValueError: an option that is none, more clusters than rows, rows of NaN or infinity, negative weights.
+        TypeError: rows that are not a float tensor or array.
+        ValueError: an unknown value of an option, more clusters than rows, rows of NaN or infinity, negative weights.
 
     Example:
         >>> import torch
@@ -166,14 +166,11 @@ class KMeans:
         progress: bool = False,
     ) -> None:
         op = "KMeans"
-        for name, value in (
-            ("n_clusters", n_clusters),
-            ("n_iter", n_iter),
-            ("n_init", n_init),
-            ("max_points_per_cluster", 1 if max_points_per_cluster is None else max_points_per_cluster),
-            ("chunk_rows", 1 if chunk_rows is None else chunk_rows),
-        ):
-            expect(is_integer(value) and value >= 1, op, name, "an integer of at least 1", value)
+        expect_positive_ints(op, n_clusters=n_clusters, n_iter=n_iter, n_init=n_init)
+        if max_points_per_cluster is not None:
+            expect_positive_ints(op, max_points_per_cluster=max_points_per_cluster)
+        if chunk_rows is not None:
+            expect_positive_ints(op, chunk_rows=chunk_rows)
         expect(is_integer(seed) and seed >= 0, op, "seed", "an integer of at least 0", seed)
         expect(is_number(tol) and tol >= 0, op, "tol", "a number of at least 0", tol)
         for name, flag in (("spherical", spherical), ("progress", progress)):

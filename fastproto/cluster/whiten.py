@@ -26,7 +26,7 @@ def whiten(
         (N, dim) float32, or float64 for float64 rows. Not differentiable.
 
     Raises:
-        TypeError: ``x`` is no float tensor.
+        TypeError: ``x`` is not a float tensor.
         ValueError: ``x`` is not (N, C), ``dim`` is not in 1 ... C, or (where data is read) a row holds NaN or infinity.
 
     Example:

@@ -1,4 +1,4 @@
-"""Contrastive and prototypical losses. Inputs are not normalised (N, D) tensors, outputs scalar means."""
+"""Contrastive and prototypical losses. Inputs are un-normalised (N, D) tensors, outputs scalar means."""
 
 from fastproto.losses import functional
 from fastproto.losses.contrast import InfoNCELoss, NTXentLoss

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastproto._check import FLOATS, INTS, NUMBERS, expect, expect_tensor, expect_type
+from fastproto._check import FLOATS, NUMBERS, expect, expect_tensor, expect_type
 
 
 def widen(x: Tensor) -> Tensor:
@@ -51,12 +51,6 @@ def expect_temperature(temperature: float, op: str, *, signed: bool = False) -> 
     expect_type(temperature, NUMBERS, op, "temperature", "a number")
     size, expected = (abs(temperature), "a magnitude of at least 1e-8") if signed else (temperature, "at least 1e-8")
     expect(1e-8 <= size < math.inf, op, "temperature", f"{expected}, finite", temperature)
-
-
-def expect_counts(op: str, **counts: Any) -> None:
-    for argument, count in counts.items():
-        expect_type(count, INTS, op, argument, "an int of at least 1")
-        expect(count >= 1, op, argument, "an int of at least 1", count)
 
 
 def expect_weights(op: str, **weights: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastproto._check import FLOATS, INTEGERS, expect, expect_index, expect_tensor, expect_type
+from fastproto._check import FLOATS, INTEGERS, INTS, expect, expect_index, expect_tensor, expect_type, is_integer
 from fastproto.losses._common import expect_reduction, expect_temperature, expect_views, join_rows, reduce_rows, unit
 from fastproto.losses._gather import from_first_rank, gather_rows, rank_and_world
 from fastproto.ops.contrast import contrast_unchecked
@@ -45,7 +45,7 @@ def nt_xent(
         The loss, at least float32; 0 for an empty batch.
 
     Raises:
-        TypeError: something is no tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or of another dtype.
         ValueError: shapes or devices do not fit, |τ| < 1e-8, an unknown reduction, a negative assignment that is not
             ``ignore_index``, or ranks with another N (data is read on the CPU, on CUDA with
             ``fastproto.set_debug(True)``).
@@ -117,7 +117,7 @@ def info_nce(
         The loss, at least float32; 0 for an empty batch.
 
     Raises:
-        TypeError: something is no tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or of another dtype.
         ValueError: shapes or devices do not fit, τ < 1e-8, or an unknown reduction.
 
     Distributed: nothing has to be gathered; with one queue and N on every rank DDP's mean equals one process.
@@ -196,7 +196,7 @@ class NTXentLoss(nn.Module):
     Raises:
         ValueError: |τ| < 1e-8, a bad bank size, shapes or devices that do not fit, an assignment below -1, assignments
             with a bank, or ranks with another N (data is read on the CPU, on CUDA with ``fastproto.set_debug(True)``).
-        TypeError: something is no tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or of another dtype.
 
     Example:
         >>> loss_fn = NTXentLoss(temperature=0.1)
@@ -223,9 +223,9 @@ class NTXentLoss(nn.Module):
     ) -> None:
         super().__init__()
         expect_temperature(temperature, "NTXentLoss", signed=True)
-        expect_type(memory_bank_size, (int, tuple, list), "NTXentLoss", "memory_bank_size", "0, M or (M, D)")
-        size = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
-        valid = len(size) in (1, 2) and all(isinstance(entry, int) and entry >= 0 for entry in size)
+        expect_type(memory_bank_size, (*INTS, tuple, list), "NTXentLoss", "memory_bank_size", "0, M or (M, D)")
+        size = tuple(memory_bank_size) if isinstance(memory_bank_size, (tuple, list)) else (memory_bank_size,)
+        valid = len(size) in (1, 2) and all(is_integer(entry) and entry >= 0 for entry in size)
         valid = valid and (size[-1] > 0 or size[0] == 0)
         expect(valid, "NTXentLoss", "memory_bank_size", "0, M or (M, D)", memory_bank_size)
         self.temperature = temperature
@@ -343,7 +343,7 @@ class InfoNCELoss(nn.Module):
 
     Raises:
         ValueError: τ < 1e-8, or shapes or devices that do not fit.
-        TypeError: something is no tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or of another dtype.
 
     Example:
         >>> loss_fn = InfoNCELoss(temperature=0.1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastproto._check import FLOATS, expect, expect_tensor, expect_type
+from fastproto._check import FLOATS, INTS, NUMBERS, expect, expect_tensor, expect_type
 from fastproto.losses._common import widen
 
 
@@ -25,7 +25,7 @@ class NegativeCosineSimilarity(nn.Module):
         float32, 0 for an empty batch.
 
     Raises:
-        TypeError: something is no tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or of another dtype.
         ValueError: shapes or devices differ, there is no dimension ``dim``, or ``eps`` is negative.
 
     Example:
@@ -43,8 +43,8 @@ class NegativeCosineSimilarity(nn.Module):
 
     def __init__(self, dim: int = 1, eps: float = 1e-8) -> None:
         super().__init__()
-        expect_type(dim, int, "NegativeCosineSimilarity", "dim", "an int")
-        expect_type(eps, (int, float), "NegativeCosineSimilarity", "eps", "a number of at least 0")
+        expect_type(dim, INTS, "NegativeCosineSimilarity", "dim", "an int")
+        expect_type(eps, NUMBERS, "NegativeCosineSimilarity", "eps", "a number of at least 0")
         expect(eps >= 0, "NegativeCosineSimilarity", "eps", "a number of at least 0", eps)
         self.dim = dim
         self.eps = eps

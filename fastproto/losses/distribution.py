@@ -46,7 +46,7 @@ def batch_prototypes(features: Tensor, assignments: Tensor, *, ignore_index: int
         BatchPrototypes(prototypes, mask): (N, D) of at least float32, and (N,) bool.
 
     Raises:
-        TypeError: something is no tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or of another dtype.
         ValueError: shapes or devices do not fit, or a negative assignment that is not ``ignore_index``.
 
     Example:
@@ -97,7 +97,7 @@ def alignment(
         The loss, at least float32; 0 where no row counts.
 
     Raises:
-        TypeError: something is no tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or of another dtype.
         ValueError: shapes or devices do not fit, alpha < 1, or an unknown reduction.
 
     Distributed: row by row; DDP's mean equals one process where as many rows count on every rank.
@@ -132,7 +132,7 @@ def uniformity(x: Tensor, *, t: float = 2, mask: Tensor | None = None) -> Tensor
         The loss, a scalar of at least float32; 0 where fewer than two rows count.
 
     Raises:
-        TypeError: something is no tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or of another dtype.
         ValueError: shapes or devices do not fit, or t is not positive.
 
     Distributed: pairs are those of a rank's own batch.
@@ -190,7 +190,7 @@ def cross_correlation(x0: Tensor, x1: Tensor, *, mask: Tensor | None = None) -> 
         The loss, a scalar of at least float32; 0 where fewer than two rows count.
 
     Raises:
-        TypeError: something is no tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or of another dtype.
         ValueError: shapes or devices do not fit.
 
     Distributed: statistics are those of a rank's own batch.
@@ -230,7 +230,7 @@ def covariance(x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         The loss, a scalar of at least float32; 0 where fewer than two rows count.
 
     Raises:
-        TypeError: something is no tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or of another dtype.
         ValueError: shapes or devices do not fit.
 
     Distributed: statistics are those of a rank's own batch.
@@ -301,7 +301,7 @@ class AlignmentLoss(nn.Module):
 
     Raises:
         ValueError: alpha < 1, or shapes or devices that do not fit.
-        TypeError: something is no tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or of another dtype.
 
     Example:
         >>> AlignmentLoss()(torch.eye(2), torch.eye(2))
@@ -338,7 +338,7 @@ class UniformityLoss(nn.Module):
 
     Raises:
         ValueError: t is not positive, or shapes or devices that do not fit.
-        TypeError: something is no tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or of another dtype.
 
     Example:
         >>> UniformityLoss()(torch.eye(3))
@@ -375,7 +375,7 @@ class CorrelationLoss(nn.Module):
 
     Raises:
         ValueError: an unknown kind, or shapes or devices that do not fit.
-        TypeError: something is no tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or of another dtype.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])

@@ -65,7 +65,7 @@ class PAUCLoss(nn.Module):
     Raises:
         ValueError: τ < 1e-8, t ≤ 0, an unknown correlation, weights that are not finite, shapes or numbers of sets that
             do not fit, an assignment out of range, or φ that is not positive.
-        TypeError: something is no tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or of another dtype.
 
     Example:
         >>> loss_fn = PAUCLoss(temperature=0.2)

@@ -84,7 +84,7 @@ def proto_nce(
         The loss, at least float32; 0 where no row counts. With ``return_stats`` the pair (loss, stats).
 
     Raises:
-        TypeError: something is no tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or of another dtype.
         ValueError: shapes, devices or numbers of sets do not fit, an assignment is out of range, φ is below 1e-8 or
             infinite (tensors are read on the CPU, on CUDA with ``fastproto.set_debug(True)``), or an unknown reduction.
 
@@ -290,7 +290,7 @@ class ProtoNCELoss(nn.Module):
     Raises:
         ValueError: shapes, devices or numbers of sets do not fit, an assignment is out of range, or φ is below 1e-8 or
             infinite (tensors are read on the CPU, on CUDA with ``fastproto.set_debug(True)``).
-        TypeError: something is no tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or of another dtype.
 
     Example:
         >>> loss_fn = ProtoNCELoss()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastproto._check import FLOATS, INTEGERS, expect, expect_index, expect_tensor
-from fastproto.losses._common import expect_counts, expect_reduction, expect_views, reduce_rows, widen
+from fastproto._check import FLOATS, INTEGERS, expect, expect_index, expect_positive_ints, expect_tensor
+from fastproto.losses._common import expect_reduction, expect_views, reduce_rows, widen
 from fastproto.ops.siamese import siamese_all_pairs, siamese_pairs
 
 
@@ -36,7 +36,7 @@ def siamese_metric(
         The loss, at least float32; 0 where no pair counts.
 
     Raises:
-        TypeError: something is no tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or of another dtype.
         ValueError: shapes or devices do not fit, a label is out of range, or an unknown reduction.
 
     Example:
@@ -84,7 +84,7 @@ def siamese_metric_all_pairs(
         The loss, a scalar of at least float32; 0 for an empty batch.
 
     Raises:
-        TypeError: something is no tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or of another dtype.
         ValueError: shapes or devices do not fit, or a negative assignment that is not ``ignore_index``.
 
     Example:
@@ -137,7 +137,7 @@ class SiameseMetricLoss(nn.Module):
     Raises:
         ValueError: an unknown ``pairs``, a ``feature_dim`` below 1, shapes or devices that do not fit, or an assignment
             below -1.
-        TypeError: something is no tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or of another dtype.
 
     Example:
         >>> loss_fn = SiameseMetricLoss(feature_dim=3)
@@ -158,7 +158,7 @@ class SiameseMetricLoss(nn.Module):
     def __init__(self, feature_dim: int, pairs: str = "all") -> None:
         super().__init__()
         expect(pairs in ("all", "sampled"), "SiameseMetricLoss", "pairs", '"all" or "sampled"', repr(pairs))
-        expect_counts("SiameseMetricLoss", feature_dim=feature_dim)
+        expect_positive_ints("SiameseMetricLoss", feature_dim=feature_dim)
         self.pairs = pairs
         self.metric = nn.Linear(feature_dim, 1)
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fastproto._check import FLOATS, INTEGERS, expect_index, expect_tensor
-from fastproto.losses._common import expect_counts, expect_temperature, expect_views, expect_weights
+from fastproto._check import FLOATS, INTEGERS, expect_index, expect_positive_ints, expect_tensor
+from fastproto.losses._common import expect_temperature, expect_views, expect_weights
 from fastproto.losses._gather import gather_rows
 from fastproto.losses.contrast import NTXentLoss
 from fastproto.losses.proto_nce import proto_nce
@@ -48,9 +48,10 @@ class SPCLLoss(nn.Module):
         two views, no more. Output: scalar of at least float32.
 
     Raises:
-        ValueError: |τ| < 1e-8, sizes that are no positive ints, weights that are not finite, shapes or devices that do
-            not fit, or an assignment out of range (read on the CPU, on CUDA with ``fastproto.set_debug(True)``).
-        TypeError: something is no tensor, or of another dtype.
+        ValueError: |τ| < 1e-8, sizes that are not integers of at least 1, weights that are not finite, shapes or devices
+            that do not fit, or an assignment out of range (read on the CPU, on CUDA with
+            ``fastproto.set_debug(True)``).
+        TypeError: an argument is not a tensor, or of another dtype.
 
     Example:
         >>> loss_fn = SPCLLoss(feature_dim=4, num_prototypes=2)
@@ -83,7 +84,7 @@ class SPCLLoss(nn.Module):
     ) -> None:
         super().__init__()
         expect_temperature(temperature, "SPCLLoss", signed=True)
-        expect_counts("SPCLLoss", feature_dim=feature_dim, num_prototypes=num_prototypes)
+        expect_positive_ints("SPCLLoss", feature_dim=feature_dim, num_prototypes=num_prototypes)
         expect_weights(
             "SPCLLoss",
             contrast_weight=contrast_weight,

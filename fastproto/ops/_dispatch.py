@@ -1,8 +1,7 @@
 """How an op finds the code that runs it: one name, several backends, the best that can run on the tensors' device.
 
-Every op is an ``Op`` made at the bottom of its file from one function per backend with one signature. Ops that need a
-schema (a compiled kernel behind them) pass one, and are then ``torch.ops.fastproto.<name>`` too, so that torch.compile
-sees a single node. Plain PyTorch references need none: the compiler looks into them.
+Every op is an ``Op`` made at the bottom of its file from one function per backend with one signature, and a schema. By
+that it is ``torch.ops.fastproto.<name>`` too, so that torch.compile sees a single node.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 
 from fastproto import _native, _settings
 
-# First that can run wins. An op has a Triton or a CUDA kernel, seldom both; both come before the reference.
+# First that can run wins. An op has a Triton or a CUDA kernel, never both; both come before the reference.
 PREFERENCE = {"cpu": ("cpp", "triton", "reference"), "cuda": ("triton", "cuda", "reference")}
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # as in csrc/common/dtype.h
 LIBRARY = torch.library.Library("fastproto", "DEF")
@@ -53,22 +52,19 @@ class Op:
 
     Args:
         name: the name that all layers share: ops, reference, kernels, csrc, tests, bench.
-        schema: torch.library schema behind the name, e.g. ``"(Tensor x) -> Tensor"``; None for plain PyTorch.
+        schema: torch.library schema behind the name, e.g. ``"(Tensor x) -> Tensor"``.
         implementations: one function per backend name, all with the schema's arguments in its order.
     """
 
-    def __init__(self, name: str, schema: str | None = None, **implementations: Callable[..., Any]) -> None:
+    def __init__(self, name: str, schema: str, **implementations: Callable[..., Any]) -> None:
         self.name = name
         self.implementations = implementations
-        self._may_go_straight = _CAN_ASK and schema is not None and "Tensor[]" not in schema.partition("->")[0]
+        self._may_go_straight = _CAN_ASK and "Tensor[]" not in schema.partition("->")[0]
         OPS[name] = self
-        if schema is None:
-            self._call = self._run
-        else:
-            LIBRARY.define(name + schema)
-            for key in ("CPU", "CUDA"):
-                LIBRARY.impl(name, self._run, key)
-            self._call = getattr(torch.ops.fastproto, name).default
+        LIBRARY.define(name + schema)
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(name, self._run, key)
+        self._call = getattr(torch.ops.fastproto, name).default
 
     def fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorator: what the op returns by shape alone, for the compiler."""

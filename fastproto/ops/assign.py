@@ -26,8 +26,12 @@ def assign(
     Ties go to the lowest index. Exact: a label differs from the float64 one only where two distances differ by less
     than float32 rounding. Rows of NaN get a distance of NaN and no useful label. Not differentiable.
 
+    Args:
+        metric: "l2", or "ip" for the inner product.
+        exact: False believes the screen's 8- or 16-bit scores; docs/math/assign.md states the error.
+
     Raises:
-        TypeError: ``x`` or ``centers`` is no float tensor.
+        TypeError: ``x`` or ``centers`` is not a float tensor.
         ValueError: shapes, devices or ``metric`` do not fit.
     """
     expect(metric in METRICS, "assign", "metric", '"l2" or "ip"', metric)
@@ -49,8 +53,8 @@ def _cpp(x: Tensor, centers: Tensor, metric: str, exact: bool) -> tuple[Tensor, 
 def launch(x: Tensor, centers: Tensor, metric: str, exact: bool, *rest: Tensor) -> None:
     """Calls the C++ kernel; ``rest`` are the tensors from label on in the order of csrc/assign/assign.h."""
     assert _native.cpp is not None
-    x = contiguous_rows(x)
-    tensors = (x, centers.float().contiguous(), *rest)
+    x = contiguous_rows(x.resolve_neg())
+    tensors = (x, centers.float().resolve_neg().contiguous(), *rest)
     sizes = (len(x), *centers.shape, x.stride(0), DTYPE_CODES[x.dtype], metric == "ip", exact)
     addresses = [tensor.data_ptr() for tensor in tensors]
     _native.cpp.assign(sizes, addresses + [0] * (9 - len(addresses)), torch.get_num_threads())

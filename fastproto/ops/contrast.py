@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastproto import _native
-from fastproto._check import FLOATS, INTEGERS, expect, expect_index, expect_tensor, expect_type
+from fastproto._check import FLOATS, INTEGERS, NUMBERS, expect, expect_index, expect_tensor, expect_type
 from fastproto.ops._dispatch import DTYPE_CODES, Op, contiguous_rows, once_differentiable
 from fastproto.reference import contrast as reference
 
@@ -339,7 +339,7 @@ def contrast(
         as top1.
 
     Raises:
-        TypeError: something is no tensor, or its dtype is not one of the above.
+        TypeError: an argument is not a tensor, or its dtype is not one of the above.
         ValueError: shapes or devices do not fit, only one of the groups is given, or a target is neither
             ``ignore_index`` nor in 0…K-1 (read on the CPU, on CUDA with ``fastproto.set_debug(True)``).
 
@@ -362,7 +362,7 @@ def contrast(
     if isinstance(scale, Tensor):
         expect_tensor(scale, "contrast", "scale", (k,), FLOATS, device)
     else:
-        expect_type(scale, (float, int), "contrast", "scale", "a number or a (K,) tensor")
+        expect_type(scale, NUMBERS, "contrast", "scale", "a number or a (K,) tensor")
     if bias is not None:
         expect_tensor(bias, "contrast", "bias", (k,), FLOATS, device)
     expect((groups is None) == (key_groups is None), "contrast", "groups and key_groups", "both or none", "one of them")

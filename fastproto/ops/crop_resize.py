@@ -112,8 +112,8 @@ def crop_resize(
     """Cuts crops out of images, resizes them bilinearly as torchvision's ``resized_crop`` does, and normalises them.
 
     ``out[r, c] = (resize(image[index_r][c] cut to crop_r) / 255 − mean_c) / std_c``, mirrored where ``flip[r]``. The
-    resized values are exact to float32; torchvision rounds them to 8 bits, so the two lie within one level of it.
-    There is no gradient: the pixels are integers.
+    resized values are exact to float32; torchvision rounds them to 8 bits, so the two lie within one level of each
+    other. There is no gradient: the pixels are integers.
 
     Args:
         images: uint8, (N, C, H, W) or (N, H, W, C) with C ≤ 4, or a list of (C, H, W) of any sizes. A 4-D shape that

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastproto import _native
-from fastproto._check import FLOATS, INTEGERS, expect, expect_tensor, expect_type, reads_data
+from fastproto._check import FLOATS, INTEGERS, INTS, expect, expect_tensor, expect_type, reads_data
 from fastproto.ops._dispatch import DTYPE_CODES, Op
 from fastproto.ops.crop_resize import normalisation
 from fastproto.reference import photometric as reference
@@ -111,7 +111,7 @@ def color_jitter(
         (N, C, H, W) in the dtype of ``images``; no gradient flows.
 
     Raises:
-        TypeError: an argument is no tensor or has another dtype.
+        TypeError: an argument is not a tensor or has another dtype.
         ValueError: an argument has another shape or device; a factor is out of range; an order is no permutation.
 
     Source:
@@ -142,7 +142,7 @@ def grayscale(
         (N, C, H, W) in the dtype of ``images``; no gradient flows.
 
     Raises:
-        TypeError: an argument is no tensor or has another dtype.
+        TypeError: an argument is not a tensor or has another dtype.
         ValueError: an argument has another shape or device.
 
     Source:
@@ -206,7 +206,7 @@ def solarize(
         (N, C, H, W) in the dtype of ``images``; no gradient flows.
 
     Raises:
-        TypeError: an argument is no tensor or has another dtype.
+        TypeError: an argument is not a tensor or has another dtype.
         ValueError: an argument has another shape or device.
 
     Source:
@@ -314,7 +314,7 @@ def _photometric(
 def _kernel_size(op: str, kernel_size: int | None, side: int) -> int:
     if kernel_size is None:
         return min(max(side // 10, 2) // 2 * 2 + 1, 2 * side - 1)
-    expect_type(kernel_size, int, op, "kernel_size", "an odd int or None")
+    expect_type(kernel_size, INTS, op, "kernel_size", "an odd int or None")
     good = kernel_size % 2 == 1 and 0 < kernel_size < 2 * side
     expect(good, op, "kernel_size", f"an odd number from 1 to {2 * side - 1}", kernel_size)
     return kernel_size

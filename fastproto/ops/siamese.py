@@ -129,7 +129,7 @@ _pairs_bwd = _op(
 )
 _all_pairs_fwd = _op(
     "siamese_all_pairs_fwd",
-    "siamese",
+    "siamese_all_pairs",
     "(Tensor features, Tensor? second, Tensor images, Tensor prototypes, Tensor weight, Tensor bias) "
     "-> (Tensor, Tensor, Tensor)",
     _cpp_all_pairs_fwd,
@@ -137,7 +137,7 @@ _all_pairs_fwd = _op(
 )
 _all_pairs_bwd = _op(
     "siamese_all_pairs_bwd",
-    "siamese",
+    "siamese_all_pairs",
     "(Tensor features, Tensor? second, Tensor images, Tensor prototypes, Tensor weight, Tensor bias, "
     "Tensor coefficient) -> (Tensor, Tensor)",
     _cpp_all_pairs_bwd,
@@ -269,7 +269,7 @@ def siamese_pairs(
         M (N,), at least float32, 0 for ignored pairs.
 
     Raises:
-        TypeError: something is no tensor, or its dtype is not one of the above.
+        TypeError: an argument is not a tensor, or its dtype is not one of the above.
         ValueError: shapes or devices do not fit, or a label is not 0, 1 or ``ignore_index`` (read on the CPU, on CUDA
             with ``fastproto.set_debug(True)``).
 
@@ -321,7 +321,7 @@ def siamese_all_pairs(
         such pair.
 
     Raises:
-        TypeError: something is no tensor, or its dtype is not one of the above.
+        TypeError: an argument is not a tensor, or its dtype is not one of the above.
         ValueError: shapes or devices do not fit, or a prototype is negative and not ``ignore_index`` (read on the CPU,
             on CUDA with ``fastproto.set_debug(True)``).
 

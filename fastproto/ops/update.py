@@ -29,7 +29,7 @@ def update(
     differentiable.
 
     Raises:
-        TypeError: an argument is no tensor of the right dtype.
+        TypeError: an argument is not a tensor of the right dtype.
         ValueError: shapes or devices do not fit, or (where data is read) a label is outside -1 ... K - 1.
     """
     expect(num_clusters >= 1, "update", "num_clusters", "at least 1", num_clusters)

@@ -206,7 +206,7 @@ def load_run(folder: Path | str, checkpoint: Path | None = None, dataset: data.D
     checkpoint = latest_checkpoint(folder) if checkpoint is None else checkpoint
     expect(is_run(folder), "run", "folder", "one that holds a run", str(folder))
     kept = ", ".join(map(str, sorted(folder.glob("checkpoints/*.pt")))) or "those that a training writes"
-    expect(checkpoint.is_file(), "run", "checkpoint", f"a file, such as {kept}", f"{checkpoint}, which is none")
+    expect(checkpoint.is_file(), "run", "checkpoint", f"a file, such as {kept}", f"{checkpoint}, which is not one")
     config = read_config(folder / "config.yaml")
     dataset = load_data(config) if dataset is None else dataset
     # Reading draws weights and loads a random state, neither of which is to be felt outside.

@@ -97,7 +97,7 @@ def knn(
     tie goes to the lowest class. Never in memory: the (M, N) similarities.
 
     Raises:
-        TypeError: features that are no float tensors, labels that are no int64 tensors.
+        TypeError: features that are not float tensors, labels that are not int64 tensors.
         ValueError: shapes that do not fit, no rows, features that are not finite, labels outside 0…num_classes - 1,
             k or temperature not positive.
 

@@ -39,7 +39,7 @@ def embedding_monitors(
         embeddings: (N, D), N at least 1. Both are computed in float64 on the CPU.
 
     Raises:
-        TypeError: embeddings that are no float tensor.
+        TypeError: embeddings that are not a float tensor.
         ValueError: no rows, or more than two dimensions.
 
     Example:

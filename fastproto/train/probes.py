@@ -40,7 +40,7 @@ def linear_probe(
         max_iter: iterations of L-BFGS, each of about one pass over the data.
 
     Raises:
-        TypeError: features that are no float tensors, labels that are no int64 tensors.
+        TypeError: features that are not float tensors, labels that are not int64 tensors.
         ValueError: shapes that do not fit, no rows, features that are not finite, labels outside 0…num_classes - 1.
 
     Example:
@@ -115,7 +115,7 @@ def linear_sgd(
         Share of test rows that are classified correctly, by learning rate.
 
     Raises:
-        TypeError: features that are no float tensors, labels that are no int64 tensors.
+        TypeError: features that are not float tensors, labels that are not int64 tensors.
         ValueError: shapes that do not fit, no rows, features that are not finite, labels outside 0…num_classes - 1,
             steps or batch_size below 1.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastproto._check import INTEGERS, INTS, expect, expect_tensor, expect_type, reads_data
+from fastproto._check import INTEGERS, expect, expect_positive_ints, expect_tensor, reads_data
 from fastproto.ops.sample_crops import FULL_BOX, expect_boxes
 
 SIMC_BOX = (0.25, 0.25, 0.75, 0.75)
@@ -46,8 +46,7 @@ class BoxBank(nn.Module):
 
     def __init__(self, num_samples: int) -> None:
         super().__init__()
-        expect_type(num_samples, INTS, "BoxBank", "num_samples", "an int")
-        expect(num_samples > 0, "BoxBank", "num_samples", "at least 1", num_samples)
+        expect_positive_ints("BoxBank", num_samples=num_samples)
         self.register_buffer("boxes", torch.tensor(FULL_BOX, dtype=torch.float32).repeat(int(num_samples), 1))
 
     @torch.no_grad()

@@ -64,7 +64,7 @@ def decode_image(content: bytes, name: str) -> Tensor:  # (3, H, W) uint8
         with Image.open(io.BytesIO(content)) as image:
             return to_rgb(image)
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name}: expected an image, got a file that is none Pillow knows") from error
+        raise ValueError(f"{name}: expected an image, got a file of no kind that Pillow knows") from error
     except MemoryError:
         raise
     # A broken file makes Pillow raise OSError, SyntaxError, struct.error, EOFError and others.

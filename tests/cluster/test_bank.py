@@ -137,7 +137,7 @@ def test_bad_input() -> None:
         bank.lookup(torch.tensor([-1, 3]))
     with pytest.raises(ValueError, match=r"PrototypeBank.lookup: sample_ids expected 0 \.\.\. 9, got 10 \.\.\. 10"):
         bank.lookup(torch.tensor([10]))
-    with pytest.raises(TypeError, match=r"PrototypeBank.lookup: sample_ids expected a int64 or int32 .* got float32"):
+    with pytest.raises(TypeError, match=r"PrototypeBank.lookup: sample_ids expected an int64 or int32 .* got float32"):
         bank.lookup(torch.tensor([1.0]))
 
 

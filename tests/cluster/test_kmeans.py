@@ -398,3 +398,10 @@ def test_a_fast_fit_searches_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = KMeans(20, n_iter=3, precision="fast").fit(x)
     assert asked == [False] * (fast.n_iter_ + 1)
     np.testing.assert_allclose(fast.inertia_, exact.inertia_, rtol=1e-3)
+
+
+def test_a_negated_view_is_its_numbers() -> None:
+    x = torch.randn(600, 1, dtype=torch.cfloat, generator=torch.Generator().manual_seed(0)).conj().imag
+    assert x.is_neg()
+    ours, plain = KMeans(5).fit(x), KMeans(5).fit(x.resolve_neg())
+    assert torch.equal(ours.labels_, plain.labels_) and ours.inertia_ == plain.inertia_

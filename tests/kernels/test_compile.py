@@ -1,5 +1,5 @@
-"""Every tile of the tables compiled ahead of time, without a GPU: no spills, the shared memory that there is, and
-tensor-core instructions for half precision."""
+"""Every tile of the tables compiled ahead of time, without a GPU: no spills (a few with all options at once), the
+shared memory that there is, and tensor-core instructions for half precision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton")
 if _settings.triton_interpreted:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from fastproto.kernels import _halves, _tiles, contrast_bwd, contrast_fwd  # noqa: E402
+from fastproto.kernels import _halves, _tiles, contrast_bwd, contrast_fwd, contrast_merge  # noqa: E402
 from spills import MOST_SPILLED  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -26,7 +26,7 @@ from triton.compiler import ASTSource  # noqa: E402
 KERNELS = {
     "contrast_fwd": contrast_fwd._contrast_fwd_kernel,
     "contrast_bwd_keys": contrast_bwd._contrast_bwd_keys_kernel,
-    "contrast_merge": contrast_fwd._contrast_merge_kernel,
+    "contrast_merge": contrast_merge._contrast_merge_kernel,
     "halves": _halves._halves_kernel,
 }
 INTEGERS = {"N", "K", "K0", "K1", "K2", "K3", "part"}
@@ -153,8 +153,8 @@ def test_several_sets(arch: str) -> None:
 def test_merge(arch: str, halves: bool, sets: int) -> None:
     """The positive's score takes the same kind of instruction as all scores."""
     for tile in _tiles.TILES[arch]["contrast_fwd"][4 if halves else 2].values():
-        sizes = {"D": 128, "D_OUT": 128, "BLOCK_N": contrast_fwd.MERGE_ROWS, "BLOCK_D": tile.block_d,
-                 "BLOCK_V": contrast_fwd.MERGE_COLUMNS, "HALVES": halves}  # fmt: skip
+        sizes = {"D": 128, "D_OUT": 128, "BLOCK_N": contrast_merge.MERGE_ROWS, "BLOCK_D": tile.block_d,
+                 "BLOCK_V": contrast_merge.MERGE_COLUMNS, "HALVES": halves}  # fmt: skip
         compiled = compile_kernel("contrast_merge", arch, "fp16" if halves else "bf16", 4, 3, sizes | FULL, sets)
         assert registers_and_stack(compiled)[1] <= most_spilled(arch, FULL), tile
         assert compiled.metadata.shared <= SHARED["default"], tile

@@ -16,21 +16,24 @@ triton = pytest.importorskip("triton")
 if _settings.triton_interpreted:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from fastproto.kernels import siamese, siamese_pairs  # noqa: E402
+from fastproto.kernels import siamese_all_pairs, siamese_pairs  # noqa: E402
 from spills import MOST_SPILLED  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 KERNELS = [
-    siamese._all_pairs_fwd_kernel,
-    siamese._coefficients_kernel,
-    siamese._rows_kernel,
-    siamese._finish_kernel,
+    siamese_all_pairs._all_pairs_fwd_kernel,
+    siamese_all_pairs._coefficients_kernel,
+    siamese_all_pairs._rows_kernel,
+    siamese_all_pairs._finish_kernel,
     siamese_pairs._pairs_fwd_kernel,
     siamese_pairs._pairs_bwd_kernel,
 ]
 CONSTANTS = {"NEED_ROWS": True, "NEED_WEIGHT": True} | {
-    name: value for module in (siamese, siamese_pairs) for name, value in vars(module).items() if name.isupper()
+    name: value
+    for module in (siamese_all_pairs, siamese_pairs)
+    for name, value in vars(module).items()
+    if name.isupper()
 }
 ROWS = ("x_ptr", "a_ptr", "b_ptr")
 INTEGERS = ("image_ptr", "prototype_ptr", "same_ptr")

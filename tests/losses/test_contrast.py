@@ -247,7 +247,7 @@ def test_compiles_as_one_graph(loss_fn: torch.nn.Module, extra: tuple[Tensor, ..
         (lambda x: nt_xent(x[0], x), ValueError, r"nt_xent: out0 expected \(N, D\), got float32 \(3,\)"),
         (lambda x: nt_xent(x.long(), x), TypeError, r"nt_xent: out0 expected a float32 or .* got int64 \(4, 3\)"),
         (lambda x: nt_xent(x, None), TypeError, "nt_xent: out1 expected a float32 .* got NoneType None"),
-        (lambda x: nt_xent(x, x, x[:, 0]), TypeError, r"nt_xent: assignments expected a int64 or int32 tensor"),
+        (lambda x: nt_xent(x, x, x[:, 0]), TypeError, r"nt_xent: assignments expected an int64 or int32 tensor"),
         (lambda x: nt_xent(x, x, torch.tensor([0, 1, -2, 0])), ValueError, "expected -1 or at least 0, got .*-2 to 1"),
         (lambda x: nt_xent(x, x, temperature=1e-9), ValueError, "nt_xent: temperature expected a magnitude"),
         (lambda x: nt_xent(x, x, temperature="a"), TypeError, "nt_xent: temperature expected a number, got str 'a'"),

@@ -220,7 +220,7 @@ def test_compiles_as_one_graph() -> None:
     ("call", "error", "message"),
     [
         (lambda x: batch_prototypes(x[0], x), ValueError, r"batch_prototypes: features expected \(N, D\)"),
-        (lambda x: batch_prototypes(x, x[:, 0]), TypeError, "batch_prototypes: assignments expected a int64"),
+        (lambda x: batch_prototypes(x, x[:, 0]), TypeError, "batch_prototypes: assignments expected an int64"),
         (lambda x: batch_prototypes(x, torch.full((4,), -2)), ValueError, "assignments expected -1 or at least 0"),
         (lambda x: alignment(x, x[:2]), ValueError, r"alignment: x1 expected \(4, 3\) on cpu"),
         (lambda x: alignment(x, x, alpha=0.5), ValueError, "alignment: alpha expected at least 1, finite, got"),

@@ -327,7 +327,7 @@ def integers(*values: int) -> Tensor:
         ({"keys": torch.ones(3, 4).int()}, TypeError, r"contrast: keys expected a float32 or .*, got int32"),
         ({"keys": torch.ones(3, 4, device="meta")}, ValueError, "contrast: keys expected .* on cpu, got .* on meta"),
         ({"targets": integers(0, 1, 2)}, ValueError, r"contrast: targets expected \(2,\) on cpu, got int64 \(3,\)"),
-        ({"targets": torch.ones(2)}, TypeError, "contrast: targets expected a int64 or int32 tensor"),
+        ({"targets": torch.ones(2)}, TypeError, "contrast: targets expected an int64 or int32 tensor"),
         ({"targets": integers(0, 3)}, ValueError, "contrast: targets expected -1 or 0 to 2, got values from 0 to 3"),
         ({"targets": integers(0, -2)}, ValueError, "contrast: targets expected -1 or 0 to 2, got values from -2 to 0"),
         ({"scale": "a"}, TypeError, r"contrast: scale expected a number or a \(K,\) tensor, got str 'a'"),

@@ -214,7 +214,7 @@ CROPS = torch.tensor([[0, 0, 8, 8]], dtype=torch.int32)
         ([], CROPS, 8, {}, ValueError, "images expected at least one image, got an empty list"),
         ([3, U8[0]], CROPS, 8, {}, TypeError, r"images\[0\] expected a uint8 tensor \(C, H, W\), got int 3"),
         ([U8[0], U8[0, :1]], CROPS, 8, {}, ValueError, r"images\[1\] expected \(3, H, W\) on cpu"),
-        (U8, CROPS.long(), 8, {}, TypeError, "crops expected a int32 tensor"),
+        (U8, CROPS.long(), 8, {}, TypeError, "crops expected an int32 tensor"),
         (U8, CROPS[:, :3], 8, {}, ValueError, r"crops expected \(R, 4\)"),
         (U8, CROPS, 0, {}, ValueError, "size expected a positive int or two, got int 0"),
         (U8, CROPS, "8", {}, ValueError, "size expected a positive int or two, got 8"),

@@ -269,7 +269,7 @@ INFINITE = torch.tensor([[1.0, math.inf, 1.0, 0.0]] * 2)
         (lambda: color_jitter(IMAGES, NEUTRAL + 0.6), ValueError, r"hue in \[-0.5, 0.5\], got \[1.6"),
         (lambda: color_jitter(IMAGES, NEUTRAL * math.nan), ValueError, "color_jitter: jitter expected three factors"),
         (lambda: color_jitter(IMAGES, INFINITE), ValueError, "color_jitter: jitter expected three factors"),
-        (lambda: color_jitter(IMAGES, NEUTRAL, NEUTRAL), TypeError, "color_jitter: order expected a int64 or int32"),
+        (lambda: color_jitter(IMAGES, NEUTRAL, NEUTRAL), TypeError, "color_jitter: order expected an int64 or int32"),
         (lambda: color_jitter(IMAGES, NEUTRAL, NEUTRAL.int()), ValueError, r"a permutation of .*\[1, 1, 1, 0\]"),
         (lambda: grayscale(IMAGES, torch.ones(2)), TypeError, "grayscale: gray expected a bool tensor"),
         (lambda: grayscale(IMAGES, torch.ones(3) > 0), ValueError, r"grayscale: gray expected \(2,\) on cpu, got"),

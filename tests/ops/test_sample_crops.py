@@ -287,8 +287,8 @@ BOXES = torch.tensor([FULL] * 3)
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
-        (TypeError, r"sample_ids expected a int64 or int32 tensor \(N,\), got list", {"sample_ids": [1, 2]}),
-        (TypeError, "sample_ids expected a int64 or int32 tensor", {"sample_ids": IDS.float()}),
+        (TypeError, r"sample_ids expected an int64 or int32 tensor \(N,\), got list", {"sample_ids": [1, 2]}),
+        (TypeError, "sample_ids expected an int64 or int32 tensor", {"sample_ids": IDS.float()}),
         (ValueError, r"sample_ids expected \(N,\), got int64 \(3, 1\)", {"sample_ids": IDS[:, None]}),
         (ValueError, r"image_size expected two positive ints \(H, W\), got tuple \(0, 32\)", {"image_size": (0, 32)}),
         (ValueError, "image_size expected two positive ints", {"image_size": (32,)}),
@@ -296,7 +296,7 @@ BOXES = torch.tensor([FULL] * 3)
         (ValueError, r"image_size expected two positive ints \(H, W\), got tuple", {"image_size": (True, True)}),
         (TypeError, r"image_size expected \(H, W\) or an integer tensor \(N, 2\), got int 32", {"image_size": 32}),
         (ValueError, r"image_size expected \(3, 2\) on cpu, got int64 \(2, 2\)", {"image_size": IDS.new_ones(2, 2)}),
-        (TypeError, "image_size expected a int64 or int32 tensor", {"image_size": torch.ones(3, 2)}),
+        (TypeError, "image_size expected an int64 or int32 tensor", {"image_size": torch.ones(3, 2)}),
         (ValueError, "image_size expected sizes of at least 1, got int 0", {"image_size": torch.zeros(3, 2).long()}),
         (ValueError, "image_size expected sides below 2147483648", {"image_size": (2**31, 5)}),
         (ValueError, "image_size expected sides below 2147483648", {"image_size": torch.full((3, 2), 2**33)}),

@@ -115,7 +115,7 @@ def test_dtypes() -> None:
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
-        (TypeError, "sample_ids expected a int64 or int32 tensor", {"sample_ids": IDS.float()}),
+        (TypeError, "sample_ids expected an int64 or int32 tensor", {"sample_ids": IDS.float()}),
         (ValueError, r"jitter_p expected a number in \[0, 1\], got float 1.5", {"jitter_p": 1.5}),
         (ValueError, "gray_p expected", {"gray_p": -0.5}),
         (TypeError, "blur_p expected a number in .0, 1., or one for each view, got str", {"blur_p": "0.5"}),

@@ -200,7 +200,7 @@ def test_compiles_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"features": torch.ones(4)}, ValueError, r"siamese_all_pairs: features expected \(N, C\), got float32 \(4,\)"),
         ({"images": torch.zeros(3).long()}, ValueError, r"siamese_all_pairs: images expected \(4,\) on cpu, got int64"),
-        ({"prototypes": torch.zeros(4)}, TypeError, "siamese_all_pairs: prototypes expected a int64 or int32 tensor"),
+        ({"prototypes": torch.zeros(4)}, TypeError, "siamese_all_pairs: prototypes expected an int64 or int32 tensor"),
         ({"prototypes": torch.full((4,), -2)}, ValueError, "prototypes expected -1 or at least 0, got values from -2"),
         (
             {"weight": torch.ones(3)},

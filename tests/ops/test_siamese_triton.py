@@ -29,10 +29,10 @@ def test_is_as_exact_as_plain_pytorch(shape: tuple[int, int]) -> None:
 
 @interpreted
 def test_panels_smaller_than_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastproto.kernels import siamese
+    from fastproto.kernels import siamese_all_pairs
 
-    monkeypatch.setattr(siamese, "PANEL", 20)
-    monkeypatch.setattr(siamese, "PARTS", 2)
+    monkeypatch.setattr(siamese_all_pairs, "PANEL", 20)
+    monkeypatch.setattr(siamese_all_pairs, "PARTS", 2)
     kernels.assert_as_exact_as_plain("triton", kernels.problem(50, 5))
 
 

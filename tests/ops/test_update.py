@@ -83,7 +83,7 @@ def test_bad_input() -> None:
     x, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, -1, 0])
     with pytest.raises(TypeError, match=r"update: x expected a float32 .* got int64 \(5, 3\) on cpu"):
         update(x.long(), labels, 3)
-    with pytest.raises(TypeError, match=r"update: labels expected a int64 or int32 tensor \(5,\), got float32 \(5,\)"):
+    with pytest.raises(TypeError, match=r"update: labels expected an int64 or int32 tensor \(5,\), got float32 \(5,\)"):
         update(x, labels.float(), 3)
     with pytest.raises(ValueError, match=r"update: labels expected \(5,\) on cpu, got int64 \(4,\) on cpu"):
         update(x, labels[:4], 3)

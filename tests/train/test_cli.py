@@ -134,7 +134,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
             ["train", "--out", "OUT", "--data", "mnist"],
             "load: name expected digits, cifar10, cifar100, stl10, tiny-imagenet, imagenet, imagefolder:PATH or",
         ),
-        (["train", "--out", "OUT", "--data", "imagefolder:NOWHERE"], "expected a folder, got NOWHERE, which is none"),
+        (["train", "--out", "OUT", "--data", "imagefolder:NOWHERE"], "expected a folder, got NOWHERE, which is not"),
         (["train", "--out", "OUT", "--data", "imagenet"], "imagenet expected data/train/WNID/.*, got no folder"),
         (["train", "--out", "OUT", "--workers", "-1"], "config: workers expected a number >= 0, got int -1"),
         (["train", "--out", "OUT", "--epochs", "few"], '"epochs": Expected int. Got value: few'),

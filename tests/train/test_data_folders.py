@@ -105,7 +105,7 @@ def test_folder_refuses(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             load(f"imagefolder:{tmp_path}/set", image_size=8)
 
-    refused("load: imagefolder expected a folder, got .*set, which is none")
+    refused("load: imagefolder expected a folder, got .*set, which is not one")
     (tmp_path / "set").mkdir()
     refused("load: imagefolder expected a folder per class, got none in .*set")
     (tmp_path / "set" / "a").mkdir()
@@ -210,5 +210,5 @@ def test_a_class_list_picks_classes(tmp_path: Path) -> None:
         chosen.write_text(text)
         with pytest.raises(ValueError, match=message):
             load(f"imagefolder:{tmp_path}/folder", class_list=chosen)
-    with pytest.raises(ValueError, match=r"class_list expected a file of .*, got nowhere, which is none"):
+    with pytest.raises(ValueError, match=r"class_list expected a file of .*, got nowhere, which is not one"):
         load(f"imagefolder:{tmp_path}/folder", class_list="nowhere")

@@ -169,7 +169,7 @@ def test_embed_refuses() -> None:
         ({0: torch.zeros(0, 3), 1: torch.zeros(0, dtype=torch.int64)}, ValueError, "train_features expected at least"),
         ({0: torch.full((4, 3), math.nan)}, ValueError, "train_features expected finite values, got NaN or infinity"),
         ({1: torch.zeros(5, dtype=torch.int64)}, ValueError, r"train_labels expected \(4,\) on cpu, got int64 \(5,\)"),
-        ({1: torch.zeros(4)}, TypeError, r"train_labels expected a int64 tensor"),
+        ({1: torch.zeros(4)}, TypeError, r"train_labels expected an int64 tensor"),
         ({1: torch.tensor([0, 1, 2, 0])}, ValueError, "train_labels expected 0…1, got labels from 0 to 2"),
         ({2: torch.zeros(2, 4)}, ValueError, r"test_features expected \(M, 3\) on cpu, got float32 \(2, 4\)"),
         ({2: torch.full((2, 3), math.inf)}, ValueError, "test_features expected finite values"),
@@ -265,7 +265,7 @@ def test_balanced_refuses() -> None:
         balanced(torch.zeros(3, dtype=torch.int64), 1.5, 1)
     with pytest.raises(ValueError, match=r"balanced: share expected a number above 0, at most 1, got int 0"):
         balanced(torch.zeros(3, dtype=torch.int64), 0, 1)
-    with pytest.raises(TypeError, match="balanced: labels expected a int64 tensor"):
+    with pytest.raises(TypeError, match="balanced: labels expected an int64 tensor"):
         balanced(torch.zeros(3), 0.5, 1)
 
 

@@ -79,8 +79,8 @@ def test_what_eval_refuses_it_refuses_before_it_measures(
         (["--labels", "0"], "fastproto eval: --labels expected a share above 0, at most 1, got float 0.0"),
         (["--labels", "1.5"], "fastproto eval: --labels expected a share above 0, at most 1, got float 1.5"),
         (["--labels", "few"], "argument --labels: invalid float value: 'few'"),
-        (["--checkpoint", "nope"], f"checkpoint expected a file, such as {known}, got nope, which is none"),
-        (["--checkpoint", str(run)], f"checkpoint expected a file, such as {known}, got {run}, which is none"),
+        (["--checkpoint", "nope"], f"checkpoint expected a file, such as {known}, got nope, which is not one"),
+        (["--checkpoint", str(run)], f"checkpoint expected a file, such as {known}, got {run}, which is not one"),
         (["--checkpoint", str(run / "damaged.pt")], f"checkpoint: {run / 'damaged.pt'} is damaged"),
     ):
         assert cli.main(["eval", str(run), *arguments]) == 2

@@ -129,7 +129,7 @@ def test_monitors_refuse() -> None:
     ):
         with pytest.raises(ValueError, match=f"prototype_monitors: {message}"):
             prototype_monitors(*[bad if i == index else value for i, value in enumerate(good)])
-    with pytest.raises(TypeError, match="prototype_monitors: assignments expected a int64 or int32"):
+    with pytest.raises(TypeError, match="prototype_monitors: assignments expected an int64 or int32"):
         prototype_monitors(good[0], good[1], torch.zeros(3), good[3])
 
 

@@ -211,7 +211,7 @@ def broken(path: Path) -> None:
     [
         (lambda path: None, "expected an image file, got nothing of that name"),
         (lambda path: path.mkdir(), "expected an image file, got a folder"),
-        (lambda path: path.write_text("1,2\n"), "expected an image, got a file that is none Pillow knows"),
+        (lambda path: path.write_text("1,2\n"), "expected an image, got a file of no kind that Pillow knows"),
         (broken, "cannot be read: "),
     ],
 )

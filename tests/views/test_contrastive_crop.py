@@ -206,7 +206,7 @@ IMAGES, IDS = images_of(2), torch.arange(2)
         (ValueError, "ContrastiveCrop: images expected H and W of at least 1", (IMAGES[..., :0], IDS)),
         (ValueError, r"ContrastiveCrop: sample_ids expected \(2,\) on cpu, got int64 \(1,\)", (IMAGES, IDS[:1])),
         (ValueError, "ContrastiveCrop: sample_ids expected .* on cpu, got .* on meta", (IMAGES, IDS.to("meta"))),
-        (TypeError, "ContrastiveCrop: sample_ids expected a int64 or int32 tensor", (IMAGES, IDS.float())),
+        (TypeError, "ContrastiveCrop: sample_ids expected an int64 or int32 tensor", (IMAGES, IDS.float())),
         (ValueError, "ContrastiveCrop: mean expected 1 numbers, one per channel", (IMAGES[:, :1], IDS)),
         (ValueError, r"boxes expected \(2, 4\) on cpu", (IMAGES, IDS, torch.zeros(1, 4))),
         (ValueError, "boxes expected .* on cpu, got .* on meta", (IMAGES, IDS, torch.zeros(2, 4).to("meta"))),

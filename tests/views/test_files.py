@@ -217,8 +217,8 @@ def test_a_pil_image_is_left_as_it_is() -> None:
     [
         ("x.png", lambda path: None, "expected an image file, got nothing of that name"),
         ("x.png", lambda path: path.mkdir(), "expected an image file, got a folder"),
-        ("x.png", lambda path: path.write_bytes(b""), "expected an image, got a file that is none Pillow knows"),
-        ("x.png", lambda path: path.write_bytes(b"<svg></svg>"), "got a file that is none Pillow knows"),
+        ("x.png", lambda path: path.write_bytes(b""), "expected an image, got a file of no kind that Pillow knows"),
+        ("x.png", lambda path: path.write_bytes(b"<svg></svg>"), "got a file of no kind that Pillow knows"),
         ("x.png", lambda path: cut_short(path), "cannot be read: "),
         ("x.jpg", lambda path: cut_short(path), "cannot be read: "),
         ("x.tif", lambda path: cut_short(path), "cannot be read: "),

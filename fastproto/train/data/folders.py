@@ -39,7 +39,7 @@ class FolderFiles:
 
 def image_folder(folder: Path, class_list: Path | None = None) -> Split:
     """``folder/train/CLASS/*`` with ``test`` or ``val`` beside it, or ``folder/CLASS/*``; raises as ``load`` does."""
-    expect(folder.is_dir(), "load", "imagefolder", "a folder", f"{folder}, which is none")
+    expect(folder.is_dir(), "load", "imagefolder", "a folder", f"{folder}, which is not one")
     if (folder / "train").is_dir():
         tests = [folder / part for part in ("test", "val") if (folder / part).is_dir()]
         expect(bool(tests), "load", "imagefolder", f"{folder / 'test'} or {folder / 'val'}", "neither")
@@ -103,7 +103,7 @@ def _files_by_class(folder: Path, class_list: Path | None) -> dict[str, list[str
 
 
 def _read_class_list(file: Path) -> set[str]:
-    expect(file.is_file(), "load", "class_list", "a file of class folders, one a line", f"{file}, which is none")
+    expect(file.is_file(), "load", "class_list", "a file of class folders, one a line", f"{file}, which is not one")
     classes = {line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()} - {""}
     expect(bool(classes), "load", "class_list", "a file of class folders, one a line", f"{file}, which is empty")
     return classes

@@ -1,17 +1,17 @@
 # mypy: allow-untyped-defs
-"""The siamese metric loss of SPCL, forward and backward: on given pairs, and over all pairs of rows.
+"""The siamese metric loss of SPCL over all pairs of rows, forward and backward; siamese_pairs.py has given pairs.
 
     s(a, b)    = <w, |a - b|> + β
     M(a, b, t) = log(1 + e^z),  z = -s where t = 1, s where t = 0
     c_ij       = dL/ds_ij,  G_i = Σ_j c_ij sign(x_i - x_j),  dx_i = w ∘ G_i,  dw = Σ_i (x_i - m) ∘ G_i
 
-N rows, C backbone features, R rows of a panel. docs/math/siamese.md derives it. It is no matrix product: everything
-runs on the CUDA cores in float32.
+N rows, C backbone features, R rows of a panel; m the mean of the rows x that have a pair. docs/math/siamese.md derives
+it. It is no matrix product: everything runs on the CUDA cores in float32.
 
 Forward: a program takes a tile of rows against every PARTS-th tile before it, and writes its sums, which torch.sum adds
-up in a fixed order. Backward, in panels of R rows: c (N, R), then G by programs that own rows and channels. R is at
-most C (or PANEL), so c is no larger than the gradient; (N, N) is in memory only where N <= R, (N, N, C) never. There is
-no atomic and no host synchronisation: the same bits every time.
+up in a fixed order. Backward, in panels of R rows: c (N, R), then G by programs that own rows and channels. R is the
+larger of C and PANEL, or N, so c is larger than the gradient only where C < PANEL; (N, N) is in memory only where
+N <= R, (N, N, C) never. There is no atomic and no host synchronisation: the same bits every time.
 
 Source: SPCL, arXiv 2208.08819; the form over all pairs is this library's.
 """
