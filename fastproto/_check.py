@@ -17,6 +17,8 @@ MAX_SIDE = 2**31 - 1  # of an image: kernels count pixels in int32
 # Of Python or NumPy; that True and False do not count is expect_type's to say.
 INTS = (int, np.integer)
 NUMBERS = (*INTS, float, np.floating)
+# Not public. Of a subclass that takes over ops, or of a transform, fake, or under a mode that sees all ops.
+_is_like_a_subclass = getattr(torch._C, "_dispatch_isTensorSubclassLike", lambda tensor: False)
 LONGEST = 200  # characters of a value that an error shows
 
 
@@ -121,7 +123,7 @@ def expect_index(index: Tensor, op: str, argument: str, size: int | None, ignore
 
 def _range_of(index: Tensor, ignore_index: int) -> tuple[int, int, int | None]:
     """Lowest and highest entry, with 0 for the ignored ones, and how many are not, where that comes for free."""
-    # Not a subclass, whose memory may be elsewhere, nor one whose memory waits for its sign or its zeros.
+    # Not one of a subclass, whose memory may be elsewhere, nor one whose memory waits for its sign or its zeros.
     plain = type(index) is Tensor and not index.is_neg() and not index._is_zerotensor()
     if _native.cpp is not None and index.is_cpu and plain:
         where = index.data_ptr(), len(index), index.stride(0)
@@ -133,8 +135,12 @@ def _range_of(index: Tensor, ignore_index: int) -> tuple[int, int, int | None]:
 
 
 def reads_data(tensor: Tensor) -> bool:
-    """Whether checks that read this tensor's data run now: always on the CPU, on CUDA in debug, never in a compiler."""
-    if torch.compiler.is_compiling():
+    """Whether checks that read this tensor's data run now: on the CPU, on CUDA in debug, never where it is traced.
+
+    What a tracer, a compiler or a transform hands round may have no data, and what is read of it would become a
+    constant of the trace.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_like_a_subclass(tensor):
         return False
     return tensor.is_cpu or _settings.debug
 

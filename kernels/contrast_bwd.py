@@ -10,7 +10,8 @@ s_ij = s_ji: the sum is Σ_i (q_ij + q_ji) x_i, for the gradient of both roles.
 N rows x, K keys y, D embedding, S parts of the rows. Rows with t(i) < 0 are ignored. docs/math/contrast.md derives it.
 
 A program owns a tile of keys and walks the rows, or one part of them, block by block, computing the scores again from
-the saved log-sum-exp. p_t - 1 is saved too: found from the scores it would have the rounding of two large numbers. No
+the saved log-sum-exp. p_t - 1 is saved too: found from the scores it would have the rounding of two large numbers; and
+what exp(s - lse) is multiplied by to be p, since lse has the rounding of one. No
 two programs write one place and the parts are added in their order: no atomic, the same bits for the same sizes on the
 same GPU. In memory are S · K · D floats (and S is 1 where the key tiles fill the GPU), never the (N, K) scores.
 
@@ -50,8 +51,8 @@ def _contrast_bwd_keys_kernel(
     b_ptr,  # (K,) float32
     group_ptr,  # (N,) int64
     key_group_ptr,  # (K,) int64
-    saved_ptr,  # (2, N) float32: lse and p_t - 1
-    grad_ptr,  # (N,) float32
+    lse_ptr,  # (N,) float32
+    weight_ptr,  # (2, N) float32: g (p_t - 1), and g p / exp(s - lse)
     sum_ptr,  # (S, K, D) float32
     db_ptr,  # (S, K) float32
     N,
@@ -85,10 +86,10 @@ def _contrast_bwd_keys_kernel(
     if HAS_GROUPS:
         group_k = tl.load(key_group_ptr + offs_k, mask=mask_k, other=0)
     if SYMMETRIC:
-        lse_k = tl.load(saved_ptr + offs_k, mask=mask_k, other=INF) * LOG2E
-        grad_k = tl.load(grad_ptr + offs_k, mask=mask_k, other=0.0)
-        target_q_k = tl.load(saved_ptr + N + offs_k, mask=mask_k, other=0.0) * grad_k
-        largest_grad = tl.max(tl.abs(grad_k))
+        lse_k = tl.where(mask_k, tl.load(lse_ptr + offs_k, mask=mask_k, other=0.0) * LOG2E, INF)
+        target_q_k = tl.load(weight_ptr + offs_k, mask=mask_k, other=0.0)
+        weight_k = tl.load(weight_ptr + N + offs_k, mask=mask_k, other=0.0)
+        largest_weight = tl.max(tl.abs(weight_k))
         target_k = tl.load(target_ptr + offs_k, mask=mask_k, other=-1)
     if WHOLE:
         y_kd = load_factor(y_ptr, stride_y, here_k, mask_k, here_d, D, EVEN_D, HALVES)
@@ -113,10 +114,10 @@ def _contrast_bwd_keys_kernel(
             unit_n = tl.load(unit_n_ptr + start_n + here_n, mask=mask_n, other=0.0)
             scores_kn *= unit_n[None, :]
         # An ignored row has p = 0 and g = 0, whatever came in for it.
-        row_ptr = saved_ptr + start_n
-        lse_n = tl.where(target_n < 0, INF, tl.load(row_ptr + here_n, mask=mask_n, other=0.0) * LOG2E)
-        grad_n = tl.where(target_n < 0, 0.0, tl.load(grad_ptr + start_n + here_n, mask=mask_n, other=0.0))
-        target_q_n = tl.load(row_ptr + N + here_n, mask=mask_n, other=0.0) * grad_n
+        row_ptr = weight_ptr + start_n
+        lse_n = tl.where(target_n < 0, INF, tl.load(lse_ptr + start_n + here_n, mask=mask_n, other=0.0) * LOG2E)
+        target_q_n = tl.load(row_ptr + here_n, mask=mask_n, other=0.0)
+        weight_n = tl.where(target_n < 0, 0.0, tl.load(row_ptr + N + here_n, mask=mask_n, other=0.0))
         scores_kn = tl.fma(scores_kn, a_k[:, None], b_k[:, None])
         p_kn = probability(scores_kn - lse_n[None, :], HALVES)
         # The target's place in this tile in 32 bits, or -1: a comparison per score at half the price.
@@ -126,7 +127,7 @@ def _contrast_bwd_keys_kernel(
             group_n = tl.load(group_ptr + start_n + here_n, mask=mask_n, other=0)
             same_kn = group_k[:, None] == group_n[None, :]
             p_kn = tl.where(same_kn, 0.0, p_kn)
-        q_kn = tl.where(here_k[:, None] == place_n[None, :], target_q_n[None, :], p_kn * grad_n[None, :])
+        q_kn = tl.where(here_k[:, None] == place_n[None, :], target_q_n[None, :], p_kn * weight_n[None, :])
         if SYMMETRIC:
             place_k = target_k - start_n
             place_k = tl.where((place_k >= 0) & (place_k < BLOCK_N), place_k, -1).to(tl.int32)
@@ -134,7 +135,7 @@ def _contrast_bwd_keys_kernel(
             if HAS_GROUPS:
                 p_kn = tl.where(same_kn, 0.0, p_kn)
             # A row beyond the last is 0, and so is its score: p may be infinite where all true scores are far below.
-            p_kn = tl.where(mask_n[None, :], p_kn * grad_k[:, None], 0.0)
+            p_kn = tl.where(mask_n[None, :], p_kn * weight_k[:, None], 0.0)
             q_kn += tl.where(place_k[:, None] == here_n[None, :], target_q_k[:, None], p_kn)
         if HAS_BIAS:
             bias_k += tl.sum(q_kn, 1)
@@ -144,9 +145,9 @@ def _contrast_bwd_keys_kernel(
         if HALVES:
             # p ≤ 1, so no q is larger than the gradients that it is made of.
             q_kn *= unit_n[None, :]
-            largest = tl.max(tl.abs(grad_n) * unit_n)
+            largest = tl.max(tl.abs(weight_n) * unit_n)
             if SYMMETRIC:
-                largest += largest_grad * tl.max(unit_n)
+                largest += largest_weight * tl.max(unit_n)
         acc_kv = add_product(acc_kv, q_kn, largest, x_nv, HALVES)
 
     at = pid_s.to(tl.int64) * K + offs_k
@@ -170,7 +171,7 @@ def contrast_bwd_keys(
     groups: Tensor | None,  # (N,) int64
     key_groups: Tensor | None,  # (K,) int64
     symmetric: bool,
-    saved: Tensor,  # (2, N) float32: the forward's lse and p_t - 1
+    saved: Tensor,  # (3, N) float32, of the forward
     grad: Tensor,  # (N,) float32, dL / dL_i
     *,
     tile: Tile | None = None,
@@ -205,10 +206,11 @@ def contrast_bwd_keys(
     db = torch.empty(parts, k if has_bias else 0, dtype=torch.float32, device=x.device)
     bias = None if bias is None else bias.float().contiguous()
     groups, key_groups = (None if group is None else group.contiguous() for group in (groups, key_groups))
+    lse, weights = saved[0].contiguous(), saved[1:] * grad
     inputs = (x, y, unit_n, unit_k, targets.contiguous(), scale.float().contiguous(), bias, groups, key_groups)
     with torch.cuda.device_of(x):
         _contrast_bwd_keys_kernel[tiles, parts, columns](
-            *inputs, saved.contiguous(), grad.contiguous(), total, db, n, k, part, x.stride(0), y.stride(0),
+            *inputs, lse, weights, total, db, n, k, part, x.stride(0), y.stride(0),
             D=d, HALVES=halves, HAS_BIAS=has_bias, HAS_GROUPS=groups is not None, SYMMETRIC=symmetric,
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_D=tile.block_d, BLOCK_V=tile.block_v,
             num_warps=tile.warps, num_stages=tile.stages,

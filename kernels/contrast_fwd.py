@@ -189,7 +189,7 @@ def contrast_fwd(
     tile: Tile | None = None,
     splits: int | None = None,
 ) -> None:
-    """Writes what a row has in every set: loss, saved (lse and p_t - 1), dx, entropy, top1 and positive logit.
+    """Writes what a row has in every set: loss, saved (see contrast_merge.py), dx, entropy, top1 and positive logit.
 
     With one set the (1, ...) in front may be left out. tile and splits are for tests.
     """

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from fastproto.kernels._halves import load_factor, scores
 from fastproto.kernels._sets import keys_of_set
-from fastproto.kernels._tiles import INF, LN2, load_rows, load_scale
+from fastproto.kernels._tiles import INF, LN2, LOG2E, load_rows, load_scale
 
 MERGE_ROWS, MERGE_COLUMNS = 64, 64
 # Loads of the parts to come on their way: the few programs that merge have nothing else to wait beside.
@@ -47,7 +47,7 @@ def _contrast_merge_kernel(
     spread_ptr,  # (S, N) float32: Σ exp(s - m) (s - m), in base 2
     part_top1_ptr,  # (S, N) int64
     loss_ptr,  # (G, N) float32
-    saved_ptr,  # (G, 2, N) float32: lse and p_t - 1
+    saved_ptr,  # (G, 3, N) float32: lse, p_t - 1, and what exp(s - lse) is multiplied by to be p
     dx_ptr,  # (G, N, D_OUT) float32
     entropy_ptr,  # (G, N) float32
     top1_ptr,  # (G, N) int64
@@ -155,9 +155,15 @@ def _contrast_merge_kernel(
         # (m - s_t) + log l, not lse - s_t: the difference of two large numbers would lose the digits of a small loss.
         loss_n = tl.where(known_n, (max_n - positive_n) * LN2 + log_sum_n, float("nan"))
         loss_n = tl.where(counted_n, loss_n, 0.0)
-        saved_n = g * N.to(tl.int64) + out_n
+        saved_n = 2 * g * N.to(tl.int64) + out_n
         tl.store(loss_ptr + out_n, loss_n, mask=mask_n)
-        tl.store(saved_ptr + saved_n, tl.where(counted_n, max_n * LN2 + log_sum_n, 0.0), mask=mask_n)
+        lse_n = tl.where(counted_n, max_n * LN2 + log_sum_n, 0.0)
+        tl.store(saved_ptr + saved_n, lse_n, mask=mask_n)
+        # lse has the rounding of a number as large as the scores: by so much the backward's p would be off. Chosen, and
+        # not multiplied where it is used, it is rounded there and here: nothing makes one operation of the two.
+        rounded_n = tl.where(counted_n, lse_n * LOG2E, 0.0)
+        off_n = tl.exp2(rounded_n - max_n - tl.log2(sum_n))
+        tl.store(saved_ptr + 2 * N.to(tl.int64) + saved_n, tl.where(counted_n, off_n, 1.0), mask=mask_n)
         # Rounding may leave a loss below 0, p not above 1. NaN stays.
         tl.store(saved_ptr + N + saved_n, expm1_of_minus(tl.where(loss_n < 0, 0.0, loss_n)), mask=mask_n)
         if NEED_STATS:

@@ -30,8 +30,10 @@ struct Contrast {
   bool reduced;             // one loss: the rows' by the divisor, summed
   double divisor;           // of all losses and gradients; 1 where not reduced
   float* loss;              // (N,), reduced ()
-  float* lse;               // (2, N): the log-sum-exp, and p_t − 1 = expm1(−L), of every row
-  // Forward. Each may be null, as may lse there.
+  // (3, N): of every row the log-sum-exp, p_t − 1 = expm1(−L), and what exp(s − lse) is to be multiplied by to be p: lse has
+  // the rounding of a number as large as the scores.
+  float* lse;
+  // Forward. Each may be null.
   float* dx;                // (N, D) Σ_j p_ij a_j y_j − a_t y_t, by the divisor
   float* entropy;           // (N,), with top1 and positive: all or none
   int64_t* top1;            // (N,)

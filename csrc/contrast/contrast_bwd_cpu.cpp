@@ -1,9 +1,10 @@
 // Backward into the keys: q_ij = g_i (p_ij − [j = t(i)]), dy_j = a_j Σ_i q_ij x_i, db_j = Σ_i q_ij. The scores are computed
-// again from the saved log-sum-exp, 2 · 2 · N · K · D operations; no N × K matrix. p_t − 1 is that of the forward:
+// again, 2 · 2 · N · K · D operations, and with the saved log-sum-exp p; no N × K matrix. p_t − 1 is that of the forward:
 // exp(s_t − lse) − 1 would have the rounding of two large numbers where little is left of it.
 //
 // The forward with the roles exchanged: a task owns a chunk of keys and walks all rows in blocks, so that no two tasks
-// write the same place. Rows are summed in their order: the same bits for any number of threads.
+// write the same place. Rows are summed in their order, and last those whose target a key is: beside a term a thousand
+// times as large the others would be rounded. The same bits for any number of threads.
 #include "contrast.h"
 
 #include <limits>
@@ -31,8 +32,7 @@ struct Block {
   int64_t lowest_group, highest_group;
   std::vector<Hit> hits;  // by key, then row
   alignas(64) float lse[MAX_BLOCK];
-  alignas(64) float grad[MAX_BLOCK];
-  alignas(64) float target_q[MAX_BLOCK];  // q_{i,t(i)}
+  alignas(64) float weight[MAX_BLOCK];    // see weight_of
   alignas(64) float scale[MAX_BLOCK];  // of the scores, for products whose rows are not scaled themselves
   const float *across, *along;
 };
@@ -42,50 +42,49 @@ struct Scratch {
   std::vector<float> dy, db;
 };
 
+// What exp(s_ij − lse_i) is multiplied by to be g_i p_ij.
+inline float weight_of(const Contrast& args, int64_t i) { return args.lse[2 * args.N + i] * row_grad(args, i); }
 // q_{i,t(i)}
 inline float target_gradient(const Contrast& args, int64_t i) { return args.lse[args.N + i] * row_grad(args, i); }
 
-// scores[i] of one key and block become q_ij. Returns their sum where db is wanted. hit … end are the rows whose target the key is.
+// scores[i] of one key and block become q_ij, of targets 0. Returns their sum where db is wanted. hit … end are the rows whose target the key is.
 inline float gradient_row(const Contrast& args, const Block& block, int64_t j, const Hit* hit, const Hit* end,
                           float* scores) {
   const float b = args.b ? args.b[j] : 0.f;
   for (int64_t i = 0; i < block.padded; i += LANES)
-    store(scores + i, exp(load(scores + i) + b - load(block.lse + i)) * load(block.grad + i));
+    store(scores + i, exp(load(scores + i) + b - load(block.lse + i)) * load(block.weight + i));
   if (args.group && args.key_group[j] >= block.lowest_group && args.key_group[j] <= block.highest_group) {
     const int64_t* groups = args.group + block.first;
     for (int64_t i = 0; i < block.count; ++i) scores[i] = groups[i] == args.key_group[j] ? 0.f : scores[i];
   }
-  for (; hit < end; ++hit) scores[hit->row] = block.target_q[hit->row];
+  for (; hit < end; ++hit) scores[hit->row] = 0.f;
   if (!args.db) return 0.f;
   Vec total{};
   for (int64_t i = 0; i < block.padded; i += LANES) total += load(scores + i);
   return sum(total);
 }
 
-// Rows and keys are the same: scores[i] become q_ij + q_ji, what row j has from i as its key and as one of its own keys.
+// Rows and keys are the same: scores[i] become q_ij + q_ji, what row j has from i as its key and as one of its own keys, but
+// for targets.
 inline void symmetric_row(const Contrast& args, const Block& block, int64_t j, const Hit* hit, const Hit* end,
                           float* scores) {
-  const float lse_j = args.lse[j], grad_j = row_grad(args, j);
-  // A group hides both ways, except where one is the other's target.
+  const float lse_j = args.lse[j], weight_j = weight_of(args, j);
+  // A group hides both ways.
   const bool grouped = args.group && args.group[j] >= block.lowest_group && args.group[j] <= block.highest_group;
   const int64_t* groups = args.group ? args.group + block.first : nullptr;
   const int64_t mine = args.target[j] - block.first;
   const bool has_mine = mine >= 0 && mine < block.count;
-  const auto hidden = [&](int64_t i) { return grouped && groups[i] == args.group[j]; };
-  const auto as_key = [&](int64_t i) {
-    if (args.target[block.first + i] == j) return block.target_q[i];
-    return hidden(i) ? 0.f : std::exp(scores[i] - block.lse[i]) * block.grad[i];
-  };
-  const auto as_row = [&](int64_t i) {
-    if (i == mine) return target_gradient(args, j);
-    return hidden(i) ? 0.f : std::exp(scores[i] - lse_j) * grad_j;
+  const auto without_targets = [&](int64_t i) {
+    if (grouped && groups[i] == args.group[j]) return 0.f;
+    const float as_key = args.target[block.first + i] == j ? 0.f : std::exp(scores[i] - block.lse[i]) * block.weight[i];
+    return i == mine ? as_key : as_key + std::exp(scores[i] - lse_j) * weight_j;
   };
   float of_hits[MAX_BLOCK];
-  for (const Hit* h = hit; h < end; ++h) of_hits[h - hit] = as_key(h->row) + as_row(h->row);
-  const float of_mine = has_mine ? as_key(mine) + as_row(mine) : 0.f;
+  for (const Hit* h = hit; h < end; ++h) of_hits[h - hit] = without_targets(h->row);
+  const float of_mine = has_mine ? without_targets(mine) : 0.f;
   for (int64_t i = 0; i < block.padded; i += LANES) {
     const Vec s = load(scores + i);
-    store(scores + i, exp(s - load(block.lse + i)) * load(block.grad + i) + exp(s - lse_j) * grad_j);
+    store(scores + i, exp(s - load(block.lse + i)) * load(block.weight + i) + exp(s - lse_j) * weight_j);
   }
   if (grouped)
     for (int64_t i = 0; i < block.count; ++i) scores[i] = groups[i] == args.group[j] ? 0.f : scores[i];
@@ -152,8 +151,7 @@ void task(const Contrast& args, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < block.padded; ++i) {
       const bool counted = i < block.count && args.target[first + i] >= 0;
       block.lse[i] = counted ? args.lse[first + i] : INF;
-      block.grad[i] = counted ? row_grad(args, first + i) : 0.f;
-      block.target_q[i] = counted ? target_gradient(args, first + i) : 0.f;
+      block.weight[i] = counted ? weight_of(args, first + i) : 0.f;
       float* row = loaded + i * args.D;
       // An ignored row is emptied, so that not even a NaN in it reaches the keys.
       block.scale[i] = counted ? load_factor_x<Product::SCALE_SCORES>(args, first + i, row) : 0.f;
@@ -167,14 +165,26 @@ void task(const Contrast& args, int64_t begin, int64_t end) {
       key_tile<M.value>(args, block, begin + j, left, scale + j, product, scores, dy + j * width, db + j);
     });
   }
+  const auto add_target = [&](int64_t i, int64_t row, float* sums) {  // q_{i,t(i)} times a row
+    load_feature(args, row, loaded);
+    const float q = target_gradient(args, i) * factor_of_row(args);
+    for (int64_t d = 0; d < args.D; ++d) sums[d] += q * loaded[d];
+  };
+  for (int64_t i = 0; i < args.N; ++i) {
+    const int64_t target = args.target[i];
+    if (target < begin || target >= end) continue;
+    add_target(i, i, dy + (target - begin) * width);
+    db[target - begin] += target_gradient(args, i);
+  }
   for (int64_t j = begin; j < end; ++j) {
     float *from = dy + (j - begin) * width, *to = args.dy + j * args.D;
+    if (args.symmetric) add_target(j, args.target[j], from);
     const float* key = read_row(args.y, args.y_dtype, j * args.stride_y, args.D, loaded);
     const float inverse = args.normalize ? inverse_length(key, args.D) : 1.f;
     scale_row(key, args.D, inverse, loaded);
     if (args.da) args.da[j] = dot(from, loaded, args.D);
     if (args.db) args.db[j] = db[j - begin];
-    const float a = inverse_temperature(args, j);
+    const float a = factor_of_key(args, j);
     for (int64_t d = 0; d < args.D; ++d) to[d] = a * from[d];
     if (args.normalize) through_length(args.D, loaded, inverse, to);
   }

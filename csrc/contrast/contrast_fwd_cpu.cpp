@@ -192,7 +192,8 @@ void finish_row(const Contrast& args, const std::vector<Segment>& segments, int6
   sum += std::exp(positive - max);
   args.loss[i] = !counted ? 0.f : positive == max ? std::log1p(rest) : (max - positive) + std::log(sum);
   const float lse = counted ? max + std::log(sum) : 0.f;
-  if (args.lse) args.lse[i] = lse;
+  args.lse[i] = lse;
+  args.lse[2 * args.N + i] = counted ? std::exp(lse - max - std::log(sum)) : 1.f;
   if (args.entropy) {
     args.entropy[i] = counted ? lse - weighted / sum : 0.f;
     args.top1[i] = counted ? top1 : target;
@@ -263,16 +264,14 @@ void every_row(const Contrast& args, int threads) {
 
 void contrast_fwd(const Contrast& given, int threads) {
   Contrast args = given;
-  std::vector<float> losses(given.lse ? 0 : given.N);
-  args.loss = given.lse ? given.lse + given.N : losses.data();
+  args.loss = given.lse + given.N;
   if (contrast_is_bounded(args) && !args.dx && !args.entropy) contrast_fwd_symmetric(args, threads);
   else with_product(args, [&](auto chosen) { every_row<typename decltype(chosen)::Product>(args, threads); });
   if (given.reduced) *given.loss = static_cast<float>(std::accumulate(args.loss, args.loss + args.N, 0.0) / given.divisor);
   else std::copy(args.loss, args.loss + args.N, given.loss);
-  if (given.lse)
-    parallel_for((args.N + 1023) / 1024, threads, [&](int64_t block) {
-      for (int64_t i = block * 1024; i < std::min(args.N, block * 1024 + 1024); ++i) args.loss[i] = std::expm1(-args.loss[i]);
-    });
+  parallel_for((args.N + 1023) / 1024, threads, [&](int64_t block) {
+    for (int64_t i = block * 1024; i < std::min(args.N, block * 1024 + 1024); ++i) args.loss[i] = std::expm1(-args.loss[i]);
+  });
 }
 
 }  // namespace FASTPROTO_ISA

@@ -27,6 +27,15 @@ inline float load_feature(const Contrast& args, int64_t i, float* out) {
 
 inline float inverse_temperature(const Contrast& args, int64_t j) { return args.a ? args.a[j] : args.a_all; }
 
+// a_j as a factor of the key and one of the row: all of it the key's, so that it is paid once per key and not once per score.
+// Where rows are the keys, half is either's, and s_ij has the bits of s_ji, of which lse_j was made.
+inline float factor_of_key(const Contrast& args, int64_t j) {
+  return args.symmetric ? std::sqrt(std::abs(args.a_all)) : inverse_temperature(args, j);
+}
+inline float factor_of_row(const Contrast& args) {
+  return args.symmetric ? std::copysign(factor_of_key(args, 0), args.a_all) : 1.f;
+}
+
 // The upstream gradient of row i's own loss.
 inline float row_grad(const Contrast& args, int64_t i) {
   return static_cast<float>(args.grad[i * args.grad_stride] / args.divisor);
@@ -38,10 +47,10 @@ inline const float* read_key(const Contrast& args, int64_t j, float* out) {
   return read_row(args.y, args.y_dtype, j * args.stride_y, args.D, out);
 }
 
-// Key j times a_j: the scale is paid once per key, not once per score.
+// Key j times its factor.
 inline void load_key(const Contrast& args, int64_t j, float* out) {
   const float* key = read_key(args, j, out);
-  const float a = inverse_temperature(args, j);
+  const float a = factor_of_key(args, j);
   scale_row(key, args.D, args.normalize ? a * inverse_length(key, args.D) : a, out);
 }
 
@@ -49,11 +58,12 @@ inline void load_key(const Contrast& args, int64_t j, float* out) {
 // scores with.
 template <bool SCALE_SCORES> inline float load_factor_x(const Contrast& args, int64_t i, float* out) {
   if constexpr (!SCALE_SCORES) {
-    load_feature(args, i, out);
+    const float* row = read_row(args.x, args.x_dtype, i * args.stride_x, args.D, out);
+    scale_row(row, args.D, args.normalize ? factor_of_row(args) * inverse_length(row, args.D) : factor_of_row(args), out);
     return 1.f;
   }
   load_row(args.x, args.x_dtype, i * args.stride_x, args.D, out);
-  return args.normalize ? inverse_length(out, args.D) : 1.f;
+  return args.normalize ? factor_of_row(args) * inverse_length(out, args.D) : factor_of_row(args);
 }
 template <bool SCALE_SCORES> inline float load_factor_y(const Contrast& args, int64_t j, float* out) {
   if constexpr (!SCALE_SCORES) {
@@ -61,7 +71,7 @@ template <bool SCALE_SCORES> inline float load_factor_y(const Contrast& args, in
     return 1.f;
   }
   read_key(args, j, out);  // bfloat16, so it stands in `out`
-  const float a = inverse_temperature(args, j);
+  const float a = factor_of_key(args, j);
   return args.normalize ? a * inverse_length(out, args.D) : a;
 }
 

@@ -223,8 +223,8 @@ class NTXentLoss(nn.Module):
     ) -> None:
         super().__init__()
         expect_temperature(temperature, "NTXentLoss", signed=True)
-        expect_type(memory_bank_size, (*INTS, tuple, list), "NTXentLoss", "memory_bank_size", "0, M or (M, D)")
-        size = tuple(memory_bank_size) if isinstance(memory_bank_size, (tuple, list)) else (memory_bank_size,)
+        expect_type(memory_bank_size, (*INTS, Sequence), "NTXentLoss", "memory_bank_size", "0, M or (M, D)")
+        size = tuple(memory_bank_size) if isinstance(memory_bank_size, Sequence) else (memory_bank_size,)
         valid = len(size) in (1, 2) and all(is_integer(entry) and entry >= 0 for entry in size)
         valid = valid and (size[-1] > 0 or size[0] == 0)
         expect(valid, "NTXentLoss", "memory_bank_size", "0, M or (M, D)", memory_bank_size)

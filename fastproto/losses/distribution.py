@@ -207,7 +207,8 @@ def cross_correlation(x0: Tensor, x1: Tensor, *, mask: Tensor | None = None) -> 
     expect_views(x0, x1, "cross_correlation", ("x0", "x1"))
     mask = _mask_of(x0, mask, "cross_correlation")
     count = mask.sum().clamp(min=1)
-    z0, z1 = _standardise(x0, mask, count), _standardise(x1, mask, count)
+    dtype = torch.promote_types(x0.dtype, x1.dtype)
+    z0, z1 = (_standardise(x.to(dtype), mask, count) for x in (x0, x1))
     with torch.autocast(x0.device.type, enabled=False):
         r_dd = z0.T @ z1 / count
     diagonal = r_dd.diagonal()

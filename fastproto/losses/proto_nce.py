@@ -168,7 +168,8 @@ def _expect_set(features: Tensor, keys: Any, labels: Any, phi: Any, bias: Any, i
         expect_tensor(phi, "proto_nce", "concentration", (k,), FLOATS, device)
         if reads_data(phi):
             low, high = (float(end) for end in phi.detach().aminmax())
-            good = low >= LEAST and high < math.inf
+            # Of float32 the number nearest to it is a little less.
+            good = low * (1 + 1e-6) >= LEAST and high < math.inf
             expect(good, "proto_nce", "concentration", f"at least {LEAST}, finite", f"values from {low} to {high}")
     else:
         expect_type(phi, NUMBERS, "proto_nce", "concentration", "a number or a (K,) tensor")
@@ -224,7 +225,9 @@ def _sample_keys(
     Returns their indices, min(K, N + r) of them, and a bias that is -inf on those past the P positives and r negatives.
     """
     # float64: in float32 some of 100 000 keys would draw the same number, and topk would choose between them.
-    priority = torch.rand(k, dtype=torch.float64, device=targets.device, generator=generator)
+    options: dict[str, Any] = {"dtype": torch.float64, "device": targets.device}
+    # Without the keyword where there is none: with it the compiler takes no K that changes.
+    priority = torch.rand(k, **options) if generator is None else torch.rand(k, **options, generator=generator)
     if same_on_all_ranks:
         priority = from_first_rank(priority)
     ignored_to_end = torch.where(targets < 0, k, targets)

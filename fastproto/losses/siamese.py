@@ -105,9 +105,9 @@ def siamese_metric_all_pairs(
     expect_index(assignments, "siamese_metric_all_pairs", "assignments", None, ignore_index)
     images = torch.arange(n, device=device).repeat(2)
     labels = assignments.repeat(2)
-    terms = siamese_all_pairs(
-        widen(features0), images, labels, weight, bias, second=widen(features1), ignore_index=ignore_index
-    )
+    dtype = torch.promote_types(widen(features0).dtype, widen(features1).dtype)
+    x0, x1 = features0.to(dtype), features1.to(dtype)
+    terms = siamese_all_pairs(x0, images, labels, weight, bias, second=x1, ignore_index=ignore_index)
     return terms.same_image + (terms.same_prototype + terms.different_prototype) / 2
 
 

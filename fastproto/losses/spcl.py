@@ -48,8 +48,8 @@ class SPCLLoss(nn.Module):
         two views, no more. Output: scalar of at least float32.
 
     Raises:
-        ValueError: |τ| < 1e-8, sizes that are not integers of at least 1, weights that are not finite, shapes or devices
-            that do not fit, or an assignment out of range (read on the CPU, on CUDA with
+        ValueError: |τ| < 1e-8, sizes that are not integers of at least 1, weights that are not finite, shapes or
+            devices that do not fit, or an assignment out of range (read on the CPU, on CUDA with
             ``fastproto.set_debug(True)``).
         TypeError: an argument is not a tensor, or of another dtype.
 

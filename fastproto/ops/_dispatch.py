@@ -146,20 +146,32 @@ def contiguous_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """A backward whose results refuse to be differentiated once more.
+    """A backward whose results refuse to be differentiated once more, by what the forward saved and by the upstream.
 
     torch's decorator of that name refuses only where the upstream gradient wants a gradient. That of a loss is 1: a
     penalty on the loss's gradient would pass unseen, as if it were constant.
     """
 
     @functools.wraps(backward)
-    def run(*args: Any) -> tuple[Any, ...]:
+    def run(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return backward(*args)
+            return backward(ctx, *upstream)
         with torch.no_grad():
-            results = backward(*args)
-        message = b"fastproto: the op has no second derivative (once_differentiable)"
-        refuse: Any = torch._C._functions.DelayedError(message, len(results))
-        return refuse(*(None if result is None else result.detach().requires_grad_() for result in results))
+            results = backward(ctx, *upstream)
+        made_of = [x for x in (*ctx.saved_tensors, *upstream) if x is not None and x.requires_grad]
+        refusing = iter(_Refuse.apply(len(made_of), *made_of, *(x for x in results if x is not None)))
+        return tuple(None if result is None else next(refusing) for result in results)
 
     return run
+
+
+class _Refuse(torch.autograd.Function):
+    """Hands on all but the first tensors, which those were made of. Its gradient is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, first: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.detach() for tensor in tensors[first:])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[Any, ...]:
+        raise RuntimeError("fastproto: the op has no second derivative (once_differentiable)")

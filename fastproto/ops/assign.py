@@ -28,7 +28,7 @@ def assign(
 
     Args:
         metric: "l2", or "ip" for the inner product.
-        exact: False believes the screen's 8- or 16-bit scores; docs/math/assign.md states the error.
+        exact: False believes the screen; docs/math/assign.md states the error.
 
     Raises:
         TypeError: ``x`` or ``centers`` is not a float tensor.

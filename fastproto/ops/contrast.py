@@ -47,12 +47,12 @@ def outputs(
     """Loss, what the backward saves, dx, entropy, top1 and positive logit to be written; None for what is not needed.
 
     Each (N,) or (N, D), with (G,) in front where there are that many sets of keys; one loss () where it is reduced.
-    Saved are lse and p_t - 1 of every row (2, N).
+    Saved are (3, N), of every row: lse, p_t - 1, and what exp(s - lse) is multiplied by to be p, as lse is rounded.
     """
     n, d = features.shape
     device, dtype = features.device, torch.float64 if features.dtype == torch.float64 else torch.float32
     loss = torch.empty(() if reduced else (*sets, n), dtype=dtype, device=device)
-    saved = torch.empty(*sets, 2, n, dtype=dtype, device=device)
+    saved = torch.empty(*sets, 3, n, dtype=dtype, device=device)
     dx = torch.empty(*sets, n, d, dtype=dtype, device=device) if need_dx else None
     if not need_stats:
         return loss, saved, dx, None, None, None
@@ -113,7 +113,7 @@ def _launch(
 def _triton_fwd(
     features: Tensor, keys: Tensor, targets: Tensor, scale: Tensor | None, scale_all: float, *rest: Any
 ) -> list[Tensor]:
-    *options, normalize, divisor, _, more_keys, need_dx, need_stats = rest
+    *options, normalize, divisor, symmetric, more_keys, need_dx, need_stats = rest
     if _suits_matrices(features, keys, more_keys):
         return reference.contrast_fwd(features, keys, targets, scale, scale_all, *rest)
     from fastproto.kernels.contrast_fwd import contrast_fwd
@@ -121,7 +121,7 @@ def _triton_fwd(
     keys = keys if more_keys is None else torch.cat([keys, more_keys])
     loss, saved, dx, *stats = outputs(features, need_dx, need_stats)
     a = _scale_of(keys, scale, scale_all)
-    x, ys, a = unit_inputs(features, (keys,), a) if normalize else (features, (keys,), a)
+    x, ys, a = _inputs(features, keys, a, normalize, symmetric)
     none = features.new_empty(0)
     out = tuple(none if t is None else t for t in (loss, saved, dx, *stats))
     contrast_fwd(x, ys, targets, a, *options, need_dx, need_stats, out)
@@ -144,7 +144,7 @@ def _triton_bwd_keys(
     *options, normalize, divisor, symmetric, saved, grad = rest
     grad = (grad if divisor is None else grad / divisor).expand(len(features))
     given = _scale_of(keys, scale, scale_all)
-    x, (y,), a = unit_inputs(features, (keys,), given) if normalize else (features, (keys,), given)
+    x, (y,), a = _inputs(features, keys, given, normalize, symmetric)
     total, db = contrast_bwd_keys(x, y, targets, a, *options, symmetric, saved, grad)
     wide, a = keys.float(), given.float()
     along = (wide * total).sum(1)
@@ -169,6 +169,18 @@ def _suits_matrices(features: Tensor, *keys: Tensor | None) -> bool:
 def _scale_of(keys: Tensor, scale: Tensor | None, scale_all: float) -> Tensor:
     """The scale of each key, for a kernel that takes no number for all."""
     return keys.new_full((len(keys),), scale_all, dtype=torch.float32) if scale is None else scale
+
+
+def _inputs(
+    features: Tensor, keys: Tensor, scale: Tensor, normalize: bool, symmetric: bool
+) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+    """Rows, keys and scale for a Triton kernel. Symmetric, rows and keys are one tensor: s_ij has the bits of s_ji."""
+    if not normalize:
+        return features, (keys,), scale
+    if symmetric:
+        x = reference.unit_rows(features)[0].to(features.dtype)
+        return x, (x,), scale
+    return unit_inputs(features, (keys,), scale)
 
 
 def unit_inputs(features: Tensor, keys: Sequence[Tensor], scale: Tensor) -> tuple[Tensor, Sequence[Tensor], Tensor]:
@@ -254,7 +266,8 @@ class _Contrast(torch.autograd.Function):
         dx, *stats = rest if need_dx else (None, *rest)
         loss = loss if count is None else loss.sum() / count
         for_keys = (saved, features, keys, targets, a, *vectors) if need_backward else ()
-        ctx.save_for_backward(dx, count, *for_keys)
+        # The rows, for the way back that refuses to be differentiated again.
+        ctx.save_for_backward(dx, count, None if dx is None else features, *for_keys)
         # No zeros as upstream gradients of what has none. The compiler makes none, and does not know the method.
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)
@@ -270,7 +283,7 @@ class _Contrast(torch.autograd.Function):
         gradients: list[Tensor | None] = [None] * 11
         if grad is None:
             return tuple(gradients)
-        dx, count, *for_keys = ctx.saved_tensors
+        dx, count, _, *for_keys = ctx.saved_tensors
         grad = grad if count is None else grad / count
         if dx is not None:
             gradients[0] = ((grad[:, None] if grad.ndim else grad) * dx).to(ctx.dtype)

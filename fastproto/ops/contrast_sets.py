@@ -77,7 +77,7 @@ def _triton_fwd(
 
 
 def _outputs(features: Tensor, keys: Sequence[Tensor], need_dx: bool) -> tuple[Tensor, ...]:
-    """Loss (G, N), lse and p_t - 1 (G, 2, N) and dx (G, N, D) to be written; dx of size 0 where it is not needed."""
+    """Loss (G, N), what the backward wants (G, 3, N) and dx (G, N, D), of size 0 where not needed, to be written."""
     out = present(outputs(features, need_dx, False, sets=(len(keys),)))
     return tuple(out if need_dx else [*out, out[0].new_empty(0)])
 
@@ -122,13 +122,14 @@ class _ContrastSets(torch.autograd.Function):
         loss, saved, dx = _fwd(features, keys, targets, scale, bias, normalize, need_x)
         ctx.normalize, ctx.dtype = normalize, features.dtype
         for_keys = (saved, features, targets, scale, bias, *keys)
-        ctx.save_for_backward(dx, divisor, *(for_keys if any(need_others) else ()))
+        # The rows, for the way back that refuses to be differentiated again.
+        ctx.save_for_backward(dx, divisor, features if need_x else None, *(for_keys if any(need_others) else ()))
         return loss if divisor is None else loss.sum(1) / divisor
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dx, divisor, *for_keys = ctx.saved_tensors
+        dx, divisor, _, *for_keys = ctx.saved_tensors
         need_x, _, need_a, need_b, _, _, *need_keys = ctx.needs_input_grad
         gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         grad = grad if divisor is None else (grad / divisor)[:, None]

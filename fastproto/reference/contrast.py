@@ -32,7 +32,9 @@ def contrast_fwd(
     need_dx: bool,
     need_stats: bool,
 ) -> list[Tensor]:
-    """Loss (N,), lse and p_t - 1 (2, N), and where needed dx (N, D), entropy (N,), top1 (N,) and positive logit (N,).
+    """Loss (N,), what is saved (3, N), and where needed dx (N, D), entropy (N,), top1 (N,) and positive logit (N,).
+
+    Saved are lse, p_t - 1 and, for kernels that find p from the rounded lse, p / exp(s - lse), which is 1 here.
 
     With a divisor the loss is the rows' sum by it, and dx is of that. ``symmetric`` promises what it does to
     ``contrast_bwd_keys``, and saves a kernel work, not this.
@@ -47,7 +49,8 @@ def contrast_fwd(
     loss_n = torch.where(counted_n, -log_p_nk.gather(1, target_n1).squeeze(1), 0)
     lse_n = torch.where(counted_n, logits_nk.logsumexp(1), 0)
 
-    out = [loss_n if divisor is None else loss_n.sum() / divisor, torch.stack([lse_n, torch.expm1(-loss_n)])]
+    saved = torch.stack([lse_n, torch.expm1(-loss_n), torch.ones_like(lse_n)])
+    out = [loss_n if divisor is None else loss_n.sum() / divisor, saved]
     if need_dx:
         q_nk = p_nk - torch.zeros_like(p_nk).scatter_(1, target_n1, 1.0)
         dx_nd = (q_nk * a_k).to(x_nd.dtype) @ y_kd
@@ -75,7 +78,7 @@ def contrast_bwd_keys(
     normalize: bool,
     divisor: float | None,
     symmetric: bool,
-    saved: Tensor,  # (2, N): the forward's lse and p_t - 1
+    saved: Tensor,  # (3, N), of the forward
     grad: Tensor,  # () or (N,), of the forward's loss
 ) -> list[Tensor]:
     """dL/dy (K, D), and dL/da (K,) and dL/db (K,) where scale and bias are tensors; q_ij = g_i (p_ij - 1[j = t(i)]).
@@ -86,8 +89,8 @@ def contrast_bwd_keys(
     a_k = scale_all if scale is None else scale
     x_nd, y_kd, _, length_k1, logits_nk = _logits(features, keys, targets, a_k, bias, groups, key_groups, normalize)
     counted_n1, target_n1 = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]
-    lse_n1, less_one_n1 = saved[..., None]
-    p_nk = (logits_nk - lse_n1).exp()
+    _, less_one_n1, _ = saved[..., None]
+    p_nk = logits_nk.softmax(1)
     grad_n1 = grad.expand(len(features))[:, None] / (1 if divisor is None else divisor)
     # Not exp(s_t - lse) - 1, which has the rounding of two large numbers.
     q_nk = grad_n1 * p_nk.scatter(1, target_n1, less_one_n1)

@@ -240,3 +240,9 @@ def test_compiles_as_one_graph() -> None:
 def test_bad_input_is_refused_by_name(call: Callable, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(torch.randn(4, 3))
+
+
+def test_correlation_of_views_of_two_dtypes() -> None:
+    x0, x1 = torch.randn(6, 4), torch.randn(6, 4)
+    expected = CorrelationLoss()(x0.double(), x1.double())
+    torch.testing.assert_close(CorrelationLoss()(x0.double(), x1), expected)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastproto.losses import ProtoNCELoss
 from fastproto.losses.functional import proto_nce
@@ -320,3 +322,22 @@ def test_bad_input_is_refused_by_name(changes: Problem, error: type[Exception], 
         proto_nce(**arguments)
     with pytest.raises(ValueError, match="ProtoNCELoss: num_negatives expected None or an integer"):
         ProtoNCELoss(num_negatives=-1)
+
+
+@pytest.mark.parametrize("num_negatives", [None, 2])
+def test_compiled_once_for_any_number_of_prototypes(num_negatives: int | None) -> None:
+    compiled = torch.compile(ProtoNCELoss(num_negatives=num_negatives), fullgraph=True, backend="aot_eager")
+    for k in (5, 6, 7):
+        features = torch.randn(4, 3, requires_grad=True)
+        compiled(features, torch.randn(k, 3), torch.arange(4), 0.1).backward()
+        assert features.grad is not None and features.grad.isfinite().all()
+
+
+def test_a_trace_holds_no_number_of_rows() -> None:
+    features, prototypes, all_count = torch.randn(8, 3), torch.randn(4, 3), torch.arange(8) % 4
+    some = torch.where(torch.arange(8) < 6, -1, all_count)
+    traced = make_fx(lambda labels: proto_nce(features, prototypes, labels))(some)
+    torch.testing.assert_close(traced(all_count), proto_nce(features, prototypes, all_count))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(x) for x in (features, prototypes, all_count)]
+        assert proto_nce(*fake).shape == ()

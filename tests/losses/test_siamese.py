@@ -133,3 +133,11 @@ def test_bad_input_is_refused_by_name() -> None:
         siamese_metric_all_pairs(features, features, labels - 2, weight, bias)
     with pytest.raises(ValueError, match="siamese_metric: reduction expected"):
         siamese_metric(features, features, labels, weight, bias, reduction="all")
+
+
+def test_views_of_two_dtypes() -> None:
+    features0, features1, assignments = torch.randn(6, 4), torch.randn(6, 4), torch.arange(6) % 3
+    loss_fn = SiameseMetricLoss(4)
+    mixed = loss_fn(features0.double(), features1, assignments)
+    expected = loss_fn(features0.double(), features1.double(), assignments)
+    torch.testing.assert_close(mixed, expected)

@@ -157,6 +157,19 @@ def test_a_second_backward_pass_gives_the_same_and_a_second_derivative_is_refuse
         again[0].sum().backward()
 
 
+@pytest.mark.parametrize("name", ["features", "keys", "scale", "bias"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_second_derivative_is_refused_however_it_is_asked_for(name: str, normalize: bool) -> None:
+    """Asked for one leaf alone autograd leaves out what does not lead there: the refusal has to."""
+    arguments = {k: v.detach() if isinstance(v, Tensor) else v for k, v in problem(5, 7, 3).items()}
+    leaf = arguments[name].requires_grad_()
+    arguments[name] = leaf.tanh() if name in ("features", "keys") else leaf * 1
+    loss = contrast(**arguments, normalize=normalize).loss.sum()
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(gradient.square().sum(), leaf)
+
+
 def test_the_target_is_seen_in_its_own_group() -> None:
     features, keys = torch.randn(4, 3), torch.randn(6, 3)
     everyone = {"groups": torch.zeros(4, dtype=torch.int32), "key_groups": torch.zeros(6, dtype=torch.int32)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import fastproto
 from fastproto import _native
+from fastproto.losses.functional import nt_xent
 from fastproto.ops.contrast import contrast
 
 
@@ -50,3 +52,44 @@ def test_as_exact_as_plain_float32(n: int, d: int, temperature: float) -> None:
     for isa in _native.cpp.supported_isas():
         _native.cpp.set_isa(isa)
         assert_as_exact_as_plain_float32("cpp", d, temperature, 1e-7, "cpu", n)
+
+
+def gradient_errors(ours: Callable[..., Tensor], plain: Callable[..., Tensor], *leaves: Tensor) -> Iterator[float]:
+    """Of each leaf, our error over that of plain PyTorch in float32, both in the mean over the numbers."""
+
+    def run(loss: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        given = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+        return [gradient.double() for gradient in torch.autograd.grad(loss(*given), given)]
+
+    results = run(ours, torch.float32), run(plain, torch.float32), run(plain, torch.float64)
+    for got, theirs, right in zip(*results, strict=True):
+        yield float((got - right).norm() / (theirs - right).norm())
+
+
+@needs_cpp
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize(
+    ("n", "d", "temperature"), [(200, 16, 0.001), (200, 16, 0.01), (512, 128, 0.05), (200, 96, 0.1)]
+)
+def test_errors_do_not_grow_with_sharpness_or_rows(n: int, d: int, temperature: float) -> None:
+    """lse as large as 1 / τ, s_ij beside lse_j, and a key's many small terms beside its target's: none costs digits."""
+    torch.manual_seed(n + d)
+    z0, z1, keys = torch.randn(n, d), torch.randn(n, d), F.normalize(torch.randn(2 * n, d), dim=1)
+    targets, others = torch.arange(n), torch.eye(2 * n, dtype=torch.bool)
+
+    def plain_nt_xent(z0: Tensor, z1: Tensor) -> Tensor:
+        z = F.normalize(torch.cat([z0, z1]), dim=1)
+        scores = (z @ z.T / temperature).masked_fill(others, -torch.inf)
+        return F.cross_entropy(scores, torch.arange(2 * n).roll(n))
+
+    def ours(x: Tensor, y: Tensor) -> Tensor:
+        return contrast(x, y, targets, scale=1 / temperature, divisor=n, stats=False).loss
+
+    def plain(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(x @ y.T / temperature, targets)
+
+    assert _native.cpp is not None
+    for isa in _native.cpp.supported_isas():
+        _native.cpp.set_isa(isa)
+        assert max(gradient_errors(lambda a, b: nt_xent(a, b, temperature=temperature), plain_nt_xent, z0, z1)) < 1.5
+        assert max(gradient_errors(ours, plain, F.normalize(z0, dim=1), keys)) < 1.5

@@ -266,7 +266,7 @@ def test_keys_in_two_places_give_the_bits_of_one(dtype: torch.dtype) -> None:
 
 
 def test_ops_are_sound() -> None:
-    saved, of_rows, of_mean = torch.rand(2, 9), torch.rand(9), torch.rand(())
+    saved, of_rows, of_mean = torch.rand(3, 9), torch.rand(9), torch.rand(())
     for arguments in (op_arguments(problem(9, 11, 5, normalize=True)), one_scale(problem(9, 11, 5))):
         for need_dx, need_stats in itertools.product((False, True), repeat=2):
             torch.library.opcheck(
@@ -280,14 +280,14 @@ def test_ops_are_sound() -> None:
 
 
 def test_what_is_frozen_costs_nothing() -> None:
-    """No gradient for the features: no dx. No gradient for the keys: they are not kept for the backward pass."""
+    """No gradient for the features: no dx. No gradient for the keys: they are not kept beside rows and dx."""
     arguments = problem(9, 11, 5)
     frozen = contrast(**arguments, stats=False)
     assert not frozen.loss.requires_grad
     assert frozen.entropy.numel() == 0
     arguments["features"].requires_grad_()
     loss = contrast(**arguments, stats=False).loss
-    assert [tensor.numel() for tensor in loss.grad_fn.saved_tensors if tensor is not None] == [45]
+    assert [tensor.numel() for tensor in loss.grad_fn.saved_tensors if tensor is not None] == [45, 45]
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)

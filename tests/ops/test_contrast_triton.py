@@ -339,7 +339,7 @@ def test_only_ignored_rows_give_nothing() -> None:
 @on_gpu
 def test_ops_are_sound() -> None:
     tensors = op_arguments(problem(9, 11, 5, normalize=True, device=DEVICE))
-    rest = torch.rand(2, 9, device=DEVICE), torch.rand(9, device=DEVICE)
+    rest = torch.rand(3, 9, device=DEVICE), torch.rand(9, device=DEVICE)
     with fastproto.backend("triton"):
         torch.library.opcheck(torch.ops.fastproto.contrast_fwd.default, (*tensors, None, False, None, True, True))
         torch.library.opcheck(torch.ops.fastproto.contrast_bwd_keys.default, (*tensors, None, False, *rest))

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -107,8 +106,8 @@ def test_an_index_without_memory_of_its_own_is_read_by_pytorch() -> None:
     assert torch.equal(contrast(features, keys, TwoTensor(index, index.clone())).loss.a, expected)
     zeros = torch._efficientzerotensor(4, dtype=torch.int64)
     assert torch.equal(contrast(features, keys, zeros).loss, contrast(features, keys, torch.zeros_like(index)).loss)
-    with pytest.raises(DataDependentOutputException), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        contrast(features, keys, mode.from_tensor(index))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert contrast(features, keys, mode.from_tensor(index)).loss.shape == (4,)
 
 
 @pytest.mark.parametrize("backend", ["reference", None])
