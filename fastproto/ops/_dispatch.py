@@ -137,7 +137,8 @@ def _device_type(args: tuple[Any, ...]) -> str:
 
 def integers(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
     """Rows of the host's integers as an int64 tensor. From pinned memory the host need not wait for the copy."""
-    return torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    host = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
 
 
 def contiguous_rows(x: torch.Tensor) -> torch.Tensor:

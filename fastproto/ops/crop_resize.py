@@ -113,7 +113,7 @@ def crop_resize(
 
     ``out[r, c] = (resize(image[index_r][c] cut to crop_r) / 255 − mean_c) / std_c``, mirrored where ``flip[r]``. The
     resized values are exact to float32; torchvision rounds them to 8 bits, so the two lie within one level of each
-    other. There is no gradient: the pixels are integers.
+    other where no side is longer than 10 000. There is no gradient: the pixels are integers.
 
     Args:
         images: uint8, (N, C, H, W) or (N, H, W, C) with C ≤ 4, or a list of (C, H, W) of any sizes. A 4-D shape that
@@ -127,7 +127,7 @@ def crop_resize(
         dtype: of the output: float32, float16, bfloat16 or float64.
         antialias: filter over all pixels an output covers when making smaller, as torchvision does by default.
         memory_format: of the output: ``torch.contiguous_format`` or ``torch.channels_last``.
-        out: (R, C, h, w) to write into, of ``dtype``, any strides.
+        out: (R, C, h, w) to write into, of ``dtype``, any strides, no two numbers in one place.
 
     Returns:
         (R, C, h, w) of ``dtype`` on the device of ``images``; ``out`` where it was given.
@@ -166,6 +166,7 @@ def crop_resize(
         out = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
     else:
         expect_tensor(out, "crop_resize", "out", shape, (dtype,), device)
+        expect_places("crop_resize", out)
     if reads_data(crops):
         _check_crops(batches, crops, index)
     if len(crops):
@@ -191,6 +192,12 @@ def _image_batches(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
     channels = batches[0].shape[1]
     expect(0 < channels <= MAX_CHANNELS, "crop_resize", "images", f"1 to {MAX_CHANNELS} channels", batches[0])
     return batches
+
+
+def expect_places(op: str, out: Tensor) -> None:
+    """Refuses a tensor to write into of which several numbers stand in one place."""
+    spread = all(stride > 0 or size < 2 for size, stride in zip(out.shape, out.stride(), strict=True))
+    expect(spread, op, "out", "a place for every number", f"strides {tuple(out.stride())} of shape {tuple(out.shape)}")
 
 
 def normalisation(

@@ -51,7 +51,7 @@ def _launch(
 
 _op = Op(
     "localize",
-    "(Tensor feature_map, float threshold, int height, int width) -> Tensor",
+    "(Tensor feature_map, float threshold, SymInt height, SymInt width) -> Tensor",
     reference=reference.localize,
     cpp=_cpp,
     cuda=_cuda,

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastproto import _native
 from fastproto._check import FLOATS, INTEGERS, INTS, expect, expect_tensor, expect_type, reads_data
 from fastproto.ops._dispatch import DTYPE_CODES, Op
-from fastproto.ops.crop_resize import normalisation
+from fastproto.ops.crop_resize import expect_places, normalisation
 from fastproto.reference import photometric as reference
 
 # Half of the 48 KiB in which a block of the CUDA kernel keeps weights and a row while it blurs; pixels that it counts.
@@ -303,6 +303,8 @@ def _photometric(
         out = torch.empty_like(images)
     else:
         expect_tensor(out, op, "out", tuple(images.shape), device=images.device)
+        expect_places(op, out)
+        expect(not _overlap(images, out), op, "out", "images themselves or memory of its own", "part of their memory")
     if rows and reads_data(images):
         _expect_ranges(op, jitter, order, sigma)
     if rows:
@@ -318,6 +320,20 @@ def _kernel_size(op: str, kernel_size: int | None, side: int) -> int:
     good = kernel_size % 2 == 1 and 0 < kernel_size < 2 * side
     expect(good, op, "kernel_size", f"an odd number from 1 to {2 * side - 1}", kernel_size)
     return kernel_size
+
+
+def _overlap(images: Tensor, out: Tensor) -> bool:
+    """Whether the two share memory and are not the same view of it."""
+    if not images.numel() or not reads_data(images):
+        return False
+    (low, high), (first, last) = (_range_in_memory(x) for x in (images, out))
+    same = low == first and images.stride() == out.stride() and images.dtype == out.dtype
+    return not same and low < last and first < high
+
+
+def _range_in_memory(x: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
 def _expect_ranges(op: str, jitter: Tensor | None, order: Tensor | None, sigma: Tensor | None) -> None:

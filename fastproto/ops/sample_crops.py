@@ -80,8 +80,8 @@ def _launch(
 # With a schema, so that a compiler takes it as it is: fused otherwise, its bits could change.
 _op = Op(
     "sample_crops",
-    "(Tensor sample_ids, Tensor? sizes, int[] size, Tensor? boxes, float[] box, float[] scale, float[] ratio, "
-    "float alpha, int views, int seed, int epoch) -> (Tensor, Tensor)",
+    "(Tensor sample_ids, Tensor? sizes, SymInt[] size, Tensor? boxes, float[] box, float[] scale, float[] ratio, "
+    "float alpha, int views, SymInt seed, SymInt epoch) -> (Tensor, Tensor)",
     reference=reference.sample_crops,
     cpp=_cpp,
     cuda=_cuda,

@@ -21,6 +21,7 @@ from fastproto.reference import sample_photometric as reference
 
 # Of a blur: float32 holds its square.
 LARGEST_SIGMA = 1e18
+SIGMAS = f"(low, high) with 0 <= low <= high < {LARGEST_SIGMA:g}"
 
 
 def _cpp(*args: Any) -> tuple[Tensor, ...]:
@@ -65,7 +66,8 @@ def _launch(
 _op = Op(
     "sample_photometric",
     "(Tensor sample_ids, float jitter_p, float[] low, float[] high, float gray_p, float blur_p, float[] sigma, "
-    "float solarize_p, float threshold, int views, int seed, int epoch) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float solarize_p, float threshold, int views, SymInt seed, SymInt epoch) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.sample_photometric,
     cpp=_cpp,
     cuda=_cuda,
@@ -163,7 +165,7 @@ def sample_photometric(
     solarize = expect_probabilities(op, "solarize_p", solarize_p, views)
     widths = expect_numbers(sigma, op, "sigma", "a pair of numbers")
     good = len(widths) == 2 and 0 <= widths[0] <= widths[1] < LARGEST_SIGMA
-    expect(good, op, "sigma", f"(low, high) with 0 <= low <= high < {LARGEST_SIGMA:g}", sigma)
+    expect(good, op, "sigma", SIGMAS, sigma)
 
     low = [max(0.0, 1 - strength) for strength in jitter[:3]] + [-jitter[3]]
     high = [1 + strength for strength in jitter[:3]] + [jitter[3]]

@@ -89,7 +89,10 @@ def to_rgb(image: Image) -> Tensor:  # (3, H, W) uint8
     if not is_upright(image):
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_to_bytes(np.asarray(image), image.mode))
+        values, transparent = np.asarray(image), image.info.get("transparency")
+        image = Image.fromarray(_to_bytes(values, image.mode))
+        if isinstance(transparent, int):
+            image.putalpha(Image.fromarray(np.uint8(255) * (values != transparent)))
     if image.mode == "La":
         # Which Pillow converts to nothing else.
         image = image.convert("LA")

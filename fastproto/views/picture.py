@@ -146,6 +146,7 @@ def _shrunk(image: Tensor) -> Tensor:
 
 
 def _shortened(name: str) -> str:
-    """A name without its middle where it is long."""
+    """A name without its middle where it is long, and without what is no UTF-8."""
+    name = name.encode("utf-8", "replace").decode()
     half = (NAME - 1) // 2
     return name if len(name) <= NAME else f"{name[:half]}…{name[-half:]}"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastproto._check import INTS, describe, expect, expect_tensor, expect_type
+from fastproto._check import INTEGERS, INTS, describe, expect, expect_tensor, expect_type
 from fastproto._random import expect_key
 from fastproto.views.boxes import BoxBank
 from fastproto.views.contrastive_crop import ContrastiveCrop
@@ -21,7 +21,7 @@ class ContrastiveCropTransform(nn.Module):
 
     The boxes and the epoch lie in shared memory: what the training process sets between two epochs reaches workers that
     were started before, those of ``persistent_workers=True`` too. Set both before the loader's next ``iter``, which
-    starts to prefetch.
+    starts to prefetch. Not so after ``load_state_dict(..., assign=True)`` or a change of dtype, which take new memory.
 
     Args:
         size: height and width of the views, or one number for both.
@@ -32,7 +32,7 @@ class ContrastiveCropTransform(nn.Module):
         image: PIL image of any mode, read as ``fastproto.views.files.to_rgb`` does: upright and in RGB, also where it
             is gray; or uint8 tensor (C, H, W)
         sample_id: the image's place in the data set, which the data set's ``__getitem__`` is called with; NumPy's
-            integers too, which ``Subset`` may hand on
+            integers and torch's () too, which ``Subset`` may hand on
         output: ``views`` tensors (C, h, w)
 
     Raises:
@@ -94,12 +94,15 @@ class ContrastiveCropTransform(nn.Module):
     def forward(
         self,
         image: Any,  # PIL image or (C, H, W) uint8
-        sample_id: int | np.integer[Any],
+        sample_id: int | np.integer[Any] | Tensor,
     ) -> tuple[Tensor, ...]:  # views × (C, h, w)
-        expect_type(sample_id, INTS, "ContrastiveCropTransform", "sample_id", "an int")
+        if isinstance(sample_id, Tensor):
+            expect_tensor(sample_id, "ContrastiveCropTransform", "sample_id", (), INTEGERS)
+        else:
+            expect_type(sample_id, INTS, "ContrastiveCropTransform", "sample_id", "an int")
         number = int(sample_id)
         expect(-(2**63) <= number < 2**63, "ContrastiveCropTransform", "sample_id", "an int of 64 bits", sample_id)
-        ids = torch.tensor([number])
+        ids = torch.tensor([number], device="cpu")
         boxes = None if self.boxes is None else self.boxes.lookup(ids)
         views = self.crop(_to_tensor(image)[None], ids, boxes, int(self.epoch))
         return tuple(view[0] for view in views)

@@ -244,3 +244,9 @@ CROPS = torch.tensor([[0, 0, 8, 8]], dtype=torch.int32)
 def test_refuses(images, crops, size, options, error, message):
     with pytest.raises(error, match=f"crop_resize: {message}"):
         crop_resize(images, crops, size, **options)
+
+
+def test_out_of_shared_places_is_refused() -> None:
+    images, crops = torch.zeros(2, 3, 9, 9, dtype=torch.uint8), torch.tensor([[0, 0, 9, 9]] * 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="crop_resize: out expected a place for every number, got strides"):
+        crop_resize(images, crops, 8, out=torch.empty(1, 3, 8, 8).expand(2, -1, -1, -1))

@@ -285,3 +285,13 @@ INFINITE = torch.tensor([[1.0, math.inf, 1.0, 0.0]] * 2)
 def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_out_that_overlaps_the_images_is_refused() -> None:
+    memory = torch.rand(7, 3, 8, 8)
+    with pytest.raises(ValueError, match="out expected images themselves or memory of its own"):
+        apply_photometric(memory[:6], sigma=torch.ones(6), out=memory[1:])
+    with pytest.raises(ValueError, match="out expected a place for every number"):
+        apply_photometric(memory[:6], out=torch.empty(1, 3, 8, 8).expand(6, -1, -1, -1))
+    expected = apply_photometric(memory[:6].clone(), sigma=torch.ones(6))
+    assert torch.equal(apply_photometric(memory[:6], sigma=torch.ones(6), out=memory[:6]), expected)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from fastproto._random import Stream, random_bits
 from fastproto.views import (
@@ -320,3 +321,13 @@ def test_cuda_gives_the_same_views(augment: str) -> None:
         torch.testing.assert_close(cuda.cpu(), cpu, rtol=0, atol=0.02)
     with pytest.raises(ValueError, match=r"sample_ids expected .* on cuda:0, got .* on cpu"):
         crop(images.cuda(), ids)
+
+
+def test_one_compilation_serves_all_epochs_and_sizes() -> None:
+    views, counter = ContrastiveCrop(8), CompileCounter()
+    compiled = torch.compile(views, backend=counter, fullgraph=True)
+    for epoch in range(12):
+        images = torch.zeros(2, 3, 20 + epoch, 16, dtype=torch.uint8)
+        compiled(images, torch.arange(2), None, epoch)
+    assert counter.frame_count <= 2
+    torch.compile(views, dynamic=True, backend="eager")(images, torch.arange(2))

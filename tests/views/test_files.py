@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -241,3 +242,10 @@ def cut_short(path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[:-1000])
+
+
+def test_a_transparent_gray_of_16_bits_is_laid_over_white() -> None:
+    memory = io.BytesIO()
+    values = np.array([[100, 200]], np.uint16) * 257
+    Image.fromarray(values).save(memory, "PNG", transparency=25700)
+    assert to_rgb(Image.open(memory))[0].tolist() == [[255, 200]]

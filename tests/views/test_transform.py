@@ -163,7 +163,7 @@ def test_epoch_and_boxes_are_saved() -> None:
             (np.zeros((8, 8, 3)), 0),
         ),
         (TypeError, "sample_id expected an int, got float 0.0", (images_of(1)[0], 0.0)),
-        (TypeError, "sample_id expected an int, got int64", (images_of(1)[0], torch.tensor(0))),
+        (TypeError, "sample_id expected an int64 or int32 tensor", (images_of(1)[0], torch.tensor(0.0))),
         (ValueError, "sample_id expected an int of 64 bits, got int 9223372036854775808", (images_of(1)[0], 2**63)),
         (ValueError, "sample_ids expected 0 to 2, got 3 to 3", (images_of(1)[0], 3)),
         (ValueError, "sample_ids expected 0 to 2, got -1 to -1", (images_of(1)[0], -1)),
@@ -210,3 +210,13 @@ def test_bad_options() -> None:
         ContrastiveCropTransform(8, alpha=-0.6)
     with pytest.raises(ValueError, match="ContrastiveCropTransform: epoch expected 0 to 4294967295, got int -1"):
         ContrastiveCropTransform(8).set_epoch(-1)
+
+
+def test_takes_the_index_of_a_subset_of_a_tensor_under_any_default_device() -> None:
+    images = torch.randint(256, (6, 3, 9, 9), dtype=torch.uint8)
+    transform = ContrastiveCropTransform(8, boxes=BoxBank(6))
+    expected = transform(images[4], 4)
+    with torch.device("meta"):
+        assert all(map(torch.equal, transform(images[4], torch.tensor(4, device="cpu")), expected))
+    with pytest.raises(TypeError, match=r"sample_id expected an int64 or int32 tensor \(\), got float32 \(\) on cpu"):
+        transform(images[4], torch.tensor(4.0))
