@@ -167,6 +167,8 @@ def prepare(arguments: Sequence[str]) -> Plan:
         defaults = folder / "config.yaml"
     else:
         defaults = recipes.default_recipe(given.method, given.data)
+    # A file holds settings, and not what a command does with a folder.
+    settings.parse(settings.config_parser("fastproto train"), [], defaults)
     config = settings.resolve(parser, settings.parse(parser, arguments, defaults))
     if _settings.torchrun_world:
         asked = config.devices in (1, _settings.torchrun_world)

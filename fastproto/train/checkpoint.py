@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import warnings
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,9 +155,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     with open(path, "rb") as file:
         try:
+            # torch.load takes tensors without a look at their checksums.
+            spoilt = zipfile.ZipFile(file).testzip()
+            file.seek(0)
             saved = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # by where it is cut or spoilt it fails in most ways there are, OSError among them
             raise ValueError(f"checkpoint: {path} is damaged") from error
+    expect(spoilt is None, "checkpoint", str(path), "what was written", f"something else in {spoilt}: it is damaged")
     ours = isinstance(saved, dict) and saved.keys() >= {"method", "optimizer", "boxes", "epoch", "random"}
     expect(ours, "checkpoint", str(path), "what a training writes", "another file of torch's")
     return saved
@@ -173,6 +178,8 @@ def keep_best(path: Path) -> None:
             write_whole(best, lambda file: shutil.copyfileobj(source, file))
     else:
         os.replace(part, best)
+        # Nothing is done where both are names of one file already.
+        part.unlink(missing_ok=True)
 
 
 def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> Path | None:

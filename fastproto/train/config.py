@@ -8,7 +8,7 @@ from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -345,10 +345,20 @@ def resolve(parser: ArgumentParser, parsed: Namespace) -> Config:
     Raises:
         ValueError: a setting out of its range.
     """
-    for group in (setting.name for setting in fields(Config) if is_dataclass(setting.default_factory)):
-        expect(isinstance(parsed[group], Namespace), "config", group, "settings by name", parsed[group])
+    _expect_given(parsed, Config, "config")
+    for setting in fields(Config):
+        if isinstance(setting.default_factory, type) and is_dataclass(setting.default_factory):
+            group = parsed[setting.name]
+            expect(isinstance(group, Namespace), "config", setting.name, "settings by name", group)
+            _expect_given(group, setting.default_factory, setting.name)
     parsed = parser.instantiate(parsed)
     return Config(**{setting.name: parsed[setting.name] for setting in fields(Config)})
+
+
+def _expect_given(parsed: Namespace, settings: type, group: str) -> None:
+    """Refuses a null where a value has to be: a file of defaults is not held to the types of its nulls."""
+    for name, hint in get_type_hints(settings).items():
+        expect(parsed[name] is not None or type(None) in get_args(hint), group, name, "a value", "null")
 
 
 def read_config(path: Path) -> Config:

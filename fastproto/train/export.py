@@ -136,7 +136,8 @@ network.load_state_dict(torch.load("torchvision.pt"))""",
 from safetensors.torch import load_file
 
 network = timm.create_model("$timm", num_classes=0, global_pool=""$options)
-${stem}network.load_state_dict(load_file("timm.safetensors"))""",
+${stem}network.load_state_dict(load_file("timm.safetensors"))
+# network.forward_features(images) is the last feature map; network(images) may put untrained layers behind it""",
     "safetensors": """from fastproto.train.encoders import build_encoder
 from safetensors.torch import load_file
 

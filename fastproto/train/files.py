@@ -7,6 +7,7 @@ import io
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -61,15 +62,29 @@ def is_table(value: Any, depth: int) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text whole or not at all."""
-    write_whole(path, lambda file: file.write(text.encode()))
+    """Writes a text whole or not at all; what is no UTF-8 in it, as in names of files, as question marks."""
+    write_whole(path, lambda file: file.write(text.encode("utf-8", "replace")))
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Has ``write`` write a file that is there whole or not at all, even if the machine stops."""
     temporary = path.with_name(f".{path.name}.part")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except Exception as error:
+        temporary.unlink(missing_ok=True)
+        # torch.save's writer says in place of a full disk that it is not where it should be.
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
     os.replace(temporary, path)
+    # The new name lasts once the folder is on the disk too. Some file systems know no such thing.
+    with suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -305,3 +306,40 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, tiny_config: Co
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"--out expected a folder that can be written, got .*file is none"):
         checkpoint.check_folder(tmp_path / "file" / "run", tiny_config, resume=False, overwrite=False)
+
+
+def test_spoilt_bytes_inside_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "epoch-0001.pt"
+    numbers = torch.arange(1000.0)
+    names = ("method", "optimizer", "boxes", "epoch", "random")
+    torch.save(dict.fromkeys(names, numbers), path)
+    assert torch.equal(checkpoint.read_checkpoint(path)["boxes"], numbers)
+    content = bytearray(path.read_bytes())
+    at = content.index(numbers[500:504].numpy().tobytes())
+    content[at : at + 4] = b"\x07" * 4
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"epoch-0001.pt expected what was written, got .*: it is damaged"):
+        checkpoint.read_checkpoint(path)
+
+
+def test_the_best_may_be_the_best_already(tmp_path: Path) -> None:
+    path = tmp_path / "epoch-0001.pt"
+    path.write_bytes(b"content")
+    for _ in range(2):
+        checkpoint.keep_best(path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "epoch-0001.pt"]
+
+
+def test_a_full_disk_is_named_and_leaves_no_part(tmp_path: Path) -> None:
+    """torch's writer, stopped by a full disk, raises a RuntimeError about a position."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        with pytest.raises(OSError, match="File too large"):
+            files.write_whole(tmp_path / "x.pt", lambda file: torch.save(torch.zeros(100_000), file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list(tmp_path.iterdir())

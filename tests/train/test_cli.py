@@ -172,6 +172,28 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert sorted(path.as_posix() for path in Path().rglob("*")) == ["FULL", "FULL/notes.txt"]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("seed: 1\nepochs:\n", "config: epochs expected a value, got null"),
+        ("precision: null\n", "config: precision expected a value, got null"),
+        ("optimizer: {lr: null}\n", "optimizer: lr expected a value, got null"),
+        ("prototypes: {num: null}\n", "prototypes: num expected a value, got null"),
+        ("method: null\n", "config: method expected a value, got null"),
+        ("out: elsewhere\n", "out"),
+        ("overwrite: true\n", "overwrite"),
+        ("resume: true\n", "resume"),
+    ],
+)
+def test_a_recipe_holds_settings_and_values(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: str, message: str
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    assert cli.main(["train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run")]) == 2
+    assert message in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_recipe_with_an_unknown_key_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("optimizer: {learning_rate: 3}\n")
