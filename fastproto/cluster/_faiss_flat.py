@@ -27,9 +27,9 @@ class Vector:
         return self.values[index]
 
 
-def vector_to_array(vector: Vector) -> np.ndarray:
-    """A copy of the vector's numbers."""
-    return np.array(vector.values)
+def vector_to_array(vector: Vector | np.ndarray) -> np.ndarray:
+    """A copy of the vector's numbers. Some of what is a vector of faiss is an array here."""
+    return np.array(vector if isinstance(vector, np.ndarray) else vector.values)
 
 
 def copy_array_to_vector(array: np.ndarray, vector: Vector) -> None:

@@ -202,6 +202,33 @@ def check_weights(weights: Array | None, op: str, rows: int, name: str = "sample
     return weights
 
 
+def expect_alike(
+    x: Array,
+    weights: Tensor | None,
+    refused: Exception | None,
+    n_clusters: int,
+    op: str,
+    group: dist.ProcessGroup,
+    device: torch.device | str | None,
+) -> bool:
+    """Raises ValueError on every rank where one has ``refused`` its rows, or where theirs do not fit together.
+
+    Returns whether any rank has weights. Without it the others would wait for the one that is not there.
+    """
+    fine = refused is None
+    names = ("dimensions", "bytes of a number", "n_clusters")
+    facts = [fine, weights is not None, *((x.shape[1], max(4, x.dtype.itemsize), n_clusters) if fine else (0, 0, 0))]
+    ends = torch.tensor([facts, [-fact for fact in facts]], device=device)
+    dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
+    high, low = ends[0].tolist(), (-ends[1]).tolist()
+    if not low[0]:
+        expect(not fine, op, "x", "rows and weights that every rank accepts", "others on another rank")
+        return False
+    for name, least, most in zip(names, low[2:], high[2:], strict=True):
+        expect(least == most, op, "x", f"as many {name} on every rank", f"{least} to {most}")
+    return bool(high[1])
+
+
 def _pick(x: Array, indices: np.ndarray) -> Tensor:
     if isinstance(x, Tensor):
         return x.detach()[torch.from_numpy(indices).to(x.device)]

@@ -18,7 +18,7 @@ from fastproto.cluster import init as start
 from fastproto.cluster._faiss import faiss_lloyd
 from fastproto.cluster._fit import Report, fit_centers
 from fastproto.cluster._lloyd import Assignment, assign_all, lloyd, unit
-from fastproto.cluster._rows import Rows, check_rows, check_weights
+from fastproto.cluster._rows import Rows, check_rows, check_weights, expect_alike
 from fastproto.cluster._stream import Array
 from fastproto.cluster.bounds import Search
 from fastproto.cluster.concentration import EXACT
@@ -120,7 +120,8 @@ class KMeans:
         labels_: (N,) int64, ties to the lowest index, where the rows lie. Of this rank's rows.
         inertia_: objective J of all rows and the final centres.
         counts_: (K,) int64, rows of each cluster.
-        concentration_: (K,), see ``fastproto.cluster.concentration``, at its default temperature.
+        concentration_: (K,), see ``fastproto.cluster.concentration``, at its default temperature: of the rows,
+            whatever their weights, as ``counts_``.
         n_iter_: iterations of the kept fit.
         n_distances_: pairs of a row and a centre whose distance was computed, over all fits: N · K an iteration, and
             as many to assign the rows in the end. In exact fits with float32 or half precision rows on the CPU bounds
@@ -179,6 +180,7 @@ class KMeans:
             wanted = torch.device("cpu" if device is None else device)
         except (RuntimeError, TypeError):
             expect(False, op, "device", 'None or a device such as "cpu" or "cuda:0"', device)
+        expect(wanted.type in ("cpu", "cuda"), op, "device", "the CPU or a CUDA device", str(device))
         if wanted.type == "cuda":
             found = torch.cuda.device_count()
             expect((wanted.index or 0) < found, op, "device", f"one of the {found} CUDA devices found", str(device))
@@ -277,14 +279,14 @@ class KMeans:
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The constructor's arguments by name, as scikit-learn asks for them; ``deep`` adds none."""
-        return {name: getattr(self, name) for name in inspect.signature(KMeans).parameters}
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def set_params(self, **params: Any) -> KMeans:
         """Changes some of the constructor's arguments, all or none; what was fitted stays until the next fit."""
         known = self.get_params()
         for name in params:
             expect(name in known, "KMeans.set_params", "parameters", f"some of {', '.join(known)}", name)
-        KMeans.__init__(self, **known | params)
+        type(self).__init__(self, **known | params)
         return self
 
     def __sklearn_tags__(self) -> Any:
@@ -294,10 +296,10 @@ class KMeans:
         return Tags("clusterer", TargetTags(required=False), TransformerTags())
 
     def __repr__(self) -> str:
-        defaults = inspect.signature(KMeans).parameters
+        defaults = inspect.signature(type(self)).parameters
         shown = {name: value for name, value in self.get_params().items() if value is not defaults[name].default}
         texts = {name: describe(x) if isinstance(x, (Tensor, np.ndarray)) else repr(x) for name, x in shown.items()}
-        return f"KMeans({', '.join(f'{name}={text}' for name, text in texts.items())})"
+        return f"{type(self).__name__}({', '.join(f'{name}={text}' for name, text in texts.items())})"
 
     def find_centers(self, x: Array, sample_weight: Array | None, op: str) -> tuple[Tensor, list[Report]]:
         """``fit`` without the assignment of all rows: the centres, and what the host learnt of each iteration."""
@@ -305,12 +307,27 @@ class KMeans:
         return centers, reports
 
     def _rows(self, x: Array, op: str, sample_weight: Array | None) -> Rows:
-        check_rows(x, op)
-        weights = check_weights(sample_weight, op, x.shape[0])
+        weights = self._checked_alike(x, op, sample_weight)
         rows = Rows(x, weights, device=self.device, chunk_rows=self.chunk_rows, group=self.process_group)
         expect(rows.total >= self.n_clusters, op, "x", f"at least n_clusters = {self.n_clusters} rows", f"{rows.total}")
         rows.survey(op)
         return rows
+
+    def _checked_alike(self, x: Array, op: str, sample_weight: Array | None) -> Tensor | None:
+        """The weights. What one rank refuses, or what does not fit to the others', every rank refuses."""
+        refused, weights = None, None
+        try:
+            check_rows(x, op)
+            weights = check_weights(sample_weight, op, x.shape[0])
+        except (TypeError, ValueError) as error:
+            refused = error
+        if self.process_group is not None:
+            device = self.device or (x.device if isinstance(x, Tensor) else None)
+            weighted = expect_alike(x, weights, refused, self.n_clusters, op, self.process_group, device)
+            weights = torch.ones(len(x), dtype=torch.float64) if weighted and weights is None else weights
+        if refused is not None:
+            raise refused
+        return weights
 
     def _fitted_rows(self, x: Array, op: str) -> Rows:
         if not hasattr(self, "cluster_centers_"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,14 @@ from fastproto.cluster import KMeans, PrototypeBank
 def attributes(kmeans: KMeans) -> dict:
     names = ("cluster_centers_", "labels_", "inertia_", "counts_", "concentration_", "history_")
     return {name: getattr(kmeans, name) for name in names}
+
+
+def refused(run: Callable[[], object]) -> str:
+    try:
+        run()
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def main(folder: Path, rank: int, bounds: list[int]) -> None:
@@ -32,12 +41,18 @@ def main(folder: Path, rank: int, bounds: list[int]) -> None:
     bank = PrototypeBank(len(cases["x"]), cases["x"].shape[1], **cases["bank"], process_group=group)
     bank.update(cases["x"][mine])
     bank.update(-cases["x"][mine])
-    try:
-        KMeans(2, process_group=group).fit(cases["broken"][mine])
-        error = ""
-    except ValueError as refused:
-        error = str(refused)
-    torch.save({"kmeans": found, "bank": bank.state_dict(), "error": error}, folder / f"found_{rank}.pt")
+    x, last = cases["x"][mine], rank == world - 1
+    kmeans = KMeans(2, max_points_per_cluster=50, process_group=group)
+    errors = [
+        refused(lambda: kmeans.fit(cases["broken"][mine])),
+        # What only the last rank gives.
+        refused(lambda: kmeans.fit(x, sample_weight=-torch.ones(len(x)) if last else None)),
+        refused(lambda: kmeans.fit(x[:, :5] if last else x)),
+        refused(lambda: kmeans.fit(x.double() if last else x)),
+    ]
+    some = KMeans(**cases["kmeans"][4], process_group=group).fit(x, sample_weight=torch.ones(len(x)) if last else None)
+    result = {"kmeans": found, "bank": bank.state_dict(), "errors": errors, "some": attributes(some)}
+    torch.save(result, folder / f"found_{rank}.pt")
     dist.destroy_process_group()
 
 

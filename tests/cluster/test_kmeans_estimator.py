@@ -100,3 +100,16 @@ def test_repr_shows_what_is_not_by_default() -> None:
     assert repr(KMeans(3)) == "KMeans(n_clusters=3)"
     assert repr(KMeans(3, n_init=2, empty="keep")) == "KMeans(n_clusters=3, n_init=2, empty='keep')"
     assert repr(KMeans(2, init=torch.zeros(2, 9))) == "KMeans(n_clusters=2, init=float32 (2, 9) on cpu)"
+
+
+class Shy(KMeans):
+    """A subclass with arguments of its own."""
+
+    def __init__(self, n_clusters: int, shyness: int = 3) -> None:
+        self.shyness = shyness
+        super().__init__(n_clusters)
+
+
+def test_a_subclass_has_parameters_of_its_own() -> None:
+    assert Shy(5, 7).get_params() == {"n_clusters": 5, "shyness": 7}
+    assert repr(Shy(5)) == "Shy(n_clusters=5)"

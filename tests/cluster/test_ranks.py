@@ -70,4 +70,11 @@ def test_ranks_find_the_bits_of_one_process(tmp_path: Path, bounds: list[int]) -
     for rank in found:
         for name, tensor in expected.state_dict().items():
             assert torch.equal(rank["bank"][name], tensor)
-        assert "got 1 with NaN or infinity, the first at index 250" in rank["error"]
+    for number, rank in enumerate(found):
+        infinite, negative, narrow, double = rank["errors"]
+        assert "got 1 with NaN or infinity, the first at index 250" in infinite
+        last, alone = number == len(found) - 1, len(found) == 1
+        assert ("finite weights of at least 0, got" if last else "others on another rank") in negative
+        assert alone or "x expected as many dimensions on every rank, got 5 to 6" in narrow
+        assert alone or "x expected as many bytes of a number on every rank, got 4 to 8" in double
+        assert torch.equal(rank["some"]["cluster_centers_"], found[0]["some"]["cluster_centers_"])
