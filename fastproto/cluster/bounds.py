@@ -21,8 +21,6 @@ from fastproto.ops.update import update
 
 GROUPING_ITERATIONS = 5
 SHARE = 4  # bounds take a fourth of the memory of the rows at most
-# Rows out of order, their slack and their distances cost a sixth of a search: bounds that skip less than this rest.
-WORTHWHILE = 0.15
 
 
 class Search:
@@ -73,16 +71,13 @@ class Search:
 class Bounds:
     """The searches of one fit, all over the same rows, the first two of them full. Needs the C++ kernels.
 
-    Where bounds skip next to nothing, as of rows without clusters, the next four searches do without, then the next
-    eight, and so on.
-
     Attributes:
         tried: pairs of a row and a centre whose distance was computed, so far.
     """
 
     def __init__(self) -> None:
         assert _native.cpp is not None
-        self.tried = self.rest = self.rests = 0
+        self.tried = 0
         self.panel_rows, self.group_centers = _native.cpp.assign_panel_rows(), _native.cpp.assign_group_centers()
         self.labels = self.distance = self.row_order = self.center_order = self.slack = self.centers = torch.empty(0)
 
@@ -92,14 +87,11 @@ class Bounds:
         centers: Tensor,  # (K, D) float
     ) -> tuple[Tensor, Tensor]:
         """Labels (N,) and squared distances (N,) as from ``assign``; valid until the next call."""
-        pairs = len(x) * len(centers)
-        if not len(self.labels) or self.rest:
-            self.rest = max(0, self.rest - 1)
+        if not len(self.labels):
             self.labels, self.distance = assign(x, centers)
-            self.tried += pairs
+            self.tried += len(x) * len(centers)
             return self.labels, self.distance
-        full = not len(self.slack)
-        if full:
+        if not len(self.slack):
             self._arrange(centers)
         drift = (centers.double() - self.centers.double()).norm(dim=1)
         tried = torch.zeros((), dtype=torch.int64)
@@ -109,9 +101,6 @@ class Bounds:
         )  # fmt: skip
         self.centers = centers
         self.tried += int(tried)
-        if not full and int(tried) > (1 - WORTHWHILE) * pairs:
-            self.rests += 1
-            self.rest, self.slack = 2 << self.rests, torch.empty(0)
         return self.labels, self.distance
 
     def _arrange(self, centers: Tensor) -> None:
