@@ -151,8 +151,8 @@ def _triton_bwd_keys(
     if normalize:
         length = torch.linalg.vector_norm(wide, dim=1).clamp(min=1e-12)
         a, along = a / length, along / length
-        total = torch.addcmul(total, wide, (along / length)[:, None], value=-1)
-    return present((total * a[:, None], None if scale is None else along, db))
+        total.addcmul_(wide, (along / length)[:, None], value=-1)
+    return present((total.mul_(a[:, None]), None if scale is None else along, db))
 
 
 def _suits_matrices(features: Tensor, *keys: Tensor | None) -> bool:
