@@ -11,9 +11,9 @@ N rows x, K keys y, D embedding, S parts of the rows. Rows with t(i) < 0 are ign
 
 A program owns a tile of keys and walks the rows, or one part of them, block by block, computing the scores again from
 the saved log-sum-exp. p_t - 1 is saved too: found from the scores it would have the rounding of two large numbers; and
-what exp(s - lse) is multiplied by to be p, since lse has the rounding of one. No
-two programs write one place and the parts are added in their order: no atomic, the same bits for the same sizes on the
-same GPU. In memory are S · K · D floats (and S is 1 where the key tiles fill the GPU), never the (N, K) scores.
+what exp(s - lse) is multiplied by to be p, since lse has the rounding of one. No two programs write one place and the
+parts are added in their order: no atomic, the same bits for the same sizes on the same GPU. In memory are S · K · D
+floats (and S is 1 where the key tiles fill the GPU), never the (N, K) scores.
 
 Source: FlashAttention-2, arXiv 2307.08691; the derivation is ours.
 """

@@ -3,10 +3,9 @@
 // Two pools in one process fight for the cores: PyTorch's OpenMP threads spin for milliseconds after each of its ops, and
 // leave ours no core. Python therefore hands over GOMP_parallel of the OpenMP library that PyTorch has loaded (linking it
 // here would load a second copy). Where there is none, and in a child after fork(), which OpenMP does not survive, the
-// pool serves. Tasks are handed out by an atomic counter: which thread runs a task is open, so a task must not depend on
-// it. A call that finds the pool busy (another Python thread is in it) runs its tasks itself. After fork() the child has
-// no threads: it forgets the pool and makes a new one at its first call. A waiting thread of the pool spins for some
-// microseconds before it sleeps: waking a core costs more than a small op.
+// pool serves. Tasks are handed out by an atomic counter. A call that finds the pool busy (another Python thread is in it)
+// runs its tasks itself. After fork() the child has no threads: it forgets the pool and makes a new one at its first call. A
+// waiting thread of the pool spins for some microseconds before it sleeps: waking a core costs more than a small op.
 #include "parallel.h"
 
 #include <atomic>

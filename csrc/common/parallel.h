@@ -13,7 +13,7 @@ void set_openmp_parallel(uintptr_t address);
 void run_tasks(int64_t count, int threads, void (*task)(const void*, int64_t), const void* context);
 
 template <typename Task> void parallel_for(int64_t count, int threads, const Task& task) {
-  run_tasks(count, threads, [](const void* task, int64_t i) { (*static_cast<const Task*>(task))(i); }, &task);
+  run_tasks(count, threads, [](const void* context, int64_t i) { (*static_cast<const Task*>(context))(i); }, &task);
 }
 
 }  // namespace fastproto

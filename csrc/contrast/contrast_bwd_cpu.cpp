@@ -32,8 +32,8 @@ struct Block {
   int64_t lowest_group, highest_group;
   std::vector<Hit> hits;  // by key, then row
   alignas(64) float lse[MAX_BLOCK];
-  alignas(64) float weight[MAX_BLOCK];    // see weight_of
-  alignas(64) float scale[MAX_BLOCK];  // of the scores, for products whose rows are not scaled themselves
+  alignas(64) float weight[MAX_BLOCK];  // see weight_of
+  alignas(64) float scale[MAX_BLOCK];   // of the scores, for products whose rows are not scaled themselves
   const float *across, *along;
 };
 
@@ -47,7 +47,8 @@ inline float weight_of(const Contrast& args, int64_t i) { return args.lse[2 * ar
 // q_{i,t(i)}
 inline float target_gradient(const Contrast& args, int64_t i) { return args.lse[args.N + i] * row_grad(args, i); }
 
-// scores[i] of one key and block become q_ij, of targets 0. Returns their sum where db is wanted. hit … end are the rows whose target the key is.
+// scores[i] of one key and block become q_ij, of targets 0. Returns their sum where db is wanted. hit … end are the rows whose
+// target the key is.
 inline float gradient_row(const Contrast& args, const Block& block, int64_t j, const Hit* hit, const Hit* end,
                           float* scores) {
   const float b = args.b ? args.b[j] : 0.f;
@@ -166,9 +167,7 @@ void task(const Contrast& args, int64_t begin, int64_t end) {
     });
   }
   const auto add_target = [&](int64_t i, int64_t row, float* sums) {  // q_{i,t(i)} times a row
-    load_feature(args, row, loaded);
-    const float q = target_gradient(args, i) * factor_of_row(args);
-    for (int64_t d = 0; d < args.D; ++d) sums[d] += q * loaded[d];
+    add_feature(args, target_gradient(args, i) * factor_of_row(args), row, loaded, sums);
   };
   for (int64_t i = 0; i < args.N; ++i) {
     const int64_t target = args.target[i];

@@ -191,9 +191,9 @@ void finish_row(const Contrast& args, const std::vector<Segment>& segments, int6
   const float rest = sum;
   sum += std::exp(positive - max);
   args.loss[i] = !counted ? 0.f : positive == max ? std::log1p(rest) : (max - positive) + std::log(sum);
-  const float lse = counted ? max + std::log(sum) : 0.f;
+  const float log_sum = std::log(sum), lse = counted ? max + log_sum : 0.f;
   args.lse[i] = lse;
-  args.lse[2 * args.N + i] = counted ? std::exp(lse - max - std::log(sum)) : 1.f;
+  args.lse[2 * args.N + i] = counted ? std::exp(lse - max - log_sum) : 1.f;
   if (args.entropy) {
     args.entropy[i] = counted ? lse - weighted / sum : 0.f;
     args.top1[i] = counted ? top1 : target;

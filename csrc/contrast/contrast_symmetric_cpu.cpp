@@ -182,12 +182,6 @@ void add_product(const Blocks& blocks, const float* left, int64_t block, int64_t
                                         blocks.width, keep);
 }
 
-// dx_i += q x̂_j.
-void add_target(const Contrast& args, float q, int64_t j, float* unit, float* dx) {
-  load_feature(args, j, unit);
-  for (int64_t d = 0; d < args.D; ++d) dx[d] += q * unit[d];
-}
-
 }  // namespace
 
 bool contrast_is_bounded(const Contrast& args) {
@@ -243,10 +237,10 @@ void contrast_bwd_symmetric(const Contrast& args, int threads) {
       const float inverse = load_feature(args, i, unit.data());
       float *from = dx.data() + i * blocks.width, *to = args.dy + i * args.D;
       // g (p − 1) = −g R / (R + e), of the row and of those whose target it is.
-      add_target(args, -w[i] * sums.rest[i], args.target[i], other.data(), from);
+      add_feature(args, -w[i] * sums.rest[i], args.target[i], other.data(), from);
       for (int64_t at = blocks.first_by_target[i]; at < blocks.first_by_target[i + 1]; ++at) {
         const int64_t j = blocks.by_target[at];
-        add_target(args, -w[j] * sums.rest[j], j, other.data(), from);
+        add_feature(args, -w[j] * sums.rest[j], j, other.data(), from);
       }
       for (int64_t d = 0; d < args.D; ++d) to[d] = inverse_temperature(args, 0) * from[d];
       through_length(args.D, unit.data(), inverse, to);

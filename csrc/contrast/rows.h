@@ -17,12 +17,18 @@ inline bool both_bfloat16(const Contrast& args) {
   return args.x_dtype == bfloat16 && args.y_dtype == bfloat16;
 }
 
-// Row i of x. Returns 1 / |x_i|, or 1 where it is taken as it is.
-inline float load_feature(const Contrast& args, int64_t i, float* out) {
+// Row i of x, times a factor. Returns 1 / |x_i|, or 1 where it is taken as it is.
+inline float load_feature(const Contrast& args, int64_t i, float* out, float factor = 1.f) {
   const float* row = read_row(args.x, args.x_dtype, i * args.stride_x, args.D, out);
   const float inverse = args.normalize ? inverse_length(row, args.D) : 1.f;
-  scale_row(row, args.D, inverse, out);
+  scale_row(row, args.D, factor * inverse, out);
   return inverse;
+}
+
+// out += q times row i, which is left in `row`.
+inline void add_feature(const Contrast& args, float q, int64_t i, float* row, float* out) {
+  load_feature(args, i, row);
+  for (int64_t d = 0; d < args.D; ++d) out[d] += q * row[d];
 }
 
 inline float inverse_temperature(const Contrast& args, int64_t j) { return args.a ? args.a[j] : args.a_all; }
@@ -58,8 +64,7 @@ inline void load_key(const Contrast& args, int64_t j, float* out) {
 // scores with.
 template <bool SCALE_SCORES> inline float load_factor_x(const Contrast& args, int64_t i, float* out) {
   if constexpr (!SCALE_SCORES) {
-    const float* row = read_row(args.x, args.x_dtype, i * args.stride_x, args.D, out);
-    scale_row(row, args.D, args.normalize ? factor_of_row(args) * inverse_length(row, args.D) : factor_of_row(args), out);
+    load_feature(args, i, out, factor_of_row(args));
     return 1.f;
   }
   load_row(args.x, args.x_dtype, i * args.stride_x, args.D, out);

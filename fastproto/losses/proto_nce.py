@@ -226,8 +226,9 @@ def _sample_keys(
     """
     # float64: in float32 some of 100 000 keys would draw the same number, and topk would choose between them.
     options: dict[str, Any] = {"dtype": torch.float64, "device": targets.device}
-    # Without the keyword where there is none: with it the compiler takes no K that changes.
-    priority = torch.rand(k, **options) if generator is None else torch.rand(k, **options, generator=generator)
+    if generator is not None:  # else without the keyword: with it the compiler takes no K that changes
+        options["generator"] = generator
+    priority = torch.rand(k, **options)
     if same_on_all_ranks:
         priority = from_first_rank(priority)
     ignored_to_end = torch.where(targets < 0, k, targets)

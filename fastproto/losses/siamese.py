@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fastproto._check import FLOATS, INTEGERS, expect, expect_index, expect_positive_ints, expect_tensor
-from fastproto.losses._common import expect_reduction, expect_views, reduce_rows, widen
-from fastproto.ops.siamese import siamese_all_pairs, siamese_pairs
+from fastproto.losses._common import expect_reduction, expect_views, reduce_rows
+from fastproto.ops.siamese import result_dtype, siamese_all_pairs, siamese_pairs
 
 
 def siamese_metric(
@@ -105,7 +105,7 @@ def siamese_metric_all_pairs(
     expect_index(assignments, "siamese_metric_all_pairs", "assignments", None, ignore_index)
     images = torch.arange(n, device=device).repeat(2)
     labels = assignments.repeat(2)
-    dtype = torch.promote_types(widen(features0).dtype, widen(features1).dtype)
+    dtype = result_dtype(features0, features1)
     x0, x1 = features0.to(dtype), features1.to(dtype)
     terms = siamese_all_pairs(x0, images, labels, weight, bias, second=x1, ignore_index=ignore_index)
     return terms.same_image + (terms.same_prototype + terms.different_prototype) / 2

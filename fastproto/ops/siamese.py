@@ -147,7 +147,7 @@ _all_pairs_bwd = _op(
 
 @_pairs_fwd.fake
 def _fake_pairs_fwd(a: Tensor, b: Tensor, same: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = _result_dtype(a, b, weight)
+    dtype = result_dtype(a, b, weight)
     return a.new_empty(a.shape[0], dtype=dtype), a.new_empty(a.shape[0], dtype=dtype)
 
 
@@ -155,24 +155,25 @@ def _fake_pairs_fwd(a: Tensor, b: Tensor, same: Tensor, weight: Tensor, bias: Te
 def _fake_pairs_bwd(
     a: Tensor, b: Tensor, same: Tensor, weight: Tensor, coefficient: Tensor, need_rows: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    dtype = _result_dtype(a, b, weight)
+    dtype = result_dtype(a, b, weight)
     da = a.new_empty(a.shape if need_rows else (0,), dtype=dtype)
     return da, a.new_empty(a.shape[1] if need_weight else 0, dtype=dtype)
 
 
 @_all_pairs_fwd.fake
 def _fake_all_pairs_fwd(features: Tensor, second: Tensor | None, *rest: Tensor) -> Any:
-    return tuple(features.new_empty(3, dtype=_result_dtype(features, rest[2])) for _ in range(3))
+    return tuple(features.new_empty(3, dtype=result_dtype(features, rest[2])) for _ in range(3))
 
 
 @_all_pairs_bwd.fake
 def _fake_all_pairs_bwd(features: Tensor, second: Tensor | None, *rest: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = _result_dtype(features, rest[2])
+    dtype = result_dtype(features, rest[2])
     dx = features.new_empty(_joined_shape(features, second), dtype=dtype)
     return dx, features.new_empty(features.shape[1], dtype=dtype)
 
 
-def _result_dtype(*tensors: Tensor) -> torch.dtype:
+def result_dtype(*tensors: Tensor) -> torch.dtype:
+    """The widest of their dtypes, at least float32."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
