@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from fastproto.cluster import KMeans
-from fastproto.train.build import load_data, load_run
+from fastproto.train.build import load_data
 from fastproto.train.config import Config, config_parser, parse, resolve
 from fastproto.train.loop import Interrupted, embed_all, train
+from fastproto.train.run import load_run
 
 
 def features_by_epoch(config: Config, epochs: int) -> list[Tensor]:

@@ -185,10 +185,10 @@ def evaluate(arguments: Sequence[str]) -> int:
     import torch
 
     from fastproto._check import expect
-    from fastproto.train.build import load_run
     from fastproto.train.checkpoint import latest_checkpoint
     from fastproto.train.evaluate import KNN, Metric, read_evaluations, write_evaluations
     from fastproto.train.evaluate import evaluate as measure
+    from fastproto.train.run import load_run
 
     about = "Evaluate the encoder of a run. Without --knn, --linear and --linear-sgd the first two."
     parser = Parser("fastproto eval", description=about)
@@ -249,9 +249,10 @@ def export(arguments: Sequence[str]) -> int:
     parser = Parser("fastproto export", description="Write the encoder of a run, and a model card, into RUN/export.")
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--to", required=True, choices=tuple(WRITERS), help="for which library, or format")
+    parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="default the last one")
     try:
         given = parser.parse_args(arguments)
-        print(write(given.run, given.to))
+        print(write(given.run, given.to, given.checkpoint))
     except (ValueError, OSError) as error:
         return fail("fastproto export", error)
     return 0
@@ -332,7 +333,7 @@ def views(arguments: Sequence[str]) -> int:
 
 def views_of_run(folder: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """How a run finds boxes and makes views, as options of ``preview`` beside those that are given."""
-    from fastproto.train.build import load_run
+    from fastproto.train.run import load_run
     from fastproto.views.command import Locator
 
     run = load_run(folder)

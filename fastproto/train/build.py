@@ -1,25 +1,23 @@
-"""What a run is made of by its configuration: data, views, the state to start from; and a whole run read back."""
+"""What a run is made of by its configuration: data, views, encoder, and the state to start from."""
 
 from __future__ import annotations
 
 import importlib
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastproto import _settings
 from fastproto._check import expect
 from fastproto.cluster import PrototypeBank
 from fastproto.train import data
-from fastproto.train.checkpoint import State, is_run, latest_checkpoint
-from fastproto.train.config import Config, OptimizerConfig, read_config
-from fastproto.train.encoders import build_encoder
-from fastproto.train.files import read_log, read_result
-from fastproto.train.methods import Method, build_method
+from fastproto.train.checkpoint import State
+from fastproto.train.config import Config, OptimizerConfig
+from fastproto.train.encoders import Encoder, build_encoder
+from fastproto.train.methods import build_method
 from fastproto.train.sync_norm import synchronise
 from fastproto.views import SIMC_BOX, BoxBank, ContrastiveCrop
 
@@ -85,9 +83,8 @@ def build_views(config: Config, dataset: data.Dataset) -> ContrastiveCrop:
 def build_state(config: Config, dataset: data.Dataset, device: torch.device) -> State:
     """The state before the first step: random weights by the seed, whole images as boxes, no prototypes."""
     torch.manual_seed(config.seed)
-    size = config.views.size or dataset.train_images.shape[2]
-    chosen_encoder = config.encoder
-    encoder = build_encoder(chosen_encoder.name, image_size=size, width=chosen_encoder.width, stem=chosen_encoder.stem)
+    height, width = dataset.train_images.shape[2:]
+    encoder = configured_encoder(config, height)
     # Convolutions on a CPU are up to twice as fast on this layout, and faster on a GPU in half precision.
     encoder = encoder.to(memory_format=torch.channels_last)
     method = build_method(config, encoder).to(device)
@@ -115,9 +112,19 @@ def build_state(config: Config, dataset: data.Dataset, device: torch.device) -> 
         # Without the path: data may be moved.
         "data": config.data.partition(":")[0],
         "number of training images": count,
-        "digest of the names and labels of the training images": dataset.digest,
+        "digest of the labels and the names, or places in shards, of the training images": dataset.digest,
     }
-    return State(method, build_optimizer(config.optimizer, method), boxes, prototypes, origin=origin)
+    inputs = {"data": dataset.name, "size": [height, width], "mean": list(dataset.mean), "std": list(dataset.std)}
+    optimizer = build_optimizer(config.optimizer, method)
+    return State(method, optimizer, boxes, prototypes, origin=origin, inputs=inputs)
+
+
+def configured_encoder(config: Config, height: int) -> Encoder:
+    """A fresh encoder for a run's views; ``height`` is that of its images."""
+    chosen = config.encoder
+    return build_encoder(
+        chosen.name, image_size=config.views.size or height, width=chosen.width, stem=chosen.stem
+    )
 
 
 def check_buildable(config: Config, dataset: data.Dataset, checkpoint: Path | None = None) -> None:
@@ -173,59 +180,3 @@ def build_optimizer(config: OptimizerConfig, method: nn.Module) -> torch.optim.O
             group["always_adapt"] = not flat
         return Lars(groups, lr=config.lr, momentum=config.momentum)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run read back from its folder by ``load_run``: its settings, data, trained parts and results, on the CPU."""
-
-    path: Path
-    config: Config
-    dataset: data.Dataset
-    method: Method  # trained weights, eval mode; .encoder(x) -> (N, C), .encoder.feature_map(x) -> (N, C, h, w)
-    views: ContrastiveCrop  # what made the views: (images, sample_ids, boxes=None, epoch=0) -> tuple of views
-    boxes: Tensor  # (N, 4) fractions (h0, w0, h1, w1), one per training image; the whole image where none were found
-    prototypes: list[Tensor]  # one (K, D) per prototype set; empty for methods without prototypes
-    assignments: list[Tensor]  # one (N,) int64 per prototype set, -1 where an image has none
-    log: list[dict[str, float]]  # one row per epoch, as in log.csv; the keys are its columns
-    result: dict[str, Any]  # result.json; empty while the run has not ended
-
-
-def load_run(folder: Path | str, checkpoint: Path | None = None, dataset: data.Dataset | None = None) -> Run:
-    """Reads a run back from its folder, on the CPU, at its last checkpoint or another.
-
-    Its data are read again, unless they are given: what ``load_data`` made of the run's configuration.
-
-    Raises:
-        ValueError: the folder holds no run, or none with a checkpoint; the data it was trained on is gone; the
-            checkpoint is not there, is damaged, or is of another method, encoder or data set; log.csv
-            or result.json is damaged.
-        OSError: the checkpoint cannot be read.
-    """
-    folder = Path(folder)
-    checkpoint = latest_checkpoint(folder) if checkpoint is None else checkpoint
-    expect(is_run(folder), "run", "folder", "one that holds a run", str(folder))
-    kept = ", ".join(map(str, sorted(folder.glob("checkpoints/*.pt")))) or "those that a training writes"
-    expect(checkpoint.is_file(), "run", "checkpoint", f"a file, such as {kept}", f"{checkpoint}, which is not one")
-    config = read_config(folder / "config.yaml")
-    dataset = load_data(config) if dataset is None else dataset
-    # Reading draws weights and loads a random state, neither of which is to be felt outside.
-    with torch.random.fork_rng():
-        state = build_state(config, dataset, torch.device("cpu"))
-        state.load(checkpoint)
-    prototypes: list[Tensor] = []
-    assignments: list[Tensor] = []
-    if state.prototypes is not None and state.prototypes.ready:
-        prototypes, assignments, _ = state.prototypes.lookup(torch.arange(len(dataset.train_images)))
-    return Run(
-        path=folder,
-        config=config,
-        dataset=dataset,
-        method=state.method.eval(),
-        views=build_views(config, dataset),
-        boxes=state.boxes.boxes,
-        prototypes=prototypes,
-        assignments=assignments,
-        log=read_log(folder),
-        result=read_result(folder),
-    )

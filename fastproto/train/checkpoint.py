@@ -66,13 +66,14 @@ class State:
     clustering: dict[str, float] = field(default_factory=dict)  # monitors of the last clustering
     log: list[dict[str, float]] = field(default_factory=list)  # one row per complete epoch
     origin: dict[str, Any] = field(default_factory=dict)  # what a checkpoint must have in common to be loaded
+    inputs: dict[str, Any] = field(default_factory=dict)  # what the encoder takes: "data", "size", "mean" and "std"
 
     def save(self, folder: Path, keep: int = 2) -> Path:
         """Writes a checkpoint, whole or not at all, and removes all but the last ``keep``."""
         parts = {name: getattr(self, name) for name in PARTS if getattr(self, name) is not None}
         values = {name: getattr(self, name) for name in VALUES}
         random = {"cpu": torch.get_rng_state()}
-        more = {"random": random, "origin": self.origin}
+        more = {"random": random, "origin": self.origin, "inputs": self.inputs}
         if torch.cuda.is_initialized():
             random["cuda"] = torch.cuda.get_rng_state()
         saved = {name: part.state_dict() for name, part in parts.items()}

@@ -13,32 +13,33 @@ from torch import Tensor
 
 import fastproto
 from fastproto._check import expect
-from fastproto.train.build import Run, load_run
 from fastproto.train.encoders import RESNET_WIDTH, RESNETS, TIMM, has_small_stem
 from fastproto.train.files import write_text, write_whole
+from fastproto.train.run import Trained, load_trained
 
 CARD = "README.md"
 
 
-def export(run: Path | str, to: str) -> Path:
-    """Writes the encoder at the run's last checkpoint, and a model card beside it that says how to load it.
+def export(run: Path | str, to: str, checkpoint: Path | None = None) -> Path:
+    """Writes a run's encoder, and a model card beside it that says how to load it. The run's data are not needed.
 
     Args:
-        run: folder of the run; its data have to be where they were.
+        run: folder of the run.
         to: ``"torchvision"``: a state dict in the names of torchvision's ResNet without ``fc``, export/torchvision.pt;
             ``"timm"``: one in timm's names without a head, export/timm.safetensors;
             ``"safetensors"``: one in the names of ``build_encoder``'s encoders, export/encoder.safetensors;
             ``"onnx"``: the graph of images (N, 3, H, W) to features (N, C), export/encoder.onnx.
+        checkpoint: which of the run's; None: the last.
 
     Returns:
         The file. It and the card replace what an earlier export of the same kind left.
 
     Raises:
-        ValueError: another ``to``, an encoder that the other library does not have, no run.
+        ValueError: another ``to``, an encoder that the other library does not have, no run, no such checkpoint.
         ModuleNotFoundError: for "onnx", without the packages of the extra [export].
     """
     expect(to in WRITERS, "export", "to", f"one of {', '.join(WRITERS)}", to)
-    loaded = load_run(run)
+    loaded = load_trained(run, checkpoint)
     name, write = WRITERS[to]
     folder = loaded.path / "export"
     content = write(loaded)
@@ -52,7 +53,7 @@ def export(run: Path | str, to: str) -> Path:
 Content = Callable[[BinaryIO], object]
 
 
-def _torchvision(run: Run) -> Content:
+def _torchvision(run: Trained) -> Content:
     name = run.config.encoder.name
     expect(name in RESNETS, "export", "to", f"timm, safetensors or onnx: torchvision has no {name}", "torchvision")
     _expect_full_width(run, "torchvision")
@@ -60,7 +61,7 @@ def _torchvision(run: Run) -> Content:
     return lambda file: torch.save(weights, file)
 
 
-def _timm(run: Run) -> Content:
+def _timm(run: Trained) -> Content:
     name = run.config.encoder.name
     known = name in RESNETS or name.startswith(TIMM)
     expect(known, "export", "to", f"safetensors or onnx: timm has no {name}", "timm")
@@ -69,13 +70,13 @@ def _timm(run: Run) -> Content:
     return _safetensors_of(_weights(run, "trunk." if name in RESNETS else "trunk.network."))
 
 
-def _expect_full_width(run: Run, to: str) -> None:
+def _expect_full_width(run: Trained, to: str) -> None:
     width = run.config.encoder.width
     wanted = f"safetensors or onnx: {to} has no {run.config.encoder.name} of width {width}"
     expect(width in (None, RESNET_WIDTH), "export", "to", wanted, to)
 
 
-def _safetensors(run: Run) -> Content:
+def _safetensors(run: Trained) -> Content:
     return _safetensors_of(_weights(run, ""))
 
 
@@ -85,15 +86,14 @@ def _safetensors_of(weights: dict[str, Tensor]) -> Content:
     return lambda file: file.write(save(weights, {"format": "pt", "producer": f"fastproto {fastproto.__version__}"}))
 
 
-def _onnx(run: Run) -> Content:
+def _onnx(run: Trained) -> Content:
     # The exporter needs both, and says so only after its tracing.
     for package in ("onnx", "onnxscript"):
         importlib.import_module(package)
-    encoder = run.method.encoder
     # A batch of two: the exporter takes a dimension of one for a constant.
-    images = torch.zeros(2, 3, *_image_size(run))
+    images = torch.zeros(2, 3, *run.size)
     program = torch.onnx.export(
-        encoder,
+        run.encoder,
         (images,),
         input_names=["images"],
         output_names=["features"],
@@ -106,19 +106,15 @@ def _onnx(run: Run) -> Content:
     return lambda file: file.write(graph)
 
 
-def _weights(run: Run, prefix: str) -> dict[str, Tensor]:
+def _weights(run: Trained, prefix: str) -> dict[str, Tensor]:
     """The encoder's tensors under a prefix, without it, in the default layout."""
-    weights = run.method.encoder.state_dict()
+    weights = run.encoder.state_dict()
     return {
         name.removeprefix(prefix): tensor.contiguous() for name, tensor in weights.items() if name.startswith(prefix)
     }
 
 
-def _image_size(run: Run) -> tuple[int, int]:
-    return run.dataset.train_images.shape[2], run.dataset.train_images.shape[3]
-
-
-WRITERS: dict[str, tuple[str, Callable[[Run], Content]]] = {
+WRITERS: dict[str, tuple[str, Callable[[Trained], Content]]] = {
     "torchvision": ("torchvision.pt", _torchvision),
     "timm": ("timm.safetensors", _timm),
     "safetensors": ("encoder.safetensors", _safetensors),
@@ -154,13 +150,13 @@ network.maxpool = torch.nn.Identity()
 """
 
 
-def card(run: Run, kinds: list[str]) -> str:
+def card(run: Trained, kinds: list[str]) -> str:
     """The model card, in Markdown with the header that model hubs read."""
-    config, data = run.config, run.dataset
-    name, (height, across) = config.encoder.name, _image_size(run)
+    config = run.config
+    name, (height, across) = config.encoder.name, run.size
     size = config.views.size or height
     small = has_small_stem(name, size, config.encoder.stem)
-    options = getattr(run.method.encoder.trunk, "options", {})
+    options = getattr(run.encoder.trunk, "options", {})
     fields = {
         "name": name,
         "timm": name.removeprefix(TIMM),
@@ -174,9 +170,7 @@ def card(run: Run, kinds: list[str]) -> str:
     }
     loaders = [f"```python\n{Template(LOADERS[kind]).substitute(fields)}\n```" for kind in kinds]
     scores = [
-        f"| {metric} | {100 * run.result['before'][metric]:.1f} % | {100 * score:.1f} % |"
-        for metric, score in run.result.get("after", {}).items()
-        if metric in run.result.get("before", {})
+        f"| {metric} | {100 * before:.1f} % | {100 * after:.1f} % |" for metric, (before, after) in run.scores.items()
     ]
     table = ["| on the test images | random weights | these weights |", "| --- | --- | --- |", *scores]
     lines = [
@@ -185,18 +179,18 @@ def card(run: Run, kinds: list[str]) -> str:
         "tags: [self-supervised, contrastive, image-feature-extraction]",
         "---",
         "",
-        f"# {name}, trained without labels by {config.method} on {data.name}",
+        f"# {name}, trained without labels by {config.method} on {run.data}",
         "",
-        f"{len(run.log)} of {config.epochs} epochs, batches of {config.batch_size}, {config.crop} crops, seed "
+        f"{run.epoch} of {config.epochs} epochs, batches of {config.batch_size}, {config.crop} crops, seed "
         f"{config.seed}; fastproto {fastproto.__version__}. All settings: `config.yaml` of the run.",
         "",
-        *(table if scores else ["The run has not ended: nothing is known of its accuracy."]),
+        *(table if scores else ["Nothing is known of the accuracy of these weights."]),
         "",
         "## Input and output",
         "",
-        f"RGB images (N, 3, {height}, {across}), divided by 255, minus the mean {_numbers(data.mean)}, divided by "
-        f"{_numbers(data.std)}. Features are the mean over space of the last feature map: (N, "
-        f"{run.method.encoder.num_features}).",
+        f"RGB images (N, 3, {height}, {across}), divided by 255, minus the mean {_numbers(run.mean)}, divided by "
+        f"{_numbers(run.std)}. Features are the mean over space of the last feature map: (N, "
+        f"{run.encoder.num_features}).",
         "",
         "## Loading",
         "",

@@ -18,7 +18,6 @@ from torch import Tensor
 
 import fastproto
 from fastproto.cluster import concentration
-from fastproto.train.build import Run, load_run
 from fastproto.train.clock import PHASES
 from fastproto.train.config import Config, plain
 from fastproto.train.data import Dataset, Images
@@ -26,6 +25,7 @@ from fastproto.train.evaluate import KNN, embed, read_evaluations
 from fastproto.train.files import write_text
 from fastproto.train.monitors import MONITORS
 from fastproto.train.plots import Line, curve, duration, percent, picture, point_map, share_bar
+from fastproto.train.run import Run, load_run
 from fastproto.views import sample_crops
 
 SCORES = {"knn20": "kNN, k = 20", "knn200": "kNN, k = 200", "linear": "Linear probe", "linear_sgd": "Linear, SGD"}
@@ -60,7 +60,7 @@ def write_report(run: Path, dataset: Dataset | None = None) -> Path:
 
 
 def page(run: Run) -> str:
-    """The whole page of a ``fastproto.train.build.Run``."""
+    """The whole page of a ``fastproto.train.run.Run``."""
     config, data = run.config, run.dataset
     run.method.to(device_of(run))
     method = METHODS.get(config.method) or config.method

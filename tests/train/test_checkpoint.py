@@ -18,6 +18,7 @@ from fastproto.train import build, checkpoint, files
 from fastproto.train.config import Config, OptimizerConfig, plain, read_config
 from fastproto.train.data import Dataset
 from fastproto.train.export import CARD, WRITERS
+from fastproto.train.run import load_run
 
 CPU = torch.device("cpu")
 
@@ -212,7 +213,7 @@ def test_a_run_is_read_back(tmp_path: Path, tiny_config: Config, made: Dataset, 
     state.save(tmp_path)
     files.write_log(tmp_path, state.log)
     random = torch.get_rng_state()
-    run = build.load_run(str(tmp_path))
+    run = load_run(str(tmp_path))
     assert torch.equal(torch.get_rng_state(), random)
     assert (run.path, run.config, run.log, run.result) == (tmp_path, config, state.log, {})
     assert run.dataset is made
@@ -227,7 +228,7 @@ def test_a_run_is_read_back(tmp_path: Path, tiny_config: Config, made: Dataset, 
         assert torch.equal(run.prototypes[0], state.prototypes.prototypes_0)
         assert torch.equal(run.assignments[0], state.prototypes.assignments_0)
     (tmp_path / "result.json").write_text(json.dumps({"config": plain(config)}))
-    assert build.load_run(tmp_path).result == {"config": plain(config)}
+    assert load_run(tmp_path).result == {"config": plain(config)}
 
 
 def test_a_run_before_its_first_clustering_has_no_prototypes(
@@ -235,16 +236,16 @@ def test_a_run_before_its_first_clustering_has_no_prototypes(
 ) -> None:
     checkpoint.start_folder(tmp_path, tiny_config)
     build.build_state(tiny_config, made, CPU).save(tmp_path)
-    run = build.load_run(tmp_path)
+    run = load_run(tmp_path)
     assert (run.prototypes, run.assignments) == ([], [])
 
 
 def test_no_run_is_refused(tmp_path: Path, tiny_config: Config) -> None:
     with pytest.raises(ValueError, match=r"run: folder expected one that holds a run, got .*nowhere"):
-        build.load_run(tmp_path / "nowhere")
+        load_run(tmp_path / "nowhere")
     checkpoint.start_folder(tmp_path, tiny_config)
     with pytest.raises(ValueError, match=r"run: folder expected a run with a checkpoint, got .*, which has none"):
-        build.load_run(tmp_path)
+        load_run(tmp_path)
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(

@@ -19,9 +19,10 @@ from PIL import Image
 import fastproto
 from fastproto import cli
 from fastproto.train import build, loop
-from fastproto.train.build import load_data, load_run
+from fastproto.train.build import load_data
 from fastproto.train.data import dataset
 from fastproto.train.files import read_log
+from fastproto.train.run import load_run
 
 TINY = """
 data: {data}

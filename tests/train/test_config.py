@@ -120,6 +120,9 @@ def test_difference_names_the_first_setting_that_differs() -> None:
 
 def test_a_run_may_go_on_elsewhere() -> None:
     assert settings.difference(Config(), Config(device="cpu", data_root="/elsewhere")) == ""
+    here, there = Config(data="imagefolder:here"), Config(data="imagefolder:there")
+    assert settings.difference(here, there) == ""
+    assert settings.difference(here, Config(data="shards:here")) == "data 'imagefolder:here', now 'shards:here'"
 
 
 def test_recipes_are_found_by_path_and_by_name(tmp_path: Path) -> None:

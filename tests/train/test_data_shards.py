@@ -61,6 +61,18 @@ def test_every_fifth_labelled_image_is_for_testing(tmp_path: Path) -> None:
         assert np.array_equal(data.test_images.permute(0, 2, 3, 1).numpy(), np.stack([pixels[5], pixels[11]]))
 
 
+def test_shards_are_known_again_wherever_they_lie(tmp_path: Path) -> None:
+    def digest(folder: str, labels: list[int | None]) -> str:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        write_tar(tmp_path / folder / "x.tar", members(labels)[1])
+        return load(f"shards:{tmp_path / folder}/x.tar", image_size=8).digest
+
+    before = digest("here", [0, 1, 2, 0, 1, 2])
+    assert digest("there", [0, 1, 2, 0, 1, 2]) == before
+    assert digest("there", [0, 1, 2, 1, 0, 2]) != before
+    assert digest("there", [0, 1, 2, 0, 1, 2, 0]) != before
+
+
 def test_shards_for_testing_have_a_pattern_of_their_own(tmp_path: Path) -> None:
     _, train = members([0, 1, None])
     pixels, test = members([1, 4], 50)

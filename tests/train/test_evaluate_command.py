@@ -12,10 +12,10 @@ import pytest
 
 from fastproto import cli
 from fastproto.train import data, evaluate, loop, report
-from fastproto.train.build import load_run
 from fastproto.train.config import Config, EvaluationConfig
 from fastproto.train.data import Dataset
 from fastproto.train.probes import LEARNING_RATES, linear_sgd
+from fastproto.train.run import load_run
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastproto import cli
@@ -16,13 +17,14 @@ from fastproto.train import build, checkpoint, data
 from fastproto.train.config import Config, EncoderConfig, ViewConfig
 from fastproto.train.data import Dataset
 from fastproto.train.export import CARD, WRITERS, export
+from fastproto.train.run import Run, load_run
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def make_run(tmp_path: Path, tiny_config: Config, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch):
-    def make(encoder: str, width: int | None = None, side: int = 20) -> build.Run:
+    def make(encoder: str, width: int | None = None, side: int = 20) -> Run:
         def grown(images: Tensor) -> Tensor:
             return nn.functional.interpolate(images.float(), side).byte()
 
@@ -36,7 +38,7 @@ def make_run(tmp_path: Path, tiny_config: Config, tiny_data: Dataset, monkeypatc
         for norm in (module for module in state.method.modules() if isinstance(module, nn.BatchNorm2d)):
             norm.running_mean.uniform_(-0.1, 0.1)
         state.save(tmp_path)
-        return build.load_run(tmp_path)
+        return load_run(tmp_path)
 
     return make
 
@@ -113,7 +115,10 @@ def test_a_missing_package_is_named(
 
 def test_the_card_knows_all_files_the_scores_and_the_pixels(make_run) -> None:
     run = make_run("resnet18")
-    assert "The run has not ended" in export(run.path, "torchvision").with_name(CARD).read_text()
+    assert "Nothing is known of the accuracy" in export(run.path, "torchvision").with_name(CARD).read_text()
+    state = build.build_state(run.config, run.dataset, CPU)
+    state.before, state.epoch = {"knn20": 0.25, "linear": 0.3}, run.config.epochs
+    state.save(run.path)
     (run.path / "result.json").write_text('{"before": {"knn20": 0.25}, "after": {"knn20": 0.5}}')
     text = export(run.path, "safetensors").with_name(CARD).read_text()
     assert "| knn20 | 25.0 % | 50.0 % |" in text
@@ -122,6 +127,30 @@ def test_the_card_knows_all_files_the_scores_and_the_pixels(make_run) -> None:
     assert "(N, 512)" in text
     files = ("torchvision.pt", "encoder.safetensors", "timm.safetensors")
     assert [name in text for name in files] == [True, True, False]
+
+
+def test_another_checkpoint_has_its_own_weights_and_scores_and_no_data_are_read(
+    make_run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run("resnet-tiny", 8)
+    state = build.build_state(run.config, run.dataset, CPU)
+    state.method.encoder.trunk[1].bias.data.fill_(0.5)
+    state.before, state.epoch, state.log = {"knn20": 0.25}, 1, [{"epoch": 1.0, "knn20": 0.375, "loss": 2.0}]
+    best = state.save(run.path, keep=3)
+    state.method.encoder.trunk[1].bias.data.fill_(0.75)
+    state.epoch, state.step = 2, 1
+    state.save(run.path, keep=3)
+    monkeypatch.setattr(data, "load", lambda *args, **options: pytest.fail("the data are gone"))
+    found = {}
+    for options in ([], ["--checkpoint", str(best)]):
+        assert cli.main(["export", str(run.path), "--to", "safetensors", *options]) == 0
+        path = Path(capsys.readouterr().out.strip())
+        found[bool(options)] = load_file(path)["trunk.1.bias"], path.with_name(CARD).read_text()
+    assert [float(found[which][0].mean()) for which in (False, True)] == [0.75, 0.5]
+    assert "Nothing is known of the accuracy of these weights." in found[False][1]
+    assert "| knn20 | 25.0 % | 37.5 % |" in found[True][1]
+    assert cli.main(["export", str(run.path), "--to", "safetensors", "--checkpoint", "elsewhere.pt"]) == 2
+    assert "checkpoint expected a file, such as" in capsys.readouterr().err
 
 
 def test_bad_input_is_refused_and_leaves_nothing(make_run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,5 +146,5 @@ def test_a_folder_of_other_images_is_refused(tmp_path: Path, tiny_config: Config
     load(path)
     (images / "a" / "0.png").rename(images / "b" / "0.png")
     (images / "b" / "1.png").rename(images / "a" / "1.png")
-    with pytest.raises(ValueError, match=r"digest of the names and labels of the training images \w{16}, got \w{16}$"):
+    with pytest.raises(ValueError, match=r"digest of .* of the training images \w{16}, got \w{16}$"):
         load(path)

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from fastproto import cli
-from fastproto.train.build import Run, load_run
 from fastproto.train.checkpoint import read_checkpoint
 from fastproto.train.files import read_log
+from fastproto.train.run import Run, load_run
 
 RECIPE = """
 data: imagefolder:{images}

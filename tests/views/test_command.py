@@ -126,7 +126,7 @@ def test_boxes_are_found_as_the_trainer_finds_them(tmp_path: Path, drawn: list[R
     """On an image of the size it trains on: the very box of the loop, with the options of the run."""
     pytest.importorskip("jsonargparse")
     from fastproto.train import loop
-    from fastproto.train.build import load_run
+    from fastproto.train.run import load_run
 
     images = tmp_path / "images"
     draw_pixels = np.random.default_rng(0)

@@ -38,7 +38,7 @@ class Dataset:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     left_out: int = 0  # files that did not decode when all were read, and shards without their end
-    digest: str = ""  # of the names and labels of all training images; of images in folders only
+    digest: str = ""  # of the labels of all training images in files, and their names or places in shards
 
     @property
     def skipped(self) -> int:

@@ -36,6 +36,9 @@ class FolderFiles:
     def take(self, ids: np.ndarray) -> FolderFiles:
         return FolderFiles(self.folder, self.names[ids])
 
+    def key(self) -> bytes:
+        return self.names.tobytes()
+
 
 def image_folder(folder: Path, class_list: Path | None = None) -> Split:
     """``folder/train/CLASS/*`` with ``test`` or ``val`` beside it, or ``folder/CLASS/*``; raises as ``load`` does."""

@@ -50,6 +50,9 @@ class ShardFiles:
     def take(self, ids: np.ndarray) -> ShardFiles:
         return ShardFiles(self.shards, self.shard[ids], self.start[ids], self.size[ids])
 
+    def key(self) -> bytes:
+        return b"".join(column.tobytes() for column in (self.shard, self.start, self.size))
+
     def _read(self, index: int, size: int) -> bytes:
         """From the image's header on, which is the block before it."""
         with open(self.shards[self.shard[index]], "rb", buffering=0) as file:

@@ -10,7 +10,7 @@ from fastproto._check import expect, is_integer
 from fastproto.train.data.dataset import Dataset, from_arrays, from_files
 from fastproto.train.data.digits import digits
 from fastproto.train.data.downloads import DOWNLOADS, download
-from fastproto.train.data.folders import FolderFiles, image_folder, imagenet, tiny_imagenet
+from fastproto.train.data.folders import image_folder, imagenet, tiny_imagenet
 from fastproto.train.data.shards import image_shards
 
 # Sides of squares where none is asked for.
@@ -98,7 +98,6 @@ def load(
         raise ValueError(f"load: name expected {known}, got {name!r}")
     side = image_size or SIDES.get(name, SIDE)
     data = from_files(name, *found, side=side, resident=resident, workers=workers, strict=strict, gpu_decode=gpu_decode)
-    (files, labels), digest = found[0], ""
-    if isinstance(files, FolderFiles):
-        digest = hashlib.sha256(files.names.tobytes() + labels.tobytes()).hexdigest()[:16]
+    files, labels = found[0]
+    digest = hashlib.sha256(files.key() + labels.tobytes()).hexdigest()[:16]
     return replace(data, left_out=data.left_out + cut, digest=digest)

@@ -56,6 +56,9 @@ class Files(Protocol):
     def take(self, ids: np.ndarray) -> Files:
         """Some of the images, numbered anew."""
 
+    def key(self) -> bytes:
+        """What tells these images, in this order, from others, wherever they lie."""
+
 
 class Wanted(NamedTuple):
     """What a worker is asked for."""
