@@ -108,15 +108,19 @@ def build_state(config: Config, dataset: data.Dataset, device: torch.device) -> 
             seed=config.seed,
         ).to(device)
     origin = {
-        "method": config.method,
-        # Without the path: data may be moved.
-        "data": config.data.partition(":")[0],
+        **configured_origin(config),
         "number of training images": count,
         "digest of the labels and the names, or places in shards, of the training images": dataset.digest,
     }
     inputs = {"data": dataset.name, "size": [height, width], "mean": list(dataset.mean), "std": list(dataset.std)}
     optimizer = build_optimizer(config.optimizer, method)
     return State(method, optimizer, boxes, prototypes, origin=origin, inputs=inputs)
+
+
+def configured_origin(config: Config) -> dict[str, str]:
+    """What a checkpoint has in common with a run, as far as the configuration says."""
+    # Without the path: data may be moved.
+    return {"method": config.method, "data": config.data.partition(":")[0]}
 
 
 def configured_encoder(config: Config, height: int) -> Encoder:

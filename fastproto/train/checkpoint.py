@@ -11,6 +11,7 @@ import re
 import shutil
 import warnings
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from fastproto._check import LONGEST, expect
 from fastproto.cluster import PrototypeBank
 from fastproto.train.config import Config, difference, read_config, to_yaml
 from fastproto.train.files import write_text, write_whole
+from fastproto.train.lock import is_locked
 from fastproto.train.methods import Method
 from fastproto.views import BoxBank
 
@@ -91,11 +93,7 @@ class State:
             ValueError: what ``read_checkpoint`` raises; a checkpoint of another method, encoder or data set.
             OSError: the file cannot be read.
         """
-        saved = read_checkpoint(path)
-        for name, wanted in self.origin.items():
-            # Checkpoints did not always say it.
-            found = saved.get("origin", {}).get(name, wanted)
-            expect(found == wanted, "checkpoint", str(path), f"{name} {wanted}", str(found))
+        saved = read_checkpoint(path, self.origin)
         for name in PARTS:
             if getattr(self, name) is not None:
                 try:
@@ -147,11 +145,11 @@ def resume_point(folder: Path) -> Path | None:
     return latest_checkpoint(folder) if begun or not is_run(folder) else None
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, origin: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What ``State.save`` wrote.
 
     Raises:
-        ValueError: the file is damaged, or holds something else.
+        ValueError: the file is damaged, or holds something else, or has another ``origin``.
         OSError: it is not there, or may not be read.
     """
     with open(path, "rb") as file:
@@ -165,6 +163,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     expect(spoilt is None, "checkpoint", str(path), "what was written", f"something else in {spoilt}: it is damaged")
     ours = isinstance(saved, dict) and saved.keys() >= {"method", "optimizer", "boxes", "epoch", "random"}
     expect(ours, "checkpoint", str(path), "what a training writes", "another file of torch's")
+    for name, wanted in (origin or {}).items():
+        # Checkpoints did not always say it.
+        found = saved.get("origin", {}).get(name, wanted)
+        expect(found == wanted, "checkpoint", str(path), f"{name} {wanted}", str(found))
     return saved
 
 
@@ -187,10 +189,12 @@ def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool)
     """Refuses a folder that training must not write into; else says where it goes on, if at all. Writes nothing itself.
 
     Raises:
-        ValueError: both flags; a folder that holds something else than a run, or a run without either flag, or that
-            cannot be made; with ``resume`` no run, one of another configuration, or a damaged checkpoint.
+        ValueError: both flags; a folder that another training writes, or that holds something else than a run, or a
+            run without either flag, or that cannot be made; with ``resume`` no run, one of another configuration, or a
+            damaged checkpoint.
     """
     expect(not (resume and overwrite), "train", "--resume and --overwrite", "one of them", "both")
+    expect(not is_locked(folder), "train", "--out", "a folder that no training writes now", f"{folder}: one does")
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     start = resume_point(folder) if resume else None
     if resume:

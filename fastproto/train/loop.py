@@ -34,6 +34,7 @@ from fastproto.train.data import Dataset, batches
 from fastproto.train.encoders import Encoder
 from fastproto.train.evaluate import KNN, embed, evaluate
 from fastproto.train.files import write_log, write_text
+from fastproto.train.lock import locked
 from fastproto.train.methods import METHODS, Method, Prototypes
 from fastproto.train.monitors import embedding_monitors, prototype_monitors
 from fastproto.views import localize
@@ -70,6 +71,7 @@ def train(
         Interrupted: ``stop`` said so.
         FloatingPointError: the loss is no longer finite.
         BrokenImage: a file that does not decode, where the configuration is strict.
+        BlockingIOError: another training writes the folder.
         ValueError: to resume, a checkpoint that is damaged, or of another method, encoder or data set.
     """
     idle = METHODS[config.method].idle_parts
@@ -87,6 +89,15 @@ def train(
     fabric.launch()
     if dist.is_initialized() and not joined_before:
         atexit.register(leave_processes)
+    # By now all processes have seen that no training holds the folder.
+    with locked(folder) if fabric.is_global_zero else nullcontext():
+        return run_epochs(fabric, config, dataset, folder, resume=resume, stop=stop)
+
+
+def run_epochs(
+    fabric: Fabric, config: Config, dataset: Dataset, folder: Path, *, resume: bool, stop: Callable[[], bool]
+) -> dict[str, Any]:
+    """What ``train`` does in each of its processes."""
     device, (rank, world) = fabric.device, rank_and_world()
     state = build_state(config, dataset, device)
     path = resume_point(folder) if resume else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastproto._check import expect
 from fastproto.train import data
-from fastproto.train.build import build_state, build_views, configured_encoder, load_data
+from fastproto.train.build import build_state, build_views, configured_encoder, configured_origin, load_data
 from fastproto.train.checkpoint import is_run, latest_checkpoint, read_checkpoint
 from fastproto.train.config import Config, read_config
 from fastproto.train.encoders import Encoder
@@ -93,12 +93,13 @@ def load_trained(folder: Path | str, checkpoint: Path | None = None) -> Trained:
 
     Raises:
         ValueError: the folder holds no run, or none with a checkpoint; the checkpoint is not there, is damaged, or is
-            of another encoder; result.json is damaged.
+            of another method, encoder or data set; result.json is damaged.
         OSError: the checkpoint cannot be read.
     """
     folder = Path(folder)
     checkpoint = find_checkpoint(folder, checkpoint)
-    config, saved = read_config(folder / "config.yaml"), read_checkpoint(checkpoint)
+    config = read_config(folder / "config.yaml")
+    saved = read_checkpoint(checkpoint, configured_origin(config))
     expect("inputs" in saved, "checkpoint", str(checkpoint), "one that says what the encoder takes", "an older one")
     inputs = saved["inputs"]
     height, width = inputs["size"]

@@ -98,17 +98,18 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(
     others = {
         "expected method simclr, got moco": begin("other", replace(base, method="moco"), made),
         "expected data digits, got cifar10": begin("data", replace(base, data="cifar10"), made),
-        "does not fit the run's method: size mismatch": begin("wide", wider, made),
+        "does not fit the run's ": begin("wide", wider, made),
         "expected what a training writes, got another file of torch's": tmp_path / "weights.pt",
     }
     torch.save({"weight": torch.ones(2)}, tmp_path / "weights.pt")
     for message, path in others.items():
-        line = refused(capsys, "eval", tmp_path / "run", "--checkpoint", path)
-        assert line.startswith(f"fastproto eval: checkpoint: {path} {message}")
-        assert len(line) < 600
+        for command in (["eval"], ["export", "--to", "safetensors"]):
+            line = refused(capsys, *command, tmp_path / "run", "--checkpoint", path)
+            assert line.startswith(f"fastproto {command[0]}: checkpoint: {path} {message}")
+            assert len(line) < 600
 
     path = begin("fewer", base, made.limited(39))
-    for command in (["eval"], ["report"], ["export", "--to", "safetensors"], ["train", "--resume", "--out"]):
+    for command in (["eval"], ["report"], ["train", "--resume", "--out"]):
         line = refused(capsys, *command, tmp_path / "fewer")
         assert line.endswith(f"checkpoint: {path} expected number of training images 40, got 39")
     # A checkpoint from before this was kept says it in torch's words.
