@@ -106,18 +106,24 @@ def expect_tensor(
         raise ValueError(f"{op}: {argument} expected {_shape_name(shape)}{where}, got {describe(value)}")
 
 
-def expect_index(index: Tensor, op: str, argument: str, size: int | None, ignore_index: int) -> int | None:
-    """Raises ValueError where an entry is neither ``ignore_index`` nor in 0…size-1, if its data may be read now.
+def expect_index(
+    index: Tensor, op: str, argument: str, size: int | None, ignore_index: int | None = None
+) -> int | None:
+    """Raises ValueError where an entry (N,) is neither ``ignore_index`` nor in 0…size-1, if its data may be read now.
 
-    ``size`` None sets no upper end. Returns how many entries are not ``ignore_index`` where it has counted them.
+    ``size`` None sets no upper end, ``ignore_index`` None lets none pass. Returns how many entries are not
+    ``ignore_index``, where it has counted them.
     """
-    expect_type(ignore_index, INTS, op, "ignore_index", "an int")
+    if ignore_index is not None:
+        expect_type(ignore_index, INTS, op, "ignore_index", "an int")
     if not index.numel() or not reads_data(index):
         return None
-    low, high, count = _range_of(index, ignore_index)
+    # What is ignored counts as 0.
+    low, high, count = _range_of(index, 0 if ignore_index is None else ignore_index)
     if low < 0 or (size is not None and high >= size):
-        expected = f"{ignore_index} or at least 0" if size is None else f"{ignore_index} or 0 to {size - 1}"
-        expect(False, op, argument, expected, f"values from {low} to {high}")
+        ignored = "" if ignore_index is None else f"{ignore_index} or "
+        inside = "at least 0" if size is None else f"0 to {size - 1}"
+        expect(False, op, argument, ignored + inside, f"values from {low} to {high}")
     return count
 
 

@@ -14,11 +14,11 @@ from fastproto._check import (
     INTS,
     describe,
     expect,
+    expect_index,
     expect_positive_ints,
     expect_tensor,
     expect_type,
     is_integer,
-    reads_data,
 )
 from fastproto.cluster._rows import Rows
 from fastproto.cluster.concentration import TEMPERATURE, expect_temperature
@@ -157,10 +157,7 @@ class PrototypeBank(nn.Module):
         """
         op = "PrototypeBank.lookup"
         expect_tensor(sample_ids, op, "sample_ids", ("N",), INTEGERS, self.num_updates.device)
-        if sample_ids.numel() and reads_data(sample_ids):
-            low, high = (int(value) for value in sample_ids.aminmax())
-            inside = low >= 0 and high < self.num_samples
-            expect(inside, op, "sample_ids", f"0 ... {self.num_samples - 1}", f"{low} ... {high}")
+        expect_index(sample_ids, op, "sample_ids", self.num_samples)
         sets = range(len(self.num_prototypes))
         return (
             [self._buffer("prototypes", index) for index in sets],

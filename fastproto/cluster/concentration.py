@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from fastproto._check import INTEGERS, expect, expect_tensor, is_number, reads_data
+from fastproto._check import INTEGERS, expect, expect_index, expect_tensor, is_number, reads_data
 from fastproto.cluster._rows import Rows
-from fastproto.ops.update import expect_labels, update
+from fastproto.ops.update import update
 
 TEMPERATURE = 0.2
 ALPHA = 10.0
@@ -61,7 +61,7 @@ def concentration(
     expect_temperature(temperature, op)
     known = is_number(alpha) and 0 <= alpha < math.inf
     expect(known, op, "alpha", "a finite number of at least 0", alpha)
-    expect_labels(labels, centers.shape[0], op)
+    expect_index(labels, op, "labels", centers.shape[0], -1)
     radius = radii(x, labels, centers)
     if reads_data(x) and not radius[labels >= 0].isfinite().all():
         expect(bool(centers.isfinite().all()), op, "centers", "finite centres", "NaN or infinity")

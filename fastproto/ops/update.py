@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastproto import _native
-from fastproto._check import INTEGERS, expect, expect_tensor, reads_data
+from fastproto._check import INTEGERS, expect, expect_index, expect_tensor
 from fastproto.ops._dispatch import DTYPE_CODES, Op, contiguous_rows
 from fastproto.reference import update as reference
 from fastproto.reference.update import round_to_grid as round_to_grid
@@ -38,7 +38,7 @@ def update(
     expect(x.shape[1] >= 1, "update", "x", "at least one dimension", x)
     if weights is not None:
         expect_tensor(weights, "update", "weights", (x.shape[0],), device=x.device)
-    expect_labels(labels, num_clusters, "update")
+    expect_index(labels, "update", "labels", num_clusters, -1)
     kept = torch.where((labels >= 0)[:, None], x, 0)
     rounders = two_rounders(torch.stack(largest(kept, weights)), len(x))
     sums, counts = update_parts(x, labels, num_clusters, weights, rounders)
@@ -70,13 +70,6 @@ def largest(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         return torch.maximum(high, -low).double(), one
     row_n = torch.maximum(x.amax(1), -x.amin(1)).double()
     return (row_n * weights).max(), weights.double().max()
-
-
-def expect_labels(labels: Tensor, num_clusters: int, op: str) -> None:
-    """Raises ValueError for a label outside -1 ... K - 1, where data may be read."""
-    if labels.numel() and reads_data(labels):
-        low, high = (int(value) for value in labels.aminmax())
-        expect(low >= -1 and high < num_clusters, op, "labels", f"-1 ... {num_clusters - 1}", f"{low} ... {high}")
 
 
 def _cpp(

@@ -87,7 +87,7 @@ def test_bad_input() -> None:
         concentration(x, labels, centers[:0])
     with pytest.raises(ValueError, match=r"concentration: labels expected \(5,\) on cpu, got int64 \(4,\) on cpu"):
         concentration(x, labels[:4], centers)
-    with pytest.raises(ValueError, match=r"concentration: labels expected -1 \.\.\. 1, got 1 \.\.\. 3"):
+    with pytest.raises(ValueError, match=r"concentration: labels expected -1 or 0 to 1, got values from 1 to 3"):
         concentration(x, labels + 2, centers)
     for value in (0.0, np.inf, np.nan, "a", True, None):
         with pytest.raises(ValueError, match=r"concentration: temperature expected a finite number above 0, got"):

@@ -51,8 +51,8 @@ BOXES = torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2)
 @pytest.mark.parametrize(
     ("error", "message", "sample_ids", "boxes"),
     [
-        (ValueError, "sample_ids expected 0 to 4, got 1 to 5", torch.tensor([1, 5]), BOXES),
-        (ValueError, "sample_ids expected 0 to 4, got -1 to 3", torch.tensor([-1, 3]), BOXES),
+        (ValueError, "sample_ids expected 0 to 4, got values from 1 to 5", torch.tensor([1, 5]), BOXES),
+        (ValueError, "sample_ids expected 0 to 4, got values from -1 to 3", torch.tensor([-1, 3]), BOXES),
         (TypeError, "sample_ids expected an int64 or int32 tensor", torch.tensor([1.0, 2.0]), BOXES),
         (TypeError, "sample_ids expected an int64 or int32 tensor", [1, 2], BOXES),
         (ValueError, r"sample_ids expected \(N,\) on cpu, got .* on meta", torch.arange(2).to("meta"), BOXES),
