@@ -64,9 +64,9 @@ def _search(
         # ||x - v||^2 / 2 less |x|^2 / 2, or -<x, v>
         squares = tile.square().sum(1) / 2 if metric == "l2" else tile.new_zeros(len(tile))
         scores = torch.addmm(squares, relative, tile.T, alpha=-1)
-        columns = torch.arange(start, start + len(tile), device=x.device).expand(len(x), -1)
-        scores, labels = torch.cat([best, scores], 1), torch.cat([labels, columns], 1)
-        best, order = scores.topk(min(k + SPARE, scores.shape[1]), largest=False)
+        near, columns = scores.topk(min(k + SPARE, len(tile)), largest=False)
+        near, labels = torch.cat([best, near], 1), torch.cat([labels, columns + start], 1)
+        best, order = near.topk(min(k + SPARE, near.shape[1]), largest=False)
         labels = labels.gather(1, order)
     # The product rounds small distances away, and those of equal vectors differently: distances are summed from the
     # coordinates. They are right where no vector left out can be as near as the last one kept.

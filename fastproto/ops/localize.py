@@ -66,7 +66,7 @@ def _fake(feature_map: Tensor, threshold: float, height: int, width: int) -> Ten
 def localize(
     feature_map: Tensor,  # (N, C, h, w) float
     threshold: float = 0.1,
-    image_size: tuple[int, int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> Tensor:  # (N, 4)
     """Boxes around the part of each image where the channel sum of its feature map is high.
 
@@ -80,7 +80,7 @@ def localize(
         feature_map: (N, C, h, w), float32, float64, float16 or bfloat16 (summed in float32 at least): the last
             convolutional stage of an encoder in eval mode, on images without augmentation.
         threshold: in [0, 1).
-        image_size: (height, width) of the images, at which the edges are found. None: the map's own size, which saves
+        image_size: (height, width) of the images, or one number for both, at which the edges are found. None: the map's own size, which saves
             the resizing; the edges are then places of the map, coarser and without the blur of the resizing.
 
     Returns:
@@ -110,7 +110,6 @@ def localize(
     expect(0 <= threshold < 1, "localize", "threshold", "a number in [0, 1)", threshold)
     if image_size is None:
         image_size = (feature_map.shape[2], feature_map.shape[3])
-    expect_type(image_size, (tuple, list), "localize", "image_size", "(H, W) or None")
-    height, width = expect_size(image_size, "localize", "image_size", "two positive ints (H, W)")
+    height, width = expect_size(image_size, "localize", "image_size", "a positive int, two (H, W) or None")
     # A map that wants a gradient would make the compiler look for one.
     return _op(feature_map.detach(), float(threshold), height, width)

@@ -74,6 +74,7 @@ def test_against_the_authors_procedure() -> None:
 def test_without_an_image_size_it_is_the_maps_own() -> None:
     feature_map = torch.randn(6, 4, 5, 9)
     assert torch.equal(localize(feature_map), localize(feature_map, image_size=(5, 9)))
+    assert torch.equal(localize(feature_map, image_size=16), localize(feature_map, image_size=(16, 16)))
     expected = [box_by_loops(one, 0.1, 5, 9) for one in feature_map]
     torch.testing.assert_close(localize(feature_map), torch.tensor(expected), rtol=1e-6, atol=0)
 
@@ -136,10 +137,10 @@ MAP = torch.zeros(2, 3, 4, 4)
         (ValueError, r"threshold expected a number in \[0, 1\), got float 1.0", {"threshold": 1.0}),
         (ValueError, "threshold expected a number", {"threshold": -0.1}),
         (TypeError, "threshold expected a number, got str", {"threshold": "0.1"}),
-        (ValueError, r"image_size expected two positive ints \(H, W\), got tuple \(0, 4\)", {"image_size": (0, 4)}),
-        (ValueError, "image_size expected two positive ints", {"image_size": (4, 4, 4)}),
+        (ValueError, r"image_size expected a positive int, two \(H, W\) or None, got tuple \(0, 4\)", {"image_size": (0, 4)}),
+        (ValueError, "image_size expected a positive int", {"image_size": (4, 4, 4)}),
         (ValueError, "image_size expected sides below 2147483648", {"image_size": (2**40, 3)}),
-        (TypeError, r"image_size expected \(H, W\) or None, got int 32", {"image_size": 32}),
+        (ValueError, "image_size expected a positive int", {"image_size": "32"}),
     ],
 )
 def test_bad_input(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
