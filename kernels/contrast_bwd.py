@@ -89,7 +89,7 @@ def _contrast_bwd_keys_kernel(
         lse_k = tl.where(mask_k, tl.load(lse_ptr + offs_k, mask=mask_k, other=0.0) * LOG2E, INF)
         target_q_k = tl.load(weight_ptr + offs_k, mask=mask_k, other=0.0)
         weight_k = tl.load(weight_ptr + N + offs_k, mask=mask_k, other=0.0)
-        largest_weight = tl.max(tl.abs(weight_k))
+        largest_weight = tl.max(tl.maximum(tl.abs(weight_k), tl.abs(target_q_k)))
         target_k = tl.load(target_ptr + offs_k, mask=mask_k, other=-1)
     if WHOLE:
         y_kd = load_factor(y_ptr, stride_y, here_k, mask_k, here_d, D, EVEN_D, HALVES)
@@ -143,9 +143,9 @@ def _contrast_bwd_keys_kernel(
             x_nv = load_factor(block_ptr, stride_x, here_n, mask_n, offs_v, D, EVEN_V, HALVES)
         largest = 0.0
         if HALVES:
-            # p ≤ 1, so no q is larger than the gradients that it is made of.
+            # p ≤ 1, so no q is larger than the weights that it is made of, or than the target's.
             q_kn *= unit_n[None, :]
-            largest = tl.max(tl.abs(weight_n) * unit_n)
+            largest = tl.max(tl.maximum(tl.abs(weight_n), tl.abs(target_q_n)) * unit_n)
             if SYMMETRIC:
                 largest += largest_weight * tl.max(unit_n)
         acc_kv = add_product(acc_kv, q_kn, largest, x_nv, HALVES)

@@ -16,8 +16,9 @@ are S · N · D floats for o (and S is 1 where the row tiles fill the GPU), neve
 the same sizes on the same GPU give the same bits.
 
 Scores are kept in base 2: a_j · log2 e and b_j · log2 e meet the float32 sums of the product, so the keys enter it at
-unit scale. Half-precision probabilities enter the second product rounded to the keys' dtype; all sums are float32.
-Float32 rows and keys come as pairs of halves (_halves.py), and their powers of two meet the sums as a_j does.
+unit scale. All sums are float32. Float32 rows and keys come as pairs of halves (_halves.py), and their powers of two
+meet the sums as a_j does. Half-precision probabilities enter the second product rounded to the keys' dtype: near the
+target that loses more than 1 - p_t, so the target stays out of o and gets its share from the loss, in the merge.
 
 Source: FlashAttention-2, arXiv 2307.08691; the derivation is ours.
 """
@@ -33,7 +34,7 @@ import triton.language as tl
 from fastproto.kernels._halves import add_product, factor_rows, load_factor, scores
 from fastproto.kernels._sets import MAX_SETS, keys_of_set, set_of_part
 from fastproto.kernels._tiles import INF, Tile, choose_splits, common_part, load_scale, tile_for
-from fastproto.kernels.contrast_merge import MERGE_COLUMNS, MERGE_ROWS, _contrast_merge_kernel
+from fastproto.kernels.contrast_merge import MERGE_COLUMNS, MERGE_ROWS, MERGE_WARPS, _contrast_merge_kernel
 from torch import Tensor
 
 
@@ -50,7 +51,7 @@ def _contrast_fwd_kernel(
     key_group_ptr,  # (ΣK,) int64
     max_ptr,  # (S, N) float32, in base 2
     sum_ptr,  # (S, N) float32
-    acc_ptr,  # (S, N, D) float32: Σ exp(s - m) a y, a in base 2
+    acc_ptr,  # (S, N, D) float32: Σ exp(s - m) a y, a in base 2; without j = t but with HALVES
     spread_ptr,  # (S, N) float32: Σ exp(s - m) (s - m), in base 2
     top1_ptr,  # (S, N) int64
     N,
@@ -126,12 +127,13 @@ def _contrast_fwd_kernel(
             a_k *= tl.load(unit_k_ptr + start_k + here_k, mask=mask_k, other=0.0)
             scores_nk *= unit_n[:, None]
         scores_nk = tl.fma(scores_nk, a_k[None, :], b_k[None, :])
+        # The target's place in this block in 32 bits, or -1: a comparison per score at half the price.
+        place_n = target_n - start_k
+        place_n = tl.where((place_n >= 0) & (place_n < BLOCK_K), place_n, -1).to(tl.int32)
+        others_nk = place_n[:, None] != here_k[None, :]
         if HAS_GROUPS:
             group_k = tl.load(key_group_ptr + start_k + here_k, mask=mask_k, other=0)
-            # The target's place in this block in 32 bits, or -1: a comparison per score at half the price.
-            place_n = target_n - start_k
-            place_n = tl.where((place_n >= 0) & (place_n < BLOCK_K), place_n, -1).to(tl.int32)
-            hidden_nk = (group_n[:, None] == group_k[None, :]) & (place_n[:, None] != here_k[None, :])
+            hidden_nk = (group_n[:, None] == group_k[None, :]) & others_nk
             scores_nk = tl.where(hidden_nk, -INF, scores_nk)
 
         block_max_n = tl.max(scores_nk, 1)
@@ -155,7 +157,11 @@ def _contrast_fwd_kernel(
                 y_kv = load_factor(block_ptr, stride_y, here_k, mask_k, offs_v, D, EVEN_V, HALVES)
             # p ≤ 1, and 0 where a bias of -inf hides the key.
             largest = tl.max(tl.where(b_k == -INF, 0.0, tl.abs(a_k))) if HALVES else 0.0
-            acc_nv = add_product(acc_nv * shrink_n[:, None], p_nk * a_k[None, :], largest, y_kv, HALVES)
+            weights_nk = p_nk * a_k[None, :]
+            if not HALVES:
+                # Rounded, it would hide what 1 - p_t is.
+                weights_nk = tl.where(others_nk, weights_nk, 0.0)
+            acc_nv = add_product(acc_nv * shrink_n[:, None], weights_nk, largest, y_kv, HALVES)
 
     at = pid_s.to(tl.int64) * N + offs_n
     if pid_v == 0:
@@ -233,5 +239,5 @@ def contrast_fwd(
         )  # fmt: skip
         _contrast_merge_kernel[triton.cdiv(n, MERGE_ROWS), triton.cdiv(d, MERGE_COLUMNS) if need_dx else 1, len(ys)](
             *inputs[:7], *partial, *out, *lengths, *strides, **flags, D_OUT=features.shape[1],
-            BLOCK_N=MERGE_ROWS, BLOCK_D=tile.block_d, BLOCK_V=MERGE_COLUMNS, num_warps=4,
+            BLOCK_N=MERGE_ROWS, BLOCK_D=tile.block_d, BLOCK_V=MERGE_COLUMNS, num_warps=MERGE_WARPS[halves],
         )  # fmt: skip

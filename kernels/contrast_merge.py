@@ -2,7 +2,7 @@
 """What the parts of the keys left of a row becomes its loss, gradient and statistics: the end of contrast_fwd.py.
 
     m = max_s m_s        l = Σ_s exp(m_s - m) l_s        o = Σ_s exp(m_s - m) o_s
-    L = (m - s_t) + log l        dx = o / l - a_t y_t
+    L = (m - s_t) + log l        dx = o / l - a_t y_t, or o / l + (exp(-L) - 1) a_t y_t where o has no target
     entropy = log l - Σ_s exp(m_s - m) (w_s + l_s (m_s - m)) / l
 
 N rows, G sets of keys, S parts of the keys, of which a set has some. Of part s: m_s the largest score of its keys,
@@ -19,6 +19,7 @@ from fastproto.kernels._sets import keys_of_set
 from fastproto.kernels._tiles import INF, LN2, LOG2E, load_rows, load_scale
 
 MERGE_ROWS, MERGE_COLUMNS = 64, 64
+MERGE_WARPS = {False: 4, True: 8}  # with HALVES four have too few registers on sm_80
 # Loads of the parts to come on their way: the few programs that merge have nothing else to wait beside.
 MERGE_STAGES = tl.constexpr(4)
 
@@ -43,7 +44,7 @@ def _contrast_merge_kernel(
     b_ptr,  # (ΣK,) float32
     max_ptr,  # (S, N) float32, in base 2
     sum_ptr,  # (S, N) float32
-    acc_ptr,  # (S, N, D) float32: Σ exp(s - m) a y, a in base 2
+    acc_ptr,  # (S, N, D) float32: Σ exp(s - m) a y, a in base 2; without j = t but with HALVES
     spread_ptr,  # (S, N) float32: Σ exp(s - m) (s - m), in base 2
     part_top1_ptr,  # (S, N) int64
     loss_ptr,  # (G, N) float32
@@ -90,6 +91,25 @@ def _contrast_merge_kernel(
     if HALVES:
         unit_k = tl.load(unit_k_ptr + key_n, mask=counted_n, other=0.0)
 
+    positive_n = tl.zeros((BLOCK_N,), tl.float32)
+    if tl.program_id(1) == 0 or (NEED_DX and not HALVES):
+        # The positive scores are the diagonal of one more tile, of the same instructions on the same columns as all
+        # scores, so that a positive that is the maximum has its very bits. Finding each in its block would cost every
+        # score one more sum.
+        offs_d = tl.arange(0, BLOCK_D)
+        scores_nn = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+        for start_d in tl.range(0, D, BLOCK_D, num_stages=1):
+            x_nd = load_factor(x_ptr, stride_x, offs_n, counted_n, start_d + offs_d, D, False, HALVES)
+            y_nd = load_factor(y_ptr, stride_y, key_n, counted_n, start_d + offs_d, D, False, HALVES)
+            scores_nn += scores(x_nd, y_nd, HALVES)
+        here = tl.arange(0, BLOCK_N)
+        diagonal_n = tl.sum(tl.where(here[:, None] == here[None, :], scores_nn, 0.0), 1)
+        scale_n, bias_n = load_scale(a_ptr, b_ptr, key_n, counted_n, HAS_BIAS)
+        if HALVES:
+            scale_n *= unit_k
+            diagonal_n *= tl.load(unit_n_ptr + offs_n, mask=mask_n, other=0.0)
+        positive_n = tl.fma(diagonal_n, scale_n, bias_n)
+
     max_n = tl.full((BLOCK_N,), -INF, tl.float32)
     top1_n = tl.zeros((BLOCK_N,), tl.int64)
     at = first_n
@@ -115,6 +135,12 @@ def _contrast_merge_kernel(
 
     # An ignored row may see no key at all.
     sum_n = tl.where(counted_n, sum_n, 1.0)
+    log_sum_n = tl.log(sum_n)
+    # (m - s_t) + log l, not lse - s_t: the difference of two large numbers would lose the digits of a small loss.
+    loss_n = tl.where(known_n, (max_n - positive_n) * LN2 + log_sum_n, float("nan"))
+    loss_n = tl.where(counted_n, loss_n, 0.0)
+    # p_t - 1. Rounding may leave a loss below 0, p not above 1. NaN stays.
+    less_n = expm1_of_minus(tl.where(loss_n < 0, 0.0, loss_n))
     if NEED_DX:
         offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
         acc_nv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
@@ -129,32 +155,14 @@ def _contrast_merge_kernel(
             y_nv += load_rows(y_ptr + D, stride_y, key_n, counted_n, offs_v, D, False).to(tl.float32)
             a_n *= unit_k
         share_n = LN2 / sum_n
-        dx_nv = acc_nv * share_n[:, None] - a_n[:, None] * y_nv
+        # As pairs of halves the target is in o, with all the digits that p_t - 1 has in float32.
+        left_n = -a_n if HALVES else less_n * a_n
+        dx_nv = acc_nv * share_n[:, None] + left_n[:, None] * y_nv
         dx_nv = tl.where(counted_n[:, None], dx_nv, 0.0)
         mask_nv = mask_n[:, None] & (offs_v < D_OUT)[None, :]
         tl.store(dx_ptr + out_n[:, None] * D_OUT + offs_v[None, :], dx_nv, mask=mask_nv)
 
     if tl.program_id(1) == 0:
-        # The positive scores are the diagonal of one more tile, of the same instructions on the same columns as all
-        # scores, so that a positive that is the maximum has its very bits. Finding each in its block would cost every
-        # score a comparison.
-        offs_d = tl.arange(0, BLOCK_D)
-        scores_nn = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
-        for start_d in tl.range(0, D, BLOCK_D, num_stages=1):
-            x_nd = load_factor(x_ptr, stride_x, offs_n, counted_n, start_d + offs_d, D, False, HALVES)
-            y_nd = load_factor(y_ptr, stride_y, key_n, counted_n, start_d + offs_d, D, False, HALVES)
-            scores_nn += scores(x_nd, y_nd, HALVES)
-        here = tl.arange(0, BLOCK_N)
-        diagonal_n = tl.sum(tl.where(here[:, None] == here[None, :], scores_nn, 0.0), 1)
-        scale_n, bias_n = load_scale(a_ptr, b_ptr, key_n, counted_n, HAS_BIAS)
-        if HALVES:
-            scale_n *= unit_k
-            diagonal_n *= tl.load(unit_n_ptr + offs_n, mask=mask_n, other=0.0)
-        positive_n = tl.fma(diagonal_n, scale_n, bias_n)
-        log_sum_n = tl.log(sum_n)
-        # (m - s_t) + log l, not lse - s_t: the difference of two large numbers would lose the digits of a small loss.
-        loss_n = tl.where(known_n, (max_n - positive_n) * LN2 + log_sum_n, float("nan"))
-        loss_n = tl.where(counted_n, loss_n, 0.0)
         saved_n = 2 * g * N.to(tl.int64) + out_n
         tl.store(loss_ptr + out_n, loss_n, mask=mask_n)
         lse_n = tl.where(counted_n, max_n * LN2 + log_sum_n, 0.0)
@@ -164,8 +172,7 @@ def _contrast_merge_kernel(
         rounded_n = tl.where(counted_n, lse_n * LOG2E, 0.0)
         off_n = tl.exp2(rounded_n - max_n - tl.log2(sum_n))
         tl.store(saved_ptr + 2 * N.to(tl.int64) + saved_n, tl.where(counted_n, off_n, 1.0), mask=mask_n)
-        # Rounding may leave a loss below 0, p not above 1. NaN stays.
-        tl.store(saved_ptr + N + saved_n, expm1_of_minus(tl.where(loss_n < 0, 0.0, loss_n)), mask=mask_n)
+        tl.store(saved_ptr + N + saved_n, less_n, mask=mask_n)
         if NEED_STATS:
             # Neither term is negative: log l, and Σ p (m - s).
             entropy_n = log_sum_n - spread_n / sum_n * LN2

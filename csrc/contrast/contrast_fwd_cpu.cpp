@@ -24,11 +24,11 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 // Below every score, and finite: no −∞ − (−∞) while a row has seen nothing.
 constexpr float LOWEST = std::numeric_limits<float>::lowest();
 
-// Running state of a chunk's rows over one segment of keys; sum and acc are without the target.
+// Running state of a chunk's rows over one segment of keys; sum, spread and acc are without the target.
 struct Segment {
-  float *max, *sum, *positive, *weighted, *best;  // (N,) weighted: Σ e^{s−max} s, for the entropy
+  float *max, *sum, *positive, *spread, *best;  // (N,) spread: Σ e^{s−max} (s − max), for the entropy
   int64_t* top1;
-  float* acc;                                     // (N, D) Σ e^{s−max} a y
+  float* acc;                                   // (N, D) Σ e^{s−max} a y
 };
 
 // A block of keys a_j y_j, or in bfloat16 of y_j, in both layouts, padded to whole vectors with keys that no row may see.
@@ -68,28 +68,34 @@ inline Vec finish_scores(const Contrast& args, const Block& block, int64_t i, fl
   return larger(best[0], best[1]);
 }
 
-// Entropy and top1 want more of a block than the loss does.
-inline void add_stats(const Block& block, const float* scores, float max, float shrink, int64_t i, Segment& segment) {
-  float weighted = segment.weighted[i] * shrink;
+// Σ e^{s−before} (s − before) of exponentials that add up to sum, with another maximum in place of before.
+inline float spread_below(float spread, float sum, float before, float max) {
+  return sum == 0 ? 0.f : (spread + sum * (before - max)) * std::exp(before - max);
+}
+
+// Entropy and top1 want more of a block than the loss does. target: its place in the block, if it has one.
+inline void add_stats(const Block& block, const float* scores, int64_t target, float before, float max, int64_t i,
+                      Segment& segment) {
+  float spread = spread_below(segment.spread[i], segment.sum[i], before, max);
   for (int64_t j = 0; j < block.count; ++j) {
     if (scores[j] == -INF) continue;
-    weighted += std::exp(scores[j] - max) * scores[j];
+    if (j != target) spread += std::exp(scores[j] - max) * (scores[j] - max);
     if (scores[j] > segment.best[i]) {
       segment.best[i] = scores[j];
       segment.top1[i] = block.first + j;
     }
   }
-  segment.weighted[i] = weighted;
+  segment.spread[i] = spread;
 }
 
 // One row's scores of a block become e^{s−max}, the target's 0. It comes last: beside it the sum of the others would lose its
 // digits, and with it a small loss and 1 − p_t. Returns their sums lane by lane.
-inline Vec exponentials(const Contrast& args, const Block& block, int64_t i, float max, float shrink, float* scores,
+inline Vec exponentials(const Contrast& args, const Block& block, int64_t i, float before, float max, float* scores,
                         Segment& segment) {
   const int64_t target = args.target[i] - block.first;
   const bool has_target = target >= 0 && target < block.count;
   if (has_target) segment.positive[i] = scores[target];
-  if (segment.weighted) add_stats(block, scores, max, shrink, i, segment);
+  if (segment.spread) add_stats(block, scores, target, before, max, i, segment);
   if (has_target) scores[target] = -INF;
   Vec total{};
   for (int64_t j = 0; j < block.padded; j += LANES) {
@@ -120,7 +126,7 @@ void row_tile(const Contrast& args, const Block& block, int64_t first, const flo
     store(shrink + m, exp(load(before + m) - load(max + m)));
   }
   for (int m = 0; m < M; ++m) {
-    lanes[m] = exponentials(args, block, first + m, max[m], shrink[m], scores + m * LD, segment);
+    lanes[m] = exponentials(args, block, first + m, before[m], max[m], scores + m * LD, segment);
     if (segment.acc) product.finish_weights(scores + m * LD, block.scale, block.padded);
   }
   fold_rows(lanes, [](Vec a, Vec b) { return a + b; }, sum);
@@ -175,27 +181,29 @@ void task(const Contrast& args, int64_t row_begin, int64_t row_end, int64_t key_
 // Merges a row's segments in their order and writes what was asked for.
 void finish_row(const Contrast& args, const std::vector<Segment>& segments, int64_t i) {
   const int64_t width = round_up(args.D, NR), target = args.target[i];
-  float max = LOWEST, sum = 0, positive = -INF, weighted = 0, best = -INF;
+  float max = LOWEST, sum = 0, positive = -INF, spread = 0, best = -INF;
   int64_t top1 = -1;
   for (const Segment& segment : segments) max = std::max(max, segment.max[i]);
   for (const Segment& segment : segments) {
     const float share = std::exp(segment.max[i] - max);
     sum += segment.sum[i] * share;
     if (segment.positive[i] != -INF) positive = segment.positive[i];
-    if (!segment.weighted) continue;
-    weighted += segment.weighted[i] * share;
+    if (!segment.spread) continue;
+    spread += spread_below(segment.spread[i], segment.sum[i], segment.max[i], max);
     if (segment.best[i] > best) best = segment.best[i], top1 = segment.top1[i];
   }
   const bool counted = target >= 0;
   // Not lse − s: the difference of two large numbers would lose the digits of a small loss.
-  const float rest = sum;
-  sum += std::exp(positive - max);
-  args.loss[i] = !counted ? 0.f : positive == max ? std::log1p(rest) : (max - positive) + std::log(sum);
-  const float log_sum = std::log(sum), lse = counted ? max + log_sum : 0.f;
+  const float rest = sum, own = std::exp(positive - max);
+  sum += own;
+  const float log_sum = positive == max ? std::log1p(rest) : std::log(sum), lse = counted ? max + log_sum : 0.f;
+  args.loss[i] = counted ? (max - positive) + log_sum : 0.f;
   args.lse[i] = lse;
   args.lse[2 * args.N + i] = counted ? std::exp(lse - max - log_sum) : 1.f;
   if (args.entropy) {
-    args.entropy[i] = counted ? lse - weighted / sum : 0.f;
+    if (own > 0) spread += own * (positive - max);
+    // Neither term is negative: log Σ e^{s−max}, and Σ p (max − s).
+    args.entropy[i] = counted ? log_sum - spread / sum : 0.f;
     args.top1[i] = counted ? top1 : target;
     args.positive[i] = counted ? positive : 0.f;
   }
@@ -244,7 +252,7 @@ void every_row(const Contrast& args, int threads) {
     std::fill(segments[s].max, segments[s].max + args.N, LOWEST);
     std::fill(segments[s].positive, segments[s].positive + args.N, -INF);
     if (args.entropy) {
-      segments[s].weighted = take(args.N);
+      segments[s].spread = take(args.N);
       segments[s].best = take(args.N);
       segments[s].top1 = top1.data() + s * args.N;
       std::fill(segments[s].best, segments[s].best + args.N, -INF);

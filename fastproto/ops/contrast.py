@@ -156,12 +156,12 @@ def _triton_bwd_keys(
 
 
 def _suits_matrices(features: Tensor, *keys: Tensor | None) -> bool:
-    """Whether plain matrix products serve better than Triton: for float64, or few scores of rows that are wide.
+    """Whether plain matrix products serve better than Triton: of float64 or no columns, or few scores of wide rows.
 
     A Triton program sums 128 or 256 columns of the gradient, and finds the scores anew for every so many of them.
     """
     given = [y for y in keys if y is not None]
-    if any(x.dtype == torch.float64 for x in (features, *given)):
+    if features.shape[1] == 0 or any(x.dtype == torch.float64 for x in (features, *given)):
         return True
     return features.shape[1] > WIDE and features.shape[0] * sum(y.shape[0] for y in given) <= FEW_SCORES
 

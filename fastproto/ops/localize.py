@@ -80,8 +80,9 @@ def localize(
         feature_map: (N, C, h, w), float32, float64, float16 or bfloat16 (summed in float32 at least): the last
             convolutional stage of an encoder in eval mode, on images without augmentation.
         threshold: in [0, 1).
-        image_size: (height, width) of the images, or one number for both, at which the edges are found. None: the map's own size, which saves
-            the resizing; the edges are then places of the map, coarser and without the blur of the resizing.
+        image_size: (height, width) of the images, or one number for both, at which the edges are found. None: the map's
+            own size, which saves the resizing; the edges are then places of the map, coarser and without the blur of
+            the resizing.
 
     Returns:
         (N, 4) float32 fractions (h0, w0, h1, w1), for ``sample_crops`` and ``BoxBank``.

@@ -155,7 +155,8 @@ def test_merge(arch: str, halves: bool, sets: int) -> None:
     for tile in _tiles.TILES[arch]["contrast_fwd"][4 if halves else 2].values():
         sizes = {"D": 128, "D_OUT": 128, "BLOCK_N": contrast_merge.MERGE_ROWS, "BLOCK_D": tile.block_d,
                  "BLOCK_V": contrast_merge.MERGE_COLUMNS, "HALVES": halves}  # fmt: skip
-        compiled = compile_kernel("contrast_merge", arch, "fp16" if halves else "bf16", 4, 3, sizes | FULL, sets)
+        dtype, warps = "fp16" if halves else "bf16", contrast_merge.MERGE_WARPS[halves]
+        compiled = compile_kernel("contrast_merge", arch, dtype, warps, 3, sizes | FULL, sets)
         assert registers_and_stack(compiled)[1] <= most_spilled(arch, FULL), tile
         assert compiled.metadata.shared <= SHARED["default"], tile
         assert TENSOR_CORES[arch] in compiled.asm["ptx"], tile

@@ -93,3 +93,23 @@ def test_errors_do_not_grow_with_sharpness_or_rows(n: int, d: int, temperature: 
         _native.cpp.set_isa(isa)
         assert max(gradient_errors(lambda a, b: nt_xent(a, b, temperature=temperature), plain_nt_xent, z0, z1)) < 1.5
         assert max(gradient_errors(ours, plain, F.normalize(z0, dim=1), keys)) < 1.5
+
+
+@needs_cpp
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize(("temperature", "offset"), [(0.07, 0.0), (0.01, 0.0), (0.2, 1000.0)])
+def test_entropy_does_not_lose_digits_to_large_scores(temperature: float, offset: float) -> None:
+    """lse - Σ p s would be the difference of two numbers as large as the scores."""
+    torch.manual_seed(0)
+    x, y = F.normalize(torch.randn(70, 24), dim=1), F.normalize(torch.randn(600, 24), dim=1)
+    targets, bias = torch.arange(70), torch.full((600,), offset)
+
+    def error(entropy: Tensor) -> float:
+        p = ((x.double() @ y.double().T / temperature).log_softmax(1)).exp()
+        return float((entropy + torch.xlogy(p, p).sum(1)).abs().max())
+
+    allowed = error(torch.distributions.Categorical(logits=x @ y.T / temperature + offset).entropy())
+    assert _native.cpp is not None
+    for isa in _native.cpp.supported_isas():
+        _native.cpp.set_isa(isa)
+        assert error(contrast(x, y, targets, scale=1 / temperature, bias=bias).entropy) <= 2 * allowed

@@ -127,6 +127,40 @@ def test_half_precision_is_as_exact_as_plain_pytorch(dtype: torch.dtype, shape: 
 
 
 @on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("near", [0.3, 0.03])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_rows_near_their_target_are_as_exact_as_plain_pytorch(dtype: torch.dtype, near: float, grouped: bool) -> None:
+    """p_t is rounded beside p_t - 1, of which little is left: the target has no part in the rounded sum."""
+    n, k, d = 40, 300, 130
+    y = F.normalize(torch.randn(k, d), dim=1)
+    x = F.normalize(y[:n] + near * torch.randn(n, d) / math.sqrt(d), dim=1)
+    targets, groups, key_groups = torch.arange(n, device=DEVICE), torch.arange(n) % 7, torch.arange(k) % 7
+    groups, key_groups = (ids.to(DEVICE) if grouped else None for ids in (groups, key_groups))
+
+    def plain(features: Tensor, keys: Tensor) -> Tensor:
+        # As under autocast, where the softmax is of float32.
+        product = features @ keys.T
+        scores = product.to(torch.promote_types(product.dtype, torch.float32)) * 14.3
+        if groups is not None:
+            hidden = (groups[:, None] == key_groups) & (targets[:, None] != torch.arange(k, device=DEVICE))
+            scores = scores.masked_fill(hidden, -math.inf)
+        return F.cross_entropy(scores, targets, reduction="none")
+
+    def ours(features: Tensor, keys: Tensor) -> Tensor:
+        with fastproto.backend("triton"):
+            return contrast(features, keys, targets, scale=14.3, groups=groups, key_groups=key_groups).loss
+
+    def gradient(loss: Callable[[Tensor, Tensor], Tensor], of: torch.dtype) -> Tensor:
+        features, keys = x.to(DEVICE, dtype).to(of).requires_grad_(), y.to(DEVICE, dtype).to(of)
+        return torch.autograd.grad(loss(features, keys).sum(), features)[0].double()
+
+    right = gradient(plain, torch.float64)
+    error, allowed = ((gradient(loss, dtype) - right).norm() for loss in (ours, plain))
+    assert error <= 2 * allowed
+
+
+@on_gpu
 @pytest.mark.parametrize("grouped", [False, True])
 def test_rows_against_themselves(grouped: bool) -> None:
     """The symmetric pass equals the two passes of the reference."""
@@ -324,6 +358,28 @@ def test_empty_batch(k: int) -> None:
     assert all(value.shape == (0,) for value in rows)
     assert torch.equal(keys.grad, torch.zeros_like(keys))
     assert features.grad.shape == (0, 3)
+
+
+@on_gpu
+def test_without_columns_all_scores_are_equal() -> None:
+    features, keys = torch.zeros(3, 0, device=DEVICE), torch.zeros(5, 0, device=DEVICE)
+    with fastproto.backend("triton"):
+        loss = contrast(features, keys, torch.tensor([0, 1, 4], device=DEVICE)).loss
+    torch.testing.assert_close(loss, torch.full((3,), math.log(5), device=DEVICE))
+
+
+@on_gpu
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of an overflow that is masked
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_gradients_of_huge_equal_scores_are_finite(symmetric: bool) -> None:
+    """lse is rounded by more than its log: the weights are tiny beside the target's, which has to fit float16 too."""
+    x = F.normalize(torch.ones(64, 24, device=DEVICE), dim=1).requires_grad_()
+    with fastproto.backend("triton"):
+        (loss,) = contrast_unchecked(
+            x.detach() if not symmetric else x, None if symmetric else x, torch.arange(64, device=DEVICE).roll(1), 1e9,
+            None, None, None, normalize=False,
+        )  # fmt: skip
+        assert torch.autograd.grad(loss.sum(), x)[0].isfinite().all()
 
 
 @on_gpu

@@ -137,7 +137,7 @@ MAP = torch.zeros(2, 3, 4, 4)
         (ValueError, r"threshold expected a number in \[0, 1\), got float 1.0", {"threshold": 1.0}),
         (ValueError, "threshold expected a number", {"threshold": -0.1}),
         (TypeError, "threshold expected a number, got str", {"threshold": "0.1"}),
-        (ValueError, r"image_size expected a positive int, two \(H, W\) or None, got tuple \(0, 4\)", {"image_size": (0, 4)}),
+        (ValueError, r"image_size expected a positive int, two .* or None, got tuple \(0, 4\)", {"image_size": (0, 4)}),
         (ValueError, "image_size expected a positive int", {"image_size": (4, 4, 4)}),
         (ValueError, "image_size expected sides below 2147483648", {"image_size": (2**40, 3)}),
         (ValueError, "image_size expected a positive int", {"image_size": "32"}),
