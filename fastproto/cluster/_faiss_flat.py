@@ -32,6 +32,21 @@ def vector_to_array(vector: Vector | np.ndarray) -> np.ndarray:
     return np.array(vector if isinstance(vector, np.ndarray) else vector.values)
 
 
+vector_float_to_array = vector_to_array  # the name of older versions of faiss
+
+
+def normalize_L2(x: np.ndarray) -> None:
+    """Brings every vector (N, d) of a float array to length 1, in place; one of zeros stays."""
+    check_rows(x, "faiss_compat.normalize_L2")
+    length = np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
+    x /= np.where(length > 0, length, 1)
+
+
+def get_num_gpus() -> int:
+    """How many CUDA devices torch finds."""
+    return torch.cuda.device_count()
+
+
 def copy_array_to_vector(array: np.ndarray, vector: Vector) -> None:
     """Fills the vector with the array's numbers."""
     vector.values = np.array(array).ravel()
@@ -62,7 +77,7 @@ class FlatIndex:
 
     def reset(self) -> None:
         """Forgets all vectors."""
-        self.vectors = torch.zeros(0, self.d, device=self.device)
+        self.vectors = torch.zeros(0, self.d, dtype=torch.float32, device=self.device)
 
     def add(self, x: np.ndarray) -> None:
         """Appends the vectors (N, d)."""
@@ -89,6 +104,18 @@ class FlatIndex:
             return distances.cpu().numpy(), several.cpu().numpy()
         labels, distance = Rows(x, device=self.device).nearest(self.vectors, self.metric, op)
         return distance.numpy()[:, None], labels.numpy()[:, None]
+
+
+METRIC_INNER_PRODUCT, METRIC_L2 = 0, 1  # faiss's numbers
+
+
+class IndexFlat(FlatIndex):
+    """Vectors by either metric."""
+
+    def __init__(self, d: int, metric: int = METRIC_L2) -> None:
+        known = metric in (METRIC_L2, METRIC_INNER_PRODUCT)
+        expect(known, "faiss_compat.IndexFlat", "metric", "METRIC_L2 or METRIC_INNER_PRODUCT", metric)
+        super().__init__(d, "l2" if metric == METRIC_L2 else "ip")
 
 
 class IndexFlatL2(FlatIndex):

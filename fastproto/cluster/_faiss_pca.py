@@ -25,7 +25,7 @@ class PCAMatrix:
 
     Attributes:
         is_trained: whether there are directions.
-        mean, eigenvalues: μ (d_in,) and λ (d_out,) float32, after ``train``.
+        mean, eigenvalues: μ (d_in,) and all λ (d_in,), the largest first, float32, after ``train``.
 
     Example:
         >>> import numpy as np
@@ -50,10 +50,10 @@ class PCAMatrix:
     def train(self, x: np.ndarray) -> None:
         """Learns the directions of the vectors (N, d_in). ValueError for another shape, NaN or infinity."""
         op = "faiss_compat.PCAMatrix.train"
-        vectors = torch.tensor(float32(x, op, self.d_in))
-        mean, variances, directions = principal_directions(vectors, self.d_out, op)
-        eigenvalues = variances * len(vectors)
-        scale = power(eigenvalues, self.eigen_power) if self.eigen_power else 1
+        vectors = torch.tensor(float32(x, op, self.d_in), device="cpu")
+        mean, variances, directions = principal_directions(vectors, self.d_in, op)
+        eigenvalues, directions = variances * len(vectors), directions[:, : self.d_out]
+        scale = power(eigenvalues[: self.d_out], self.eigen_power) if self.eigen_power else 1
         self.mean, self.eigenvalues = mean.float().numpy(), eigenvalues.float().numpy()
         self._mean, self._projection = mean.numpy(), (directions * scale).numpy()
         self.is_trained = True

@@ -35,7 +35,7 @@ def several_nearest(
     found = min(k, total)
     worst = torch.finfo(torch.float32).max * (1 if metric == "l2" else -1)
     labels = torch.full((len(x), k), -1, device=device)
-    distance = torch.full((len(x), k), worst, device=device)
+    distance = torch.full((len(x), k), worst, dtype=torch.float32, device=device)
     origin = vectors.median(0).values.double()
     size = max(1, CHUNK_ELEMENTS[device.type] // max(min(TILE, total) + found, (found + SPARE) * dim))
     rows = Rows(x, device=device, chunk_rows=size)

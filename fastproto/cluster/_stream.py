@@ -90,7 +90,8 @@ class Stream:
     def _room(self, pin_memory: bool = False) -> Tensor:
         """For the longest piece, on the host."""
         longest = self.slices[0].stop - self.slices[0].start
-        return torch.empty(longest, self.x.shape[1], dtype=as_tensor(self.x[:0]).dtype, pin_memory=pin_memory)
+        dtype = as_tensor(self.x[:0]).dtype
+        return torch.empty(longest, self.x.shape[1], dtype=dtype, device="cpu", pin_memory=pin_memory)
 
 
 def as_tensor(x: Array) -> Tensor:

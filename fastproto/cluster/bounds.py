@@ -79,7 +79,8 @@ class Bounds:
         assert _native.cpp is not None
         self.tried = 0
         self.panel_rows, self.group_centers = _native.cpp.assign_panel_rows(), _native.cpp.assign_group_centers()
-        self.labels = self.distance = self.row_order = self.center_order = self.slack = self.centers = torch.empty(0)
+        nothing = torch.empty(0, device="cpu")
+        self.labels = self.distance = self.row_order = self.center_order = self.slack = self.centers = nothing
 
     def assign(
         self,
@@ -94,7 +95,7 @@ class Bounds:
         if not len(self.slack):
             self._arrange(centers)
         drift = (centers.double() - self.centers.double()).norm(dim=1)
-        tried = torch.zeros((), dtype=torch.int64)
+        tried = torch.zeros((), dtype=torch.int64, device="cpu")
         launch(
             x, centers, "l2", True, self.labels, self.distance, self.row_order, self.center_order,
             self._per_group(drift), self.slack, tried,
@@ -113,9 +114,10 @@ class Bounds:
             anchors = torch.where(counts[:, None] > 0, sums / counts[:, None], anchors.double()).to(centers.dtype)
         self.center_order = labels.argsort(stable=True)
         place = torch.empty_like(self.center_order)
-        place[self.center_order] = torch.arange(k)
+        place[self.center_order] = torch.arange(k, device="cpu")
         self.row_order = place[self.labels].argsort(stable=True)
-        self.slack = torch.full((-(-len(self.labels) // self.panel_rows), -(-k // size)), -torch.inf)
+        slack = -(-len(self.labels) // self.panel_rows), -(-k // size)
+        self.slack = torch.full(slack, -torch.inf, dtype=torch.float32, device="cpu")
         self.centers = centers
 
     def _per_group(self, drift: Tensor) -> Tensor:

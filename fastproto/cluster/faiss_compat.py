@@ -28,11 +28,17 @@ ClusteringInitMethod_RANDOM = clustering.ClusteringInitMethod_RANDOM
 GpuIndexFlatConfig = flat.GpuIndexFlatConfig
 GpuIndexFlatIP = flat.GpuIndexFlatIP
 GpuIndexFlatL2 = flat.GpuIndexFlatL2
+IndexFlat = flat.IndexFlat
 IndexFlatIP = flat.IndexFlatIP
 IndexFlatL2 = flat.IndexFlatL2
+METRIC_INNER_PRODUCT = flat.METRIC_INNER_PRODUCT
+METRIC_L2 = flat.METRIC_L2
 PCAMatrix = pca.PCAMatrix
 StandardGpuResources = flat.StandardGpuResources
 copy_array_to_vector = flat.copy_array_to_vector
+get_num_gpus = flat.get_num_gpus
+normalize_L2 = flat.normalize_L2
+vector_float_to_array = flat.vector_float_to_array
 vector_to_array = flat.vector_to_array
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from fastproto.cluster import init as start
 from fastproto.cluster._faiss import faiss_lloyd
 from fastproto.cluster._fit import Report, fit_centers
 from fastproto.cluster._lloyd import Assignment, assign_all, lloyd, unit
+from fastproto.cluster._progress import progress
 from fastproto.cluster._rows import Rows, check_rows, check_weights, expect_alike
 from fastproto.cluster._stream import Array
 from fastproto.cluster.bounds import Search
@@ -322,9 +321,9 @@ class KMeans:
         except (TypeError, ValueError) as error:
             refused = error
         if self.process_group is not None:
-            device = self.device or (x.device if isinstance(x, Tensor) else None)
+            device = self.device or (x.device if isinstance(x, Tensor) else "cpu")
             weighted = expect_alike(x, weights, refused, self.n_clusters, op, self.process_group, device)
-            weights = torch.ones(len(x), dtype=torch.float64) if weighted and weights is None else weights
+            weights = torch.ones(len(x), dtype=torch.float64, device="cpu") if weighted and weights is None else weights
         if refused is not None:
             raise refused
         return weights
@@ -364,7 +363,7 @@ class KMeans:
         runs = self.n_init if isinstance(self.init, str) else 1
         best: tuple[Tensor, list[Report], Assignment | None] | None = None
         lowest = math.inf
-        with self._progress(runs, rows) as show:
+        with progress(runs * self.n_iter, self.n_clusters, shown=self.progress and rows.rank == 0) as show:
 
             def watch(report: Report) -> None:
                 if not math.isfinite(report.objective):
@@ -402,19 +401,3 @@ class KMeans:
         else:
             centers = start.plus_plus_centers(rows, self.n_clusters, rng, self.spherical)
         return unit(centers) if self.spherical else centers
-
-    @contextmanager
-    def _progress(self, runs: int, rows: Rows) -> Iterator[Callable[[Report], None]]:
-        """What to call with each report."""
-        if not self.progress or rows.rank > 0:
-            yield lambda report: None
-            return
-        from tqdm import tqdm
-
-        with tqdm(total=runs * self.n_iter, desc=f"k-means, {self.n_clusters} clusters", unit="iteration") as bar:
-
-            def show(report: Report) -> None:
-                bar.set_postfix_str(f"objective {report.objective:.6g}", refresh=False)
-                bar.update()
-
-            yield show

@@ -237,7 +237,7 @@ def _sample_keys(
     # Where all rows are ignored and r is 0 one key stays: a softmax over nothing is NaN, and so is its gradient.
     wanted = (is_positive.sum() + num_negatives).clamp(min=1)
     surplus = torch.arange(kept.shape[0], device=kept.device) >= wanted
-    return kept, torch.zeros(kept.shape, device=kept.device).masked_fill(surplus, -torch.inf)
+    return kept, torch.zeros(kept.shape, dtype=torch.float32, device=kept.device).masked_fill(surplus, -torch.inf)
 
 
 def _contrast_sample(

@@ -279,11 +279,11 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, kept: Sequence[Any], grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor | None] = [None] * 11
         if grad is None:
             return tuple(gradients)
-        dx, count, _, *for_keys = ctx.saved_tensors
+        dx, count, _, *for_keys = kept
         grad = grad if count is None else grad / count
         if dx is not None:
             gradients[0] = ((grad[:, None] if grad.ndim else grad) * dx).to(ctx.dtype)

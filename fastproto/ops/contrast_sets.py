@@ -108,16 +108,9 @@ class _ContrastSets(torch.autograd.Function):
     """The forward op of all sets, and the backward op of those whose keys, scale or bias want a gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        features: Tensor,
-        targets: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        divisor: Tensor | None,
-        normalize: bool,
-        *keys: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        # Named one by one in the signature, with two sets they would be as many as the compiler takes for "no ctx".
+        features, targets, scale, bias, divisor, normalize, *keys = args
         need_x, _, *need_others = ctx.needs_input_grad
         loss, saved, dx = _fwd(features, keys, targets, scale, bias, normalize, need_x)
         ctx.normalize, ctx.dtype = normalize, features.dtype
@@ -128,8 +121,8 @@ class _ContrastSets(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dx, divisor, _, *for_keys = ctx.saved_tensors
+    def backward(ctx: Any, kept: Sequence[Any], grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx, divisor, _, *for_keys = kept
         need_x, _, need_a, need_b, _, _, *need_keys = ctx.needs_input_grad
         gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         grad = grad if divisor is None else (grad / divisor)[:, None]

@@ -8,7 +8,7 @@ derives the gradients.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -193,8 +193,8 @@ class _Pairs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        slope, *args = ctx.saved_tensors
+    def backward(ctx: Any, kept: Sequence[Tensor], grad: Tensor) -> tuple[Tensor | None, ...]:
+        slope, *args = kept
         need_a, need_b, _, need_w, need_beta = ctx.needs_input_grad
         coefficient = grad * slope
         gradients: list[Tensor | None] = [None] * 5
@@ -227,8 +227,8 @@ class _AllPairs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        slope, share, *args = ctx.saved_tensors
+    def backward(ctx: Any, kept: Sequence[Tensor], grad: Tensor) -> tuple[Tensor | None, ...]:
+        slope, share, *args = kept
         gradients: list[Tensor | None] = [None] * 6
         if args:
             dx, gradients[4] = _all_pairs_bwd(*args, grad * share)

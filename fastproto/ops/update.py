@@ -61,7 +61,7 @@ def update_parts(
 
 
 def largest(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """max w |x| and max w, each () float64: what :func:`rounder` is made of."""
+    """max |w x| and max |w|, each () float64: what :func:`rounder` is made of."""
     one = x.new_ones((), dtype=torch.float64)
     if not len(x):
         return torch.zeros_like(one), one
@@ -69,7 +69,7 @@ def largest(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         low, high = x.aminmax()
         return torch.maximum(high, -low).double(), one
     row_n = torch.maximum(x.amax(1), -x.amin(1)).double()
-    return (row_n * weights).max(), weights.double().max()
+    return (row_n * weights.abs()).max(), weights.double().abs().max()
 
 
 def _cpp(

@@ -144,7 +144,7 @@ def test_pca_matrix_is_that_of_faiss(eigen_power: float) -> None:
     assert found.dtype == expected.dtype
     signs = np.sign((found * expected).sum(0))
     np.testing.assert_allclose(found * signs, expected, rtol=1e-3, atol=2e-4 * expected.std())
-    np.testing.assert_allclose(ours.eigenvalues, faiss.vector_to_array(theirs.eigenvalues)[:7], rtol=1e-4)
+    np.testing.assert_allclose(ours.eigenvalues, faiss.vector_to_array(theirs.eigenvalues), rtol=1e-4)
     np.testing.assert_allclose(ours.mean, faiss.vector_to_array(theirs.mean), rtol=1e-4, atol=1e-4)
     assert np.array_equal(found, ours.apply(x[:500]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 import fastproto.cluster.faiss_compat as compat
 from fastproto.cluster import _several
@@ -113,3 +114,27 @@ def test_on_a_gpu() -> None:
     for one in (index, on_gpu):
         one.add(vectors)
     np.testing.assert_array_equal(on_gpu.search(x, 6)[1], index.search(x, 6)[1])
+
+
+def test_an_index_by_the_number_of_its_metric() -> None:
+    vectors = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    for metric, like in ((compat.METRIC_L2, compat.IndexFlatL2), (compat.METRIC_INNER_PRODUCT, compat.IndexFlatIP)):
+        found = []
+        for index in (compat.IndexFlat(6, metric), like(6)):
+            index.add(vectors)
+            found.append(index.search(vectors[:9], 3))
+        assert all(map(np.array_equal, *found))
+    with pytest.raises(ValueError, match="IndexFlat: metric expected METRIC_L2 or METRIC_INNER_PRODUCT, got int 2"):
+        compat.IndexFlat(6, 2)
+
+
+def test_small_things_are_as_in_faiss() -> None:
+    faiss = pytest.importorskip("faiss")
+    assert (compat.METRIC_L2, compat.METRIC_INNER_PRODUCT) == (faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT)
+    assert compat.get_num_gpus() == torch.cuda.device_count()
+    ours = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    ours[3] = 0
+    theirs = ours.copy()
+    compat.normalize_L2(ours)
+    faiss.normalize_L2(theirs)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)

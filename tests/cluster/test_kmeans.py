@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -335,6 +336,14 @@ def test_fast_errs_by_no_more_than_it_says() -> None:
 def test_device_names_where_to_compute() -> None:
     x = blobs(100)
     assert torch.equal(KMeans(8, device="cpu").fit(x).cluster_centers_, KMeans(8).fit(x).cluster_centers_)
+
+
+def test_progress_does_without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    x, quiet = torch.randn(100, 3), KMeans(4, n_iter=2)
+    with pytest.warns(UserWarning, match="no progress is shown: tqdm is not installed"):
+        told = KMeans(4, n_iter=2, progress=True).fit(x)
+    assert torch.equal(told.labels_, quiet.fit(x).labels_)
 
 
 def test_progress_shows_a_bar(capsys: pytest.CaptureFixture[str]) -> None:

@@ -280,6 +280,20 @@ def test_compiles_as_one_graph(num_negatives: int | None) -> None:
         assert low <= actual <= proto_nce(**arguments)
 
 
+@pytest.mark.parametrize("sets", [1, 2, 3])
+def test_compiles_without_a_gradient(sets: int) -> None:
+    """By the number of keys alone the compiler once took two sets for a function without a context."""
+    features, prototypes, labels = torch.randn(6, 4), torch.randn(5, 4), torch.arange(6) % 5
+
+    def loss(x: Tensor) -> Tensor:
+        return proto_nce(x, [prototypes] * sets, [labels] * sets, 0.2)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(features), loss(features))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(features.clone().requires_grad_()), loss(features))
+
+
 def integers(*values: int) -> Tensor:
     return torch.tensor(values)
 

@@ -13,12 +13,14 @@ from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fastproto
 from fastproto import _settings
 from fastproto.ops import _dispatch
 from fastproto.ops.contrast import contrast
 from fastproto.ops.contrast_sets import contrast_sets
+from fastproto.ops.siamese import siamese_pairs
 
 
 class Named(Tensor):
@@ -120,6 +122,23 @@ def test_a_penalty_on_the_gradient_of_a_loss_is_refused(backend: str | None, div
         (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
         with pytest.raises(RuntimeError, match="no second derivative"):
             (loss + gradient.square().sum()).backward()
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_what_was_saved_is_read_once(ours: bool) -> None:
+    """As checkpointing without re-entrance allows, be the first derivative alone wanted with its graph."""
+    x, keys, targets = torch.randn(5, 3, requires_grad=True), torch.randn(7, 3), torch.tensor([0, 3, -1, 6, 2])
+    weight = torch.randn(3, requires_grad=True)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        if ours:
+            return contrast(x * weight, keys, targets, divisor=5.0).loss
+        return siamese_pairs(x * weight, keys[:5], targets.clamp(-1, 1), weight, keys[0, 0])
+
+    expected = torch.autograd.grad(loss(x).sum(), (x, weight))
+    kept = checkpoint(loss, x, use_reentrant=False).sum()
+    found = torch.autograd.grad(kept, (x, weight), create_graph=True)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_triton_is_not_chosen_where_it_could_not_build_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
