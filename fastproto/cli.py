@@ -195,7 +195,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     add = parser.add_argument
     add("run", type=Path, help="folder of the run")
     add("--knn", action="store_true", help="weighted nearest neighbours, k = 20 and 200")
-    add("--linear", action="store_true", help="linear probe: logistic regression, fitted to its optimum")
+    add("--linear", action="store_true", help="linear probe: logistic regression, by L-BFGS in at most 200 iterations")
     add("--linear-sgd", action="store_true", help="linear probe by stochastic gradient descent, 13 learning rates")
     add("--labels", type=float, default=1.0, metavar="SHARE", help="of the training images; default all have theirs")
     add("--checkpoint", type=Path, metavar="PATH", help="default the last one")

@@ -16,7 +16,7 @@ from fastproto.cluster import PrototypeBank
 from fastproto.train import data
 from fastproto.train.checkpoint import State
 from fastproto.train.config import Config, OptimizerConfig
-from fastproto.train.encoders import Encoder, build_encoder
+from fastproto.train.encoders import MIN_WIDTH_CHANNELS_LAST, Encoder, build_encoder
 from fastproto.train.methods import build_method
 from fastproto.train.sync_norm import synchronise
 from fastproto.views import SIMC_BOX, BoxBank, ContrastiveCrop
@@ -85,8 +85,9 @@ def build_state(config: Config, dataset: data.Dataset, device: torch.device) -> 
     torch.manual_seed(config.seed)
     height, width = dataset.train_images.shape[2:]
     encoder = configured_encoder(config, height)
-    # Convolutions on a CPU are up to twice as fast on this layout, and faster on a GPU in half precision.
-    encoder = encoder.to(memory_format=torch.channels_last)
+    if config.encoder.width is None or config.encoder.width >= MIN_WIDTH_CHANNELS_LAST:
+        # Convolutions on a CPU are up to twice as fast on this layout, and faster on a GPU in half precision.
+        encoder = encoder.to(memory_format=torch.channels_last)
     method = build_method(config, encoder).to(device)
     if config.devices > 1 and config.sync_norm:
         method = synchronise(method, device)

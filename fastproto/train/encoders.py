@@ -24,8 +24,10 @@ TIMM = "timm/"
 TINY_WIDTH, RESNET_WIDTH = 32, 64
 # Up to this size the stem keeps the resolution: one 3x3 convolution, no pooling (as SimCLR does for CIFAR).
 SMALL_IMAGE = 64
-# In channels_last layout the backward pass of convolutions of 2 to 7 channels corrupts the heap (torch 2.14, AVX-512).
 MIN_WIDTH = 8
+# In channels_last layout the backward pass of convolutions of 2 to 8 channels corrupts the heap (torch 2.14, AVX-512;
+# of 8 where they are 1x1, of stride 2, on 48 x 48 and more).
+MIN_WIDTH_CHANNELS_LAST = 9
 
 
 class Encoder(nn.Module):

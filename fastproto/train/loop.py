@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import fastproto
 from fastproto import _settings
-from fastproto.losses._gather import gather_dealt_rows, rank_and_world, sum_over_ranks
+from fastproto.losses._gather import from_first_rank, gather_dealt_rows, rank_and_world, sum_over_ranks
 from fastproto.train.build import build_state, build_views
 from fastproto.train.checkpoint import State, keep_best, resume_point, start_folder, write_config
 from fastproto.train.clock import PHASES, Clock
@@ -114,9 +114,8 @@ def run_epochs(
     if config.compile:
         for encoder in (part for part in method.modules() if isinstance(part, Encoder)):
             encoder.compile()
-    if rank == 0 and config.optimizer.warmup >= config.epochs:
-        rates = config.optimizer.lr * config.epochs / config.optimizer.warmup, config.optimizer.lr
-        log.warning("optimizer: no end of warmup in this run: the learning rate rises to %.3g of %.3g", *rates)
+    if rank == 0:
+        warn_of_what_never_begins(config, method)
     module, optimizer = fabric.setup(method, state.optimizer)
     views = build_views(config, dataset)
     images = dataset.train_images.to(device)
@@ -164,10 +163,11 @@ def run_epochs(
                 for part, ids in enumerate(shares[step]):
                     clock.start("views")
                     pair = views(next(arriving), ids, boxes.lookup(ids), epoch)
-                    clock.start("forward")
-                    terms = module(pair, clustered and Prototypes(*clustered.lookup(ids)), clock)
-                    clock.start("backward")
+                    # DDP decides in the forward pass whether the backward one meets the other processes.
                     with fabric.no_backward_sync(module, enabled=part + 1 < config.accumulate):
+                        clock.start("forward")
+                        terms = module(pair, clustered and Prototypes(*clustered.lookup(ids)), clock)
+                        clock.start("backward")
                         fabric.backward(torch.stack(list(terms.values())).sum() / config.accumulate)
                     for name, term in terms.items():
                         state.sums[name] = state.sums.get(name, 0) + term.detach().double() / config.accumulate
@@ -187,6 +187,9 @@ def run_epochs(
                         state.save(folder, config.keep)
                     raise Interrupted
 
+            # Statistics of batches that no process shares: from here on all have those that a checkpoint keeps.
+            for buffer in method.buffers():
+                from_first_rank(buffer)
             state.seconds, state.sums = clock.take(), mean_over_ranks(state.sums)
             row = log_row(config, state, steps, dataset.skipped)
             if not math.isfinite(row["loss"]):
@@ -230,6 +233,20 @@ def run_epochs(
     if rank == 0:
         write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+def warn_of_what_never_begins(config: Config, method: Method) -> None:
+    """Says which parts of the settings have no effect in as few epochs."""
+    epochs = range(config.epochs)
+    if config.optimizer.warmup >= config.epochs:
+        rates = config.optimizer.lr * config.epochs / config.optimizer.warmup, config.optimizer.lr
+        log.warning("optimizer: no end of warmup in this run: the learning rate rises to %.3g of %.3g", *rates)
+    if method.clusters and not any(clusters(config, epoch) for epoch in epochs):
+        warmup = config.prototypes.warmup
+        log.warning("prototypes: none in this run of %d epochs: they begin after %d", config.epochs, warmup)
+    if config.crop == "contrastive" and not any(locates(config, epoch) for epoch in epochs):
+        warmup = config.views.box_warmup
+        log.warning("views: no boxes in this run of %d epochs: they begin after %d", config.epochs, warmup)
 
 
 def keep_up(path: Path, folder: Path, state: State) -> None:

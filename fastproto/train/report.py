@@ -20,7 +20,7 @@ import fastproto
 from fastproto.cluster import concentration
 from fastproto.train.clock import PHASES
 from fastproto.train.config import Config, plain
-from fastproto.train.data import Dataset, Images
+from fastproto.train.data import Dataset, Images, batches
 from fastproto.train.evaluate import KNN, embed, read_evaluations
 from fastproto.train.files import write_text
 from fastproto.train.monitors import MONITORS
@@ -40,6 +40,7 @@ METHODS = {
 }
 FOOTER = f"<footer>fastproto {escape(fastproto.__version__)}, torch {escape(torch.__version__)}</footer>"
 VIEWED_IMAGES = 8
+MOST_SHOWN = 512  # pixels of a side
 PROTOTYPES = 24
 NEAREST = 8
 MAPPED_IMAGES = 1000
@@ -227,11 +228,12 @@ def views(run: Run) -> str:
     data, crop = run.dataset, run.views
     count = min(VIEWED_IMAGES, len(data.train_images))
     ids = torch.linspace(0, len(data.train_images) - 1, count).long()
-    images, boxes, epoch = data.train_images[ids], run.boxes[ids], max(len(run.log) - 1, 0)
-    height, width = images.shape[2:]
+    # As the trainer has them: of a streamed set whole.
+    images: Any = next(batches(data.train_images, [ids], torch.device("cpu")))
+    boxes, epoch = run.boxes[ids], max(len(run.log) - 1, 0)
     crops = sample_crops(
         ids,
-        (height, width),
+        torch.tensor([image.shape[1:] for image in images]),
         boxes=boxes,
         scale=crop.scale,
         ratio=crop.ratio,
@@ -254,9 +256,13 @@ def views(run: Run) -> str:
 
 def view_figure(image: Tensor, box: Tensor, crops: Sequence[Tensor], made: Sequence[Tensor]) -> str:
     """One image (3, H, W) with its box in fractions and its crops in pixels, and the views (3, h, w) beside it."""
+    share = max(1, *(-(-side // MOST_SHOWN) for side in image.shape[1:]))
+    image = image[:, ::share, ::share]
     height, width = image.shape[1:]
     h0, w0, h1, w1 = box.tolist()
-    rectangles: list[tuple[str, Sequence[float]]] = [(f"view{i}", crop.tolist()) for i, crop in enumerate(crops)]
+    rectangles: list[tuple[str, Sequence[float]]] = [
+        (f"view{i}", [side / share for side in crop.tolist()]) for i, crop in enumerate(crops)
+    ]
     rectangles.append(("box", (h0 * height, w0 * width, (h1 - h0) * height, (w1 - w0) * width)))
     beside = "".join(f'<div class="under{i}">{picture(view)}</div>' for i, view in enumerate(made))
     return f"<figure>{picture(image, rectangles=rectangles)}{beside}</figure>"

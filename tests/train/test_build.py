@@ -23,6 +23,15 @@ def test_boxes_begin_as_the_crop_asks(tiny_config: Config, tiny_data: Dataset, c
     assert torch.equal(state.boxes.boxes, torch.tensor([box] * 40, dtype=torch.float32))
 
 
+def test_narrow_convolutions_keep_the_layout_without_a_crash(tiny_config: Config, tiny_data: Dataset) -> None:
+    for name in ("resnet18", "resnet-tiny"):
+        for width, fits in ((8, False), (9, True)):
+            config = replace(tiny_config, method="simclr", encoder=EncoderConfig(name, width))
+            encoder = build.build_state(config, tiny_data, CPU).method.encoder
+            layouts = [p.is_contiguous(memory_format=torch.channels_last) for p in encoder.parameters() if p.ndim == 4]
+            assert all(layouts) == fits, (name, width)
+
+
 def test_views_are_the_configured_ones(tiny_config: Config, tiny_data: Dataset) -> None:
     views = ViewConfig(
         size=None, scale=(0.3, 0.7), ratio=(0.5, 2.0), alpha=0.3, augment="moco", jitter=(0.1, 0.2, 0.3, 0.4),

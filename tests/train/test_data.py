@@ -183,6 +183,8 @@ def test_unknown_names_are_refused(name: str) -> None:
         ({"image_size": 0}, "image_size expected an integer of at least 1, got int 0"),
         ({"image_size": 1.5}, "image_size expected an integer of at least 1, got float 1.5"),
         ({"workers": -1}, "workers expected an integer of at least 0, got int -1"),
+        ({"image_size": 32}, "image_size expected none: the images of digits have a size of their own, views.size is"),
+        ({"resident": False}, "resident expected true or none: digits is kept in memory, got bool False"),
         ({"class_list": Path("x")}, "class_list expected none: only folders have one, got "),
         ({"test_shards": "x.tar"}, "test_shards expected none: only shards have them, got x.tar"),
     ],

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor
 from train._runs import at_the_end, stop_after
 
@@ -244,6 +247,42 @@ def test_a_batch_in_parts_is_the_mean_of_its_parts(
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6, msg=name)
     if method == "moco":
         assert (found.method.queue[:16] == expected["queue"][:16]).all()
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_processes_meet_once_a_step(
+    tmp_path: Path, tiny_config: Config, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a batch in parts DDP exchanges the gradients of the last, and decides that in its forward pass."""
+    apart, seen = [False], []
+
+    @contextmanager
+    def no_sync(fabric: Fabric, module: object, enabled: bool = True) -> Iterator[None]:
+        apart.append(enabled)
+        yield
+        apart.pop()
+
+    forward = METHODS["simclr"].forward
+    monkeypatch.setattr(Fabric, "no_backward_sync", no_sync)
+    monkeypatch.setattr(METHODS["simclr"], "forward", lambda *args: seen.append(apart[-1]) or forward(*args))
+    config = replace(tiny_config, method="simclr", crop="random", epochs=1, accumulate=4)
+    loop.train(config, tiny_data, tmp_path)
+    assert seen == [True, True, True, False] * 2
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_what_never_begins_is_said(
+    tmp_path: Path, tiny_config: Config, tiny_data: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    late = {"views": replace(tiny_config.views, box_warmup=5), "prototypes": replace(tiny_config.prototypes, warmup=2)}
+    loop.train(replace(tiny_config, method="pcl", **late), tiny_data, tmp_path / "late")
+    assert [record.getMessage() for record in caplog.records] == [
+        "prototypes: none in this run of 2 epochs: they begin after 2",
+        "views: no boxes in this run of 2 epochs: they begin after 5",
+    ]
+    caplog.clear()
+    loop.train(replace(tiny_config, method="pcl"), tiny_data, tmp_path / "soon")
+    assert not caplog.records
 
 
 @pytest.mark.usefixtures("no_evaluation")

@@ -15,16 +15,19 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from train._files import write_image
 
 from fastproto.train import report
 from fastproto.train.build import load_data
 from fastproto.train.config import Config, EncoderConfig, PrototypeConfig
-from fastproto.train.data import Dataset
+from fastproto.train.data import Dataset, Streamed
+from fastproto.train.data.folders import FolderFiles
 from fastproto.train.evaluate import embed, write_evaluations
 from fastproto.train.loop import train
 from fastproto.train.monitors import MONITORS
 from fastproto.train.plots import data_url
 from fastproto.views import ContrastiveCrop, sample_crops
+from fastproto.views.files import read_image
 
 NAN = math.nan
 LOG = [
@@ -255,6 +258,27 @@ def test_views_are_those_of_the_trainer(run: SimpleNamespace) -> None:
     first, second = (report.denormalise(view, run.dataset.mean, run.dataset.std) for view in made)
     pictures = [[run.dataset.train_images[index], first[i], second[i]] for i, index in enumerate(ids.tolist())]
     assert re.findall(r'href="(.*?)"', html) == [data_url(image) for row in pictures for image in row]
+
+
+def test_views_of_a_streamed_set_are_of_whole_images(run: SimpleNamespace, tmp_path: Path) -> None:
+    sizes = [(30, 16), (12, 50), (700, 520), (20, 20)]
+    for number, size in enumerate(sizes):
+        write_image(tmp_path / "a" / f"{number}.png", *size, seed=number)
+    names = np.array([f"a/{number}.png".encode() for number in range(len(sizes))])
+    streamed = Streamed(FolderFiles(tmp_path, names), 12)
+    run.dataset = dataclasses.replace(run.dataset, train_images=streamed, train_labels=torch.zeros(4).long())
+    html = report.views(run)
+    whole = [read_image(tmp_path / "a" / f"{number}.png") for number in range(len(sizes))]
+    ids = torch.arange(len(sizes))
+    first, second = run.views(whole, ids, boxes=run.boxes[ids], epoch=1)
+    made = [report.denormalise(view, run.dataset.mean, run.dataset.std) for view in (first, second)]
+    shown = [image[:, ::2, ::2] if len(image[0]) == 700 else image for image in whole]
+    expected = [image for i, image in enumerate(shown) for image in (image, made[0][i], made[1][i])]
+    assert re.findall(r'href="(.*?)"', html) == [data_url(image) for image in expected]
+    h0, w0, h1, w1 = run.boxes[2].tolist()
+    box = re.findall(r'<rect class="box" x="(.*?)" y="(.*?)" width="(.*?)" height="(.*?)"/>', html)[2]
+    drawn = [w0 * 260, h0 * 350, (w1 - w0) * 260, (h1 - h0) * 350]
+    assert [float(number) for number in box] == pytest.approx(drawn, rel=1e-4)
 
 
 def test_view_figure_draws_the_box() -> None:

@@ -80,6 +80,10 @@ def load(
     expect(is_integer(workers) and workers >= 0, "load", "workers", "an integer of at least 0", workers)
     expect(class_list is None or in_folders, "load", "class_list", "none: only folders have one", class_list)
     expect(test_shards is None or kind == "shards", "load", "test_shards", "none: only shards have them", test_shards)
+    if name == "digits" or name in DOWNLOADS:
+        own = f"none: the images of {name} have a size of their own, views.size is that of their views"
+        expect(image_size is None, "load", "image_size", own, image_size)
+        expect(resident is not False, "load", "resident", f"true or none: {name} is kept in memory", resident)
     if name == "digits":
         return from_arrays(name, *digits())
     if name in DOWNLOADS:
