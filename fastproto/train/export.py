@@ -18,6 +18,11 @@ from fastproto.train.files import write_text, write_whole
 from fastproto.train.run import Trained, load_trained
 
 CARD = "README.md"
+HEAD = """---
+library_name: fastproto
+tags: [self-supervised, contrastive, image-feature-extraction]
+---
+"""
 
 
 def export(run: Path | str, to: str, checkpoint: Path | None = None) -> Path:
@@ -42,6 +47,8 @@ def export(run: Path | str, to: str, checkpoint: Path | None = None) -> Path:
     loaded = load_trained(run, checkpoint)
     name, write = WRITERS[to]
     folder = loaded.path / "export"
+    ours = not (folder / CARD).exists() or (folder / CARD).read_text(errors="replace").startswith(HEAD)
+    expect(ours, "export", "run", "one whose export holds no page of another's", str(folder / CARD))
     content = write(loaded)
     folder.mkdir(exist_ok=True)
     write_whole(folder / name, content)
@@ -174,11 +181,7 @@ def card(run: Trained, kinds: list[str]) -> str:
     ]
     table = ["| on the test images | random weights | these weights |", "| --- | --- | --- |", *scores]
     lines = [
-        "---",
-        "library_name: fastproto",
-        "tags: [self-supervised, contrastive, image-feature-extraction]",
-        "---",
-        "",
+        HEAD,
         f"# {name}, trained without labels by {config.method} on {run.data}",
         "",
         f"{run.epoch} of {config.epochs} epochs, batches of {config.batch_size}, {config.crop} crops, seed "

@@ -163,6 +163,11 @@ def test_bad_input_is_refused_and_leaves_nothing(make_run, capsys: pytest.Captur
         assert cli.main(["export", str(run.path), "--to", to]) == 2
         assert capsys.readouterr().err.startswith(f"fastproto export: {message}")
     assert not (run.path / "export").exists()
+    (run.path / "export").mkdir()
+    (run.path / "export" / CARD).write_text("# What I think of it\n")
+    with pytest.raises(ValueError, match="export: run expected one whose export holds no page of another's"):
+        export(run.path, "safetensors")
+    assert [path.name for path in (run.path / "export").iterdir()] == [CARD]
     narrow = make_run("resnet18", 16)
     with pytest.raises(ValueError, match="torchvision has no resnet18 of width 16"):
         export(narrow.path, "torchvision")
