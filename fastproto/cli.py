@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 # What a command needs is imported by it: `fastproto info` runs without the trainer's packages.
 
 FAILED, REFUSED, SIGNALLED = 1, 2, 128
+SIGPIPE = 13  # not in Windows' signals
 METRICS = {
     "knn20": "kNN, k = 20",
     "knn200": "kNN, k = 200",
@@ -48,7 +49,7 @@ METRICS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0, 1 for a loss that diverged, 2 for bad input, 130 after Ctrl-C, 143
-    after SIGTERM.
+    after SIGTERM, 141 where nobody reads the output any more.
     """
     # OpenMP reads it when torch is loaded: a waiting thread spins for some microseconds, then sleeps. Without spinning
     # an idle machine is 1.6 times slower; with libgomp's own 300 000 turns two runs on two cores are 6 times slower.
@@ -74,7 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail("fastproto", f"command expected one of {', '.join(commands)}, got {command!r}")
     try:
         with sigterm_as_ctrl_c():
-            return commands[command](rest[:-1])
+            code = commands[command](rest[:-1])
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:
+        # Whoever read the output has gone, as `head` does; what is left of it is for nobody.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return SIGNALLED + SIGPIPE
     except KeyboardInterrupt as error:
         number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
         return fail(f"fastproto {command}", "interrupted", SIGNALLED + number)

@@ -379,3 +379,12 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     line = one_line(capsys)
     assert "jsonargparse" in line
     assert "pip install 'fastproto[train]'" in line
+
+
+def test_a_reader_that_has_gone_ends_a_command_quietly() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "fastproto", "info"]
+    with open(writing, "w") as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (141, "")
