@@ -32,7 +32,7 @@ template <typename Run> auto contrast_binding(Run run) {
     args.group = reinterpret_cast<const int64_t*>(at[5]);
     args.key_group = reinterpret_cast<const int64_t*>(at[6]);
     args.loss = reinterpret_cast<float*>(at[7]);
-    args.lse = reinterpret_cast<float*>(at[8]);
+    args.saved = reinterpret_cast<float*>(at[8]);
     args.dx = reinterpret_cast<float*>(at[9]);
     args.entropy = reinterpret_cast<float*>(at[10]);
     args.top1 = reinterpret_cast<int64_t*>(at[11]);

@@ -30,9 +30,7 @@ struct Contrast {
   bool reduced;             // one loss: the rows' by the divisor, summed
   double divisor;           // of all losses and gradients; 1 where not reduced
   float* loss;              // (N,), reduced ()
-  // (3, N): of every row the log-sum-exp, p_t − 1 = expm1(−L), and what exp(s − lse) is to be multiplied by to be p: lse has
-  // the rounding of a number as large as the scores.
-  float* lse;
+  float* saved;             // (3, N): rows of lse, target_minus_one and factor
   // Forward. Each may be null.
   float* dx;                // (N, D) Σ_j p_ij a_j y_j − a_t y_t, by the divisor
   float* entropy;           // (N,), with top1 and positive: all or none
@@ -44,6 +42,12 @@ struct Contrast {
   float* dy;                // (K, D) Σ_i q_ij a_j x_i, with q_ij = g_i (p_ij − [j = t(i)])
   float* da;                // (K,)   Σ_i q_ij <x_i, y_j>; null: not wanted
   float* db;                // (K,)   Σ_i q_ij; null: not wanted
+
+  float& lse(int64_t i) const { return saved[i]; }
+  // p_t − 1 = expm1(−L_i).
+  float& target_minus_one(int64_t i) const { return saved[N + i]; }
+  // What exp(s − lse) is to be multiplied by to be p: lse has the rounding of a number as large as the scores.
+  float& factor(int64_t i) const { return saved[2 * N + i]; }
 };
 
 #define FASTPROTO_DECLARE(ISA)                               \

@@ -43,9 +43,9 @@ struct Scratch {
 };
 
 // What exp(s_ij − lse_i) is multiplied by to be g_i p_ij.
-inline float weight_of(const Contrast& args, int64_t i) { return args.lse[2 * args.N + i] * row_grad(args, i); }
+inline float weight_of(const Contrast& args, int64_t i) { return args.factor(i) * row_grad(args, i); }
 // q_{i,t(i)}
-inline float target_gradient(const Contrast& args, int64_t i) { return args.lse[args.N + i] * row_grad(args, i); }
+inline float target_gradient(const Contrast& args, int64_t i) { return args.target_minus_one(i) * row_grad(args, i); }
 
 // scores[i] of one key and block become q_ij, of targets 0. Returns their sum where db is wanted. hit … end are the rows whose
 // target the key is.
@@ -69,7 +69,7 @@ inline float gradient_row(const Contrast& args, const Block& block, int64_t j, c
 // for targets.
 inline void symmetric_row(const Contrast& args, const Block& block, int64_t j, const Hit* hit, const Hit* end,
                           float* scores) {
-  const float lse_j = args.lse[j], weight_j = weight_of(args, j);
+  const float lse_j = args.lse(j), weight_j = weight_of(args, j);
   // A group hides both ways.
   const bool grouped = args.group && args.group[j] >= block.lowest_group && args.group[j] <= block.highest_group;
   const int64_t* groups = args.group ? args.group + block.first : nullptr;
@@ -151,7 +151,7 @@ void task(const Contrast& args, int64_t begin, int64_t end) {
     }
     for (int64_t i = 0; i < block.padded; ++i) {
       const bool counted = i < block.count && args.target[first + i] >= 0;
-      block.lse[i] = counted ? args.lse[first + i] : INF;
+      block.lse[i] = counted ? args.lse(first + i) : INF;
       block.weight[i] = counted ? weight_of(args, first + i) : 0.f;
       float* row = loaded + i * args.D;
       // An ignored row is emptied, so that not even a NaN in it reaches the keys.

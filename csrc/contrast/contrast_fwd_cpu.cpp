@@ -198,8 +198,8 @@ void finish_row(const Contrast& args, const std::vector<Segment>& segments, int6
   sum += own;
   const float log_sum = positive == max ? std::log1p(rest) : std::log(sum), lse = counted ? max + log_sum : 0.f;
   args.loss[i] = counted ? (max - positive) + log_sum : 0.f;
-  args.lse[i] = lse;
-  args.lse[2 * args.N + i] = counted ? std::exp(lse - max - log_sum) : 1.f;
+  args.lse(i) = lse;
+  args.factor(i) = counted ? std::exp(lse - max - log_sum) : 1.f;
   if (args.entropy) {
     if (own > 0) spread += own * (positive - max);
     // Neither term is negative: log Σ e^{s−max}, and Σ p (max − s).
@@ -272,7 +272,7 @@ void every_row(const Contrast& args, int threads) {
 
 void contrast_fwd(const Contrast& given, int threads) {
   Contrast args = given;
-  args.loss = given.lse + given.N;
+  args.loss = &given.target_minus_one(0);  // where the losses wait to become p_t − 1
   if (contrast_is_bounded(args) && !args.dx && !args.entropy) contrast_fwd_symmetric(args, threads);
   else with_product(args, [&](auto chosen) { every_row<typename decltype(chosen)::Product>(args, threads); });
   if (given.reduced) *given.loss = static_cast<float>(std::accumulate(args.loss, args.loss + args.N, 0.0) / given.divisor);

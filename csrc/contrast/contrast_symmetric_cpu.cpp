@@ -204,8 +204,8 @@ void contrast_fwd_symmetric(const Contrast& args, int threads) {
   for (int64_t i = 0; i < args.N; ++i) {
     args.loss[i] = std::log1p(sums.rest[i] / sums.positive[i]);
     const float log_sum = std::log(sums.rest[i] + sums.positive[i]);
-    args.lse[i] = bound + log_sum;
-    args.lse[2 * args.N + i] = std::exp(args.lse[i] - bound - log_sum);
+    args.lse(i) = bound + log_sum;
+    args.factor(i) = std::exp(args.lse(i) - bound - log_sum);
   }
 }
 
@@ -215,7 +215,7 @@ void contrast_bwd_symmetric(const Contrast& args, int threads) {
   std::vector<float> w(args.N + WIDE, 0.f), dx(args.N * blocks.width, 0.f);
   Sums sums{std::vector<float>(args.N, 0.f), std::vector<float>(args.N, 0.f)};
   const float bound = std::abs(inverse_temperature(args, 0));
-  for (int64_t i = 0; i < args.N; ++i) w[i] = row_grad(args, i) * std::exp(bound - args.lse[i]) * args.lse[2 * args.N + i];
+  for (int64_t i = 0; i < args.N; ++i) w[i] = row_grad(args, i) * std::exp(bound - args.lse(i)) * args.factor(i);
   for_pairs(blocks.count, threads, [&](int64_t I, int64_t J) {
     thread_local Buffer scratch;
     float* weights = scratch.take(blocks.rows * LD);
