@@ -3,14 +3,14 @@
 
     s(a, b)    = <w, |a - b|> + β
     M(a, b, t) = log(1 + e^z),  z = -s where t = 1, s where t = 0
-    c_ij       = dL/ds_ij,  G_i = Σ_j c_ij sign(x_i - x_j),  dx_i = w ∘ G_i,  dw = Σ_i (x_i - m) ∘ G_i
+    q_ij       = dL/ds_ij,  G_i = Σ_j q_ij sign(x_i - x_j),  dx_i = w ∘ G_i,  dw = Σ_i (x_i - m) ∘ G_i
 
 N rows, C backbone features, R rows of a panel; m the mean of the rows x that have a pair. docs/math/siamese.md derives
 it. It is no matrix product: everything runs on the CUDA cores in float32.
 
 Forward: a program takes a tile of rows against every PARTS-th tile before it, and writes its sums, which torch.sum adds
-up in a fixed order. Backward, in panels of R rows: c (N, R), then G by programs that own rows and channels. R is the
-larger of C and PANEL, or N, so c is larger than the gradient only where C < PANEL; (N, N) is in memory only where
+up in a fixed order. Backward, in panels of R rows: q (N, R), then G by programs that own rows and channels. R is the
+larger of C and PANEL, or N, so q is larger than the gradient only where C < PANEL; (N, N) is in memory only where
 N <= R, (N, N, C) never. There is no atomic and no host synchronisation: the same bits every time.
 
 Source: SPCL, arXiv 2208.08819; the form over all pairs is this library's.
@@ -28,7 +28,7 @@ TILE, TILE_C = 16, 32
 # Rows and channels whose gradient a program keeps in registers.
 ROWS, ROWS_C = 32, 64
 # Channels of a program that walks over all rows, and rows at a time.
-COLUMNS_C, COLUMNS = 32, 64
+WALK_C, WALK_ROWS = 32, 64
 PARTS = 16
 PANEL = 256
 
@@ -103,6 +103,7 @@ def _all_pairs_fwd_kernel(
     TILE: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
+    """Sums by kind of pair: TILE rows, against every PARTS-th tile up to their own, a program."""
     pid = tl.program_id(0)
     tile_n = pid // PARTS
     offs_n = tile_n * TILE + tl.arange(0, TILE)
@@ -138,22 +139,23 @@ def _all_pairs_fwd_kernel(
 
 @triton.jit(do_not_specialize=["N", "first", "R"])
 def _coefficients_kernel(
-    x_ptr,
+    x_ptr,  # x, image, prototype, w and beta as above
     image_ptr,
     prototype_ptr,
     w_ptr,
     beta_ptr,
-    coefficient_ptr,  # (3,) float32
-    c_ptr,  # (N, R) float32: dL/ds of row j and the panel's row i
+    coefficient_ptr,  # (3,) float32: dL/dM of a pair of each kind
+    q_ptr,  # (N, R) float32
     N,
     C,
-    first,
-    R,
+    first,  # row of the panel
+    R,  # rows of the panel
     stride_n,
     stride_c,
     TILE: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
+    """q_ji = dL/ds of rows j and the panel's rows i, 0 where a pair does not count: a TILE × TILE tile a program."""
     tiles_r = tl.cdiv(R, TILE)
     offs_r = tl.program_id(0) % tiles_r * TILE + tl.arange(0, TILE)
     offs_n = tl.program_id(0) // tiles_r * TILE + tl.arange(0, TILE)
@@ -163,15 +165,15 @@ def _coefficients_kernel(
     )
     scale_nm = tl.where(kind_nm == 0, tl.load(coefficient_ptr), tl.load(coefficient_ptr + 1))
     scale_nm = tl.where(kind_nm == 2, tl.load(coefficient_ptr + 2), scale_nm)
-    c_nm = tl.where(kind_nm < 3, scale_nm * slope_nm, 0.0)
+    q_nm = tl.where(kind_nm < 3, scale_nm * slope_nm, 0.0)
     mask_nm = (offs_n < N)[:, None] & (offs_r < R)[None, :]
-    tl.store(c_ptr + offs_n.to(tl.int64)[:, None] * R + offs_r[None, :], c_nm, mask=mask_nm)
+    tl.store(q_ptr + offs_n.to(tl.int64)[:, None] * R + offs_r[None, :], q_nm, mask=mask_nm)
 
 
 @triton.jit(do_not_specialize=["N", "first", "R"])
 def _rows_kernel(
     x_ptr,
-    c_ptr,  # (N, R)
+    q_ptr,  # (N, R) float32
     g_ptr,  # (N, C) float32: rows first ... first + R - 1 are written
     N,
     C,
@@ -182,20 +184,21 @@ def _rows_kernel(
     ROWS: tl.constexpr,
     ROWS_C: tl.constexpr,
 ):
+    """G_i = Σ_j q_ij sign(x_i - x_j) of the panel: ROWS rows × ROWS_C channels a program, over all j."""
     offs_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_c = tl.program_id(1) * ROWS_C + tl.arange(0, ROWS_C)
     mask_r, mask_c = offs_r < R, offs_c < C
     mask_rc = mask_r[:, None] & mask_c[None, :]
     x_rc = _load(x_ptr, (first + offs_r)[:, None], stride_n, offs_c[None, :], stride_c, mask_rc)
-    c_ptrs = c_ptr + offs_r
+    q_ptrs = q_ptr + offs_r
     x_ptrs = x_ptr + offs_c.to(tl.int64) * stride_c
     g_rc = tl.zeros((ROWS, ROWS_C), tl.float32)
     for _ in tl.range(0, N, loop_unroll_factor=4):
-        c_r = tl.load(c_ptrs, mask=mask_r, other=0.0)[:, None]
+        q_r = tl.load(q_ptrs, mask=mask_r, other=0.0)[:, None]
         x_c = tl.load(x_ptrs, mask=mask_c, other=0.0).to(tl.float32)[None, :]
-        # c with the sign of x_i - x_j; 0 where they are equal, not where one is NaN.
-        g_rc += tl.where(x_rc == x_c, 0.0, tl.where(x_rc < x_c, -c_r, c_r))
-        c_ptrs += R
+        # q with the sign of x_i - x_j; 0 where they are equal, not where one is NaN.
+        g_rc += tl.where(x_rc == x_c, 0.0, tl.where(x_rc < x_c, -q_r, q_r))
+        q_ptrs += R
         x_ptrs += stride_n
     tl.store(g_ptr + (first + offs_r).to(tl.int64)[:, None] * C + offs_c[None, :], g_rc, mask=mask_rc)
 
@@ -210,26 +213,27 @@ def _finish_kernel(
     C,
     stride_n,
     stride_c,
-    COLUMNS: tl.constexpr,
-    COLUMNS_C: tl.constexpr,
+    WALK_C: tl.constexpr,
+    WALK_ROWS: tl.constexpr,
 ):
-    offs_c = tl.program_id(0) * COLUMNS_C + tl.arange(0, COLUMNS_C)
+    """dx = w ∘ G in place, dw = Σ_i (x_i - m) ∘ G_i: WALK_C channels of all rows a program."""
+    offs_c = tl.program_id(0) * WALK_C + tl.arange(0, WALK_C)
     mask_c = offs_c < C
     w_c = tl.load(w_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    total_c = tl.zeros((COLUMNS_C,), tl.float32)
-    count_c = tl.zeros((COLUMNS_C,), tl.float32)
-    dw_c = tl.zeros((COLUMNS_C,), tl.float32)
+    total_c = tl.zeros((WALK_C,), tl.float32)
+    count_c = tl.zeros((WALK_C,), tl.float32)
+    dw_c = tl.zeros((WALK_C,), tl.float32)
     # A row without a pair has G = 0, and not even a NaN in it reaches dw.
-    for start_n in range(0, N, COLUMNS):
-        offs_n = start_n + tl.arange(0, COLUMNS)
+    for start_n in range(0, N, WALK_ROWS):
+        offs_n = start_n + tl.arange(0, WALK_ROWS)
         mask_nc = (offs_n < N)[:, None] & mask_c[None, :]
         g_nc = _load(g_ptr, offs_n[:, None], C, offs_c[None, :], 1, mask_nc)
         x_nc = _load(x_ptr, offs_n[:, None], stride_n, offs_c[None, :], stride_c, mask_nc)
         total_c += tl.sum(tl.where(g_nc != 0, x_nc, 0.0), 0)
         count_c += tl.sum(tl.where(g_nc != 0, 1.0, 0.0), 0)
     mean_c = total_c / tl.maximum(count_c, 1.0)
-    for start_n in range(0, N, COLUMNS):
-        offs_n = start_n + tl.arange(0, COLUMNS)
+    for start_n in range(0, N, WALK_ROWS):
+        offs_n = start_n + tl.arange(0, WALK_ROWS)
         mask_nc = (offs_n < N)[:, None] & mask_c[None, :]
         g_nc = _load(g_ptr, offs_n[:, None], C, offs_c[None, :], 1, mask_nc)
         x_nc = _load(x_ptr, offs_n[:, None], stride_n, offs_c[None, :], stride_c, mask_nc)
@@ -266,18 +270,18 @@ def siamese_all_pairs_bwd(
     dw = torch.empty(c, dtype=torch.float32, device=features.device)
     weight, coefficient, strides = weight.contiguous(), coefficient.contiguous(), features.stride()
     panel = max(PANEL, c)
-    c_nr = torch.empty(n * min(n, panel), dtype=torch.float32, device=features.device)
+    q_nr = torch.empty(n * min(n, panel), dtype=torch.float32, device=features.device)
     with torch.cuda.device_of(features):
         for first in range(0, n, panel):
             rows = min(panel, n - first)
             _coefficients_kernel[(triton.cdiv(rows, TILE) * triton.cdiv(n, TILE),)](
-                features, images, prototypes, weight, bias, coefficient, c_nr, n, c, first, rows, *strides, TILE=TILE,
+                features, images, prototypes, weight, bias, coefficient, q_nr, n, c, first, rows, *strides, TILE=TILE,
                 TILE_C=TILE_C,
             )  # fmt: skip
             _rows_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(c, ROWS_C))](
-                features, c_nr, dx, n, c, first, rows, *strides, ROWS=ROWS, ROWS_C=ROWS_C
+                features, q_nr, dx, n, c, first, rows, *strides, ROWS=ROWS, ROWS_C=ROWS_C
             )
-        _finish_kernel[(triton.cdiv(c, COLUMNS_C),)](
-            features, weight, dx, dw, n, c, *strides, COLUMNS=COLUMNS, COLUMNS_C=COLUMNS_C
+        _finish_kernel[(triton.cdiv(c, WALK_C),)](
+            features, weight, dx, dw, n, c, *strides, WALK_C=WALK_C, WALK_ROWS=WALK_ROWS
         )
     return dx, dw

@@ -2,6 +2,7 @@
 //
 //   s(a, b)    = <w, |a − b|> + β
 //   M(a, b, t) = log(1 + e^z),  z = −s where t = 1, s where t = 0      dM/dz = 1 / (1 + e^−z)
+//   da = q w ∘ sign(a − b),  dw = Σ q |a − b| over the pairs           q = dL/ds, sign(0) = 0
 //
 // N rows, C backbone features.
 #pragma once
@@ -24,7 +25,7 @@ struct SiamesePairs {
   float* loss;              // (N,) M
   float* slope;             // (N,) dM/ds
   // Backward.
-  const float* coefficient; // (N,) dL/ds
+  const float* coefficient; // (N,) q
   float* da;                // (N, C) dL/da = −dL/db; null: not wanted
   float* dw;                // (C,); null: not wanted
 };

@@ -43,11 +43,11 @@ void backward_slice(const SiamesePairs& args, int64_t channel, int64_t width) {
     }
     load_row(args.a, args.a_dtype, i * args.stride_a + channel, width, a);
     load_row(args.b, args.b_dtype, i * args.stride_b + channel, width, b);
-    const float c = args.coefficient[i];
+    const float q = args.coefficient[i];
     for (int64_t k = 0; k < width; ++k) {
       const float d = a[k] - b[k];
-      if (da) da[k] = c * args.w[channel + k] * static_cast<float>((d > 0) - (d < 0));
-      dw[k] += static_cast<double>(c) * std::abs(d);
+      if (da) da[k] = q * args.w[channel + k] * static_cast<float>((d > 0) - (d < 0));
+      dw[k] += static_cast<double>(q) * std::abs(d);
     }
   }
   if (args.dw)

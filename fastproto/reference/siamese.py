@@ -79,7 +79,7 @@ def siamese_all_pairs_bwd(
     bias: Tensor,  # () float
     coefficient: Tensor,  # (3,) dL/dM of an unordered pair of each kind
 ) -> tuple[Tensor, Tensor]:
-    """dL/dx (N, C) and dL/dw (C,), from c_ij = dL/ds_ij: Σ_j c_ij w sign(x_i - x_j) and ½ Σ_ij c_ij |x_i - x_j|."""
+    """dL/dx (N, C) and dL/dw (C,), from q_ij = dL/ds_ij: Σ_j q_ij w sign(x_i - x_j) and ½ Σ_ij q_ij |x_i - x_j|."""
     dx_blocks, dw_c = [], torch.zeros_like(weight, dtype=coefficient.dtype)
     for block in _blocks(features, images, prototypes, weight, bias):
         c_bn = torch.zeros_like(block.slope_bn)
