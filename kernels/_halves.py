@@ -38,6 +38,7 @@ def powers(largest):
 
 @triton.jit
 def split(x):
+    """h and l of float32 numbers: what float16 has of them, and of what that leaves."""
     high = x.to(tl.float16)
     return high, (x - high.to(tl.float32)).to(tl.float16)
 
@@ -65,7 +66,10 @@ def scores(x, y, HALVES: tl.constexpr):
 
 @triton.jit
 def add_product(acc, weights, largest, y, HALVES: tl.constexpr):
-    """acc + weights · y, where no weight is larger; rounded to half precision where y is no pair of halves."""
+    """acc + weights · y in float32.
+
+    As halves, no |weight| may exceed ``largest``, or float16 overflows; else the weights are rounded to y's dtype.
+    """
     if HALVES:
         up, down = powers(largest)
         high, low = split(weights * up)
@@ -90,6 +94,7 @@ def _halves_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Writes h, l and 2^-e: BLOCK_N rows a program."""
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)  # a column may be as far from the next as rows are many
     mask_n = offs_n < N

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""What the kernels share: tile sizes as rows of a table, how work is split, and a few lines of Triton.
+"""What the kernels share: tile sizes as rows of a table, how loops are cut into parts, and a few lines of Triton.
 
 Sizes that change from batch to batch (N, K, parts) are in every kernel's do_not_specialize: a value of 1 or a multiple
 of 16 shall not compile a kernel of its own. Strides are specialised: aligned_rows makes them multiples of 16, which
@@ -54,7 +54,7 @@ Table = dict[str, dict[int, dict[int, Tile]]]
 # Whatever the rows are, assign's screen takes them in two bytes. Two programs share a processor where they fit: one's
 # minima run beside the other's product.
 ASSIGN = {64: Tile(128, 64, 64, 0, 8, 3), 128: Tile(128, 64, 128, 0, 8, 2), WIDE: Tile(128, 64, 64, 0, 8, 3)}
-ASSIGN_HOPPER = {
+ASSIGN_LARGE = {
     64: Tile(128, 128, 64, 0, 8, 3),
     128: Tile(128, 128, 128, 0, 8, 2),
     256: Tile(128, 128, 256, 0, 8, 2),
@@ -92,7 +92,7 @@ TILES: dict[str, Table] = {
                 WIDE: Tile(32, 64, 64, 128, 8, 2),
             },
         },
-        "assign": {2: ASSIGN_HOPPER, 4: ASSIGN_HOPPER},
+        "assign": {2: ASSIGN_LARGE},
     },
     "sm_90": {
         "contrast_fwd": {
@@ -121,7 +121,7 @@ TILES: dict[str, Table] = {
                 WIDE: Tile(64, 128, 32, 128, 8, 2),
             },
         },
-        "assign": {2: ASSIGN_HOPPER, 4: ASSIGN_HOPPER},
+        "assign": {2: ASSIGN_LARGE},
     },
     "default": {
         "contrast_fwd": {
@@ -148,7 +148,7 @@ TILES: dict[str, Table] = {
                 WIDE: Tile(32, 64, 64, 128, 8, 2),
             },
         },
-        "assign": {2: ASSIGN, 4: ASSIGN},
+        "assign": {2: ASSIGN},
     },
 }
 # What suits sm_80 stays below 99 KB: its registers are full first.
@@ -178,8 +178,8 @@ def processors(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_splits(programs: int, blocks: int, device: torch.device) -> int:
-    """How many parts to split a loop of ``blocks`` blocks into, which ``programs`` programs run each.
+def choose_parts(programs: int, blocks: int, device: torch.device) -> int:
+    """How many parts to cut a loop of ``blocks`` blocks into, which ``programs`` programs run each.
 
     The fewest of those that end first, where a processor runs one program at a time and a part costs as much as four
     blocks beside its own. Four programs for each processor are the most, which bounds the memory for their parts. It

@@ -127,6 +127,7 @@ def look(
 
 @triton.jit
 def store_nearest(label_ptr, distance_ptr, row_n, mask_n, best_n, label_n, IP: tl.constexpr):
+    """Writes label and distance of rows by their least v; the distance is NaN where no v was found."""
     distance_n = -best_n if IP else 2 * best_n
     tl.store(label_ptr + row_n, label_n.to(tl.int64), mask=mask_n)
     tl.store(distance_ptr + row_n, tl.where(best_n < INF, distance_n, float("nan")).to(tl.float32), mask=mask_n)
@@ -136,10 +137,10 @@ def store_nearest(label_ptr, distance_ptr, row_n, mask_n, best_n, label_n, IP: t
 def _settle_kernel(
     x_ptr,  # (N, D) at stride_xn, stride_xd
     c_ptr,  # (K, D) float32, contiguous
-    low_ptr,  # (padded N, BLOCK_K / MEMBERS) float32
-    block_ptr,  # (padded N, BLOCK_K / MEMBERS) int32
-    second_ptr,  # (padded N,) float32
-    unit_ptr,  # (padded N,) float64
+    low_ptr,  # (padded N, BLOCK_K / MEMBERS) float32: the least V of each class,
+    block_ptr,  # (padded N, BLOCK_K / MEMBERS) int32: and the block of its group
+    second_ptr,  # (padded N,) float32: the least V of all other groups
+    unit_ptr,  # (padded N,) float64: see _pack_rows_kernel
     base_ptr,  # (padded N,) float64
     label_ptr,  # (N,) int64
     distance_ptr,  # (N,) float32
@@ -156,6 +157,10 @@ def _settle_kernel(
     SETTLE_ROWS: tl.constexpr,
     SETTLE_COLUMNS: tl.constexpr,
 ):
+    """The nearest centre in the kept groups, and whether another group may still win: SETTLE_ROWS rows a program.
+
+    Not EXACT, only the group of the lowest bound is looked at, and no row stays open.
+    """
     GROUPS: tl.constexpr = BLOCK_K // MEMBERS
     row_n = tl.program_id(0).to(tl.int64) * SETTLE_ROWS + tl.arange(0, SETTLE_ROWS)
     mask_n = row_n < N
@@ -187,11 +192,11 @@ def _resolve_kernel(
     c_ptr,
     rows_ptr,  # (N,) int64: the open rows, then N
     count_ptr,  # (N,) int64: how many are open is the last of them
-    q_ptr,  # (padded N, WIDTH) float16
+    q_ptr,  # (padded N, WIDTH) float16: these two and the next two as in _screen_kernel
     coef_ptr,
     qc_ptr,  # (blocks · BLOCK_K, WIDTH) float16
     vector_ptr,
-    unit_ptr,
+    unit_ptr,  # these and the next as in _settle_kernel
     base_ptr,
     label_ptr,
     distance_ptr,
@@ -209,6 +214,7 @@ def _resolve_kernel(
     BLOCK_D: tl.constexpr,
     RESOLVE_COLUMNS: tl.constexpr,
 ):
+    """The open rows again, against every group: RESOLVE_ROWS at a time, in turn to the programs."""
     group = tl.arange(0, BLOCK_K // MEMBERS)[None, :]
     count = tl.load(count_ptr + N.to(tl.int64) - 1)
     for start in range(tl.program_id(0).to(tl.int64) * RESOLVE_ROWS, count, tl.num_programs(0) * RESOLVE_ROWS):

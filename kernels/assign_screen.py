@@ -8,10 +8,10 @@ two that make the most of float16, to which both are then rounded. Their product
 
     V_nk = coef_n · vector_k - <x̂_n, ĉ_k>        V_nk - κ_n ≤ S_nk
 
-The centres stand in groups, and every so many groups form a class. The screen keeps, of each row and class, the group
-with the least V and that V, and the least V of all groups that are not among those. docs/math/assign.md, "The GPU
-screen", has the proof. In memory are the rounded rows and some 150 bytes for each. No atomic, no number that the host
-waits for: the same bits every run.
+A block of BLOCK_K centres holds BLOCK_K / 8 groups; those at one place of their blocks form a class. The screen keeps,
+of each row and class, the group with the least V and that V, and the least V of all groups that are not among those.
+docs/math/assign.md, "The GPU screen", has the proof. In memory are the rounded rows and some 150 bytes for each. No
+atomic, no number that the host waits for: the same bits every run.
 
 Source: the bounds are ours; the loop is that of contrast_fwd.py without its second product.
 """
@@ -67,10 +67,11 @@ def _pack_centers_kernel(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     IP: tl.constexpr,
-    FLUSHED: tl.constexpr,
+    FLUSHED: tl.constexpr,  # ζ of docs/math/assign.md
     PACK_ROWS: tl.constexpr,
     PACK_COLUMNS: tl.constexpr,
 ):
+    """The centres in float16, their part of V, and what rounding took from them: PACK_ROWS centres a program."""
     row_n = tl.program_id(0).to(tl.int64) * PACK_ROWS + tl.arange(0, PACK_ROWS)
     mask_n = row_n < K
     scale = power_to_top(tl.load(reach_ptr))
@@ -100,7 +101,7 @@ def _pack_centers_kernel(
 @triton.jit(do_not_specialize=["N", "padded"])
 def _pack_rows_kernel(
     x_ptr,  # (N, D) at stride_xn, stride_xd
-    origin_ptr,
+    origin_ptr,  # origin and reach as above
     reach_ptr,
     typical_ptr,  # () float32: a typical ||ĉ||
     ratio_ptr,  # () float32: the largest share lost by rounding a centre
@@ -120,6 +121,7 @@ def _pack_rows_kernel(
     PACK_ROWS: tl.constexpr,
     PACK_COLUMNS: tl.constexpr,
 ):
+    """The rows in float16, their part of V, and how V bounds a score as given: PACK_ROWS rows a program."""
     row_n = tl.program_id(0).to(tl.int64) * PACK_ROWS + tl.arange(0, PACK_ROWS)
     mask_n = row_n < N
     largest_n = tl.zeros((PACK_ROWS,), tl.float64)
@@ -193,8 +195,8 @@ def group_minima(x_nd, row_ptr_n, coef_n, c_ptr, vector_ptr, WIDTH: tl.constexpr
             c_kd = tl.load(c_ptr + here_k[:, None] * WIDTH + (start_d + here_d)[None, :])
             scores_nk = tl.dot(x_nd, tl.trans(c_kd), scores_nk)
     scores_nk += coef_n[:, None] * tl.load(vector_ptr + here_k)[None, :]
-    split = tl.reshape(scores_nk, (BLOCK_N, BLOCK_K // (4 * MEMBERS), MEMBERS // 2, 4, 2))
-    return tl.reshape(tl.min(tl.min(split, 4), 2), (BLOCK_N, BLOCK_K // MEMBERS))
+    grouped = tl.reshape(scores_nk, (BLOCK_N, BLOCK_K // (4 * MEMBERS), MEMBERS // 2, 4, 2))
+    return tl.reshape(tl.min(tl.min(grouped, 4), 2), (BLOCK_N, BLOCK_K // MEMBERS))
 
 
 @triton.jit
@@ -209,8 +211,8 @@ def _screen_kernel(
     coef_ptr,  # (padded N,) float32
     c_ptr,  # (blocks · BLOCK_K, WIDTH) float16
     vector_ptr,  # (blocks · BLOCK_K,) float32
-    low_ptr,  # (padded N, GROUPS) float32: the least V of the groups at one place in their block,
-    block_ptr,  # (padded N, GROUPS) int32: and the block of that group
+    low_ptr,  # (padded N, GROUPS) float32: the least V of each class,
+    block_ptr,  # (padded N, GROUPS) int32: and the block of its group
     second_ptr,  # (padded N,) float32: the least V of all other groups
     blocks,
     WIDTH: tl.constexpr,
@@ -218,6 +220,7 @@ def _screen_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Of every row the group of least V in each class, and the least V of all others: BLOCK_N rows a program."""
     GROUPS: tl.constexpr = BLOCK_K // MEMBERS
     row_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ptr_n = x_ptr + row_n * WIDTH
@@ -265,7 +268,7 @@ def screen(
 ) -> Screen:
     """Bounds of every row on every centre; the tile is for tests."""
     (n, d), k, device = x.shape, len(centers), x.device
-    tile = tile or tile_for("assign", x.dtype, x.shape[1], x.device)
+    tile = tile or tile_for("assign", torch.float16, d, device)
     tile = tile._replace(block_d=min(tile.block_d, max(16, triton.next_power_of_2(d))))
     width = triton.cdiv(d, tile.block_d) * tile.block_d
     rows, keys = triton.cdiv(n, tile.block_n) * tile.block_n, triton.cdiv(k, tile.block_k) * tile.block_k

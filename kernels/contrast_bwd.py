@@ -5,9 +5,10 @@
     Σ_i q_ij x_i                           db_j = Σ_i q_ij
 
 Of the first are dy_j = a_j Σ_i q_ij x_i and da_j = <y_j, Σ_i q_ij x_i>. Symmetric, the keys are the rows and
-s_ij = s_ji: the sum is Σ_i (q_ij + q_ji) x_i, for the gradient of both roles.
+s_ij = s_ji, up to one rounding on tensor cores: the sum is Σ_i (q_ij + q_ji) x_i, for the gradient of both roles.
 
-N rows x, K keys y, D embedding, S parts of the rows. Rows with t(i) < 0 are ignored. docs/math/contrast.md derives it.
+N rows x, K keys y, D embedding, V the slice of D that one program sums, S parts of the rows. Rows with t(i) < 0 are
+ignored. docs/math/contrast.md derives it.
 
 A program owns a tile of keys and walks the rows, or one part of them, block by block, computing the scores again from
 the saved log-sum-exp. p_t - 1 is saved too: found from the scores it would have the rounding of two large numbers; and
@@ -24,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from fastproto.kernels._halves import add_product, factor_rows, load_factor, scores
-from fastproto.kernels._tiles import INF, LOG2E, Tile, choose_splits, load_scale, part_length, tile_for
+from fastproto.kernels._tiles import INF, LOG2E, Tile, choose_parts, load_scale, part_length, tile_for
 from torch import Tensor
 
 # What the largest gradient of a float16 batch is brought to: small ones stay above float16's 6e-8, sums are float32.
@@ -57,7 +58,7 @@ def _contrast_bwd_keys_kernel(
     db_ptr,  # (S, K) float32
     N,
     K,
-    part,
+    part,  # rows of one part
     stride_x,
     stride_y,
     D: tl.constexpr,
@@ -70,6 +71,7 @@ def _contrast_bwd_keys_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
+    """Σ_i q_ij x_i and Σ_i q_ij of BLOCK_K keys over one part of the rows: BLOCK_V columns a program."""
     WHOLE: tl.constexpr = D <= BLOCK_D and BLOCK_D == BLOCK_V
     EVEN_D: tl.constexpr = D % BLOCK_D == 0
     EVEN_V: tl.constexpr = D % BLOCK_V == 0
@@ -175,9 +177,9 @@ def contrast_bwd_keys(
     grad: Tensor,  # (N,) float32, dL / dL_i
     *,
     tile: Tile | None = None,
-    splits: int | None = None,
+    parts: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Σ_i q_ij x_i (K, D), and dL/db (K,) where there is a bias, float32; tile and splits are for tests."""
+    """Σ_i q_ij x_i (K, D), and dL/db (K,) where there is a bias, float32; tile and parts are for tests."""
     n, k, columns_out = len(features), *keys.shape
     has_bias = bias is not None
     if n == 0:
@@ -199,7 +201,7 @@ def contrast_bwd_keys(
     if halves and groups is not None:
         tile = with_groups(tile)
     columns, tiles = triton.cdiv(d, tile.block_v), triton.cdiv(k, tile.block_k)
-    parts = splits or choose_splits(tiles * columns, triton.cdiv(n, tile.block_n), x.device)
+    parts = parts or choose_parts(tiles * columns, triton.cdiv(n, tile.block_n), x.device)
     part = part_length(n, parts, tile.block_n)
     parts = triton.cdiv(n, part)
     total = torch.empty(parts, k, d, dtype=torch.float32, device=x.device)

@@ -5,7 +5,8 @@
     L_i  = log Σ_{j ∈ A(i)} exp(s_ij) - s_{i,t(i)}
     dx_i = Σ_j p_ij a_j y_j - a_t y_t
 
-N rows x, K keys y, D embedding, S parts of the keys. Rows with t(i) < 0 are ignored. docs/math/contrast.md derives it.
+N rows x, K keys y, D embedding, V the slice of D that one program sums, S parts of the keys. Rows with t(i) < 0 are
+ignored. docs/math/contrast.md derives it.
 
 The same rows may meet G sets of keys, each with targets of its own, in one launch: a set is some of the parts. The
 keys of the sets stay where they are; what is one number for each key follows on from set to set.
@@ -33,7 +34,7 @@ import triton
 import triton.language as tl
 from fastproto.kernels._halves import add_product, factor_rows, load_factor, scores
 from fastproto.kernels._sets import MAX_SETS, keys_of_set, set_of_part
-from fastproto.kernels._tiles import INF, Tile, choose_splits, common_part, load_scale, tile_for
+from fastproto.kernels._tiles import INF, Tile, choose_parts, common_part, load_scale, tile_for
 from fastproto.kernels.contrast_merge import MERGE_COLUMNS, MERGE_ROWS, MERGE_WARPS, _contrast_merge_kernel
 from torch import Tensor
 
@@ -59,7 +60,7 @@ def _contrast_fwd_kernel(
     K1,
     K2,
     K3,
-    part,
+    part,  # keys of one part
     stride_x,
     strides_y,
     D: tl.constexpr,
@@ -73,6 +74,7 @@ def _contrast_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
+    """m, l, o and the statistics of BLOCK_N rows over one part of the keys: of o BLOCK_V columns a program."""
     WHOLE: tl.constexpr = D <= BLOCK_D and BLOCK_D == BLOCK_V
     EVEN_D: tl.constexpr = D % BLOCK_D == 0
     EVEN_V: tl.constexpr = D % BLOCK_V == 0
@@ -193,11 +195,11 @@ def contrast_fwd(
     out: tuple[Tensor, ...],  # loss, saved, dx, entropy, top1, positive logit; what is not needed has size 0
     *,
     tile: Tile | None = None,
-    splits: int | None = None,
+    parts: int | None = None,
 ) -> None:
     """Writes what a row has in every set: loss, saved (see contrast_merge.py), dx, entropy, top1 and positive logit.
 
-    With one set the (1, ...) in front may be left out. tile and splits are for tests.
+    With one set the (1, ...) in front may be left out. tile and parts are for tests.
     """
     n, sizes = len(features), tuple(map(len, keys))
     if n == 0:
@@ -215,7 +217,7 @@ def contrast_fwd(
     columns = triton.cdiv(d, tile.block_v) if need_dx else 1
     tiles = triton.cdiv(n, tile.block_n)
     blocks = sum(triton.cdiv(k, tile.block_k) for k in sizes)
-    part = common_part(sizes, splits or choose_splits(tiles * columns, blocks, x.device), tile.block_k)
+    part = common_part(sizes, parts or choose_parts(tiles * columns, blocks, x.device), tile.block_k)
     parts = sum(triton.cdiv(k, part) for k in sizes)
     stats = n if need_stats else 0
 

@@ -1,13 +1,15 @@
 # mypy: allow-untyped-defs
-"""What the parts of the keys left of a row becomes its loss, gradient and statistics: the end of contrast_fwd.py.
+"""Loss, gradient and statistics of every row, from what the parts of the keys left: the end of contrast_fwd.py.
 
     m = max_s m_s        l = Σ_s exp(m_s - m) l_s        o = Σ_s exp(m_s - m) o_s
     L = (m - s_t) + log l        dx = o / l - a_t y_t, or o / l + (exp(-L) - 1) a_t y_t where o has no target
     entropy = log l - Σ_s exp(m_s - m) (w_s + l_s (m_s - m)) / l
 
-N rows, G sets of keys, S parts of the keys, of which a set has some. Of part s: m_s the largest score of its keys,
-l_s = Σ exp(score - m_s), o_s = Σ exp(score - m_s) a y, w_s = Σ exp(score - m_s) (score - m_s). The parts are added in
-their order. The positive score s_t is found here, from the target's own key.
+N rows, D embedding, V the slice of D that one program sums, G sets of keys, S parts of the keys, of which a set has
+some. Of part s: m_s the largest score of its keys, l_s = Σ exp(score - m_s), o_s = Σ exp(score - m_s) a y,
+w_s = Σ exp(score - m_s) (score - m_s). In the code m is `max`, l `sum`, o `acc`, w `spread`, all of scores in base 2:
+hence the factors LN2. The parts are added in their order. The positive score s_t is found here, from the target's own
+key.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ def _contrast_merge_kernel(
     K1,
     K2,
     K3,
-    part,
+    part,  # keys of one part
     stride_x,
     strides_y,
     D: tl.constexpr,
@@ -71,6 +73,7 @@ def _contrast_merge_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
+    """Merges the parts: BLOCK_N rows of a set and BLOCK_V columns of dx a program; the first columns' has the rest."""
     g = tl.program_id(2)
     y_ptr, stride_y, K, first_k, first_s = keys_of_set(g, y_ptrs, strides_y, (K0, K1, K2, K3), part)
     parts = tl.cdiv(K, part)

@@ -36,14 +36,14 @@ def split(values, rounder, fine_rounder):
 
 
 @triton.jit
-def flush(sums_ptr, counts_ptr, label, K, D, coarse_d, fine_d, count, fine_count, mask_d, counts):
-    """Adds the sums of a run of equal labels to those of its cluster."""
+def flush(sums_ptr, counts_ptr, label, K, D, coarse_d, fine_d, count, fine_count, mask_d, counting):
+    """Adds the sums of a run of equal labels to those of its cluster, and its counts if counting."""
     known = (label >= 0) & (label < K)
     fine_label = label + K
     tl.atomic_add(sums_ptr + label * D, coarse_d, mask=mask_d & known, sem="relaxed")
     tl.atomic_add(sums_ptr + fine_label * D, fine_d, mask=mask_d & known, sem="relaxed")
-    tl.atomic_add(counts_ptr + label, count, mask=counts & known, sem="relaxed")
-    tl.atomic_add(counts_ptr + fine_label, fine_count, mask=counts & known, sem="relaxed")
+    tl.atomic_add(counts_ptr + label, count, mask=counting & known, sem="relaxed")
+    tl.atomic_add(counts_ptr + fine_label, fine_count, mask=counting & known, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["N", "K"])
@@ -65,11 +65,12 @@ def _update_kernel(
     RUN: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    """Adds RUN of the ordered rows to their clusters: COLUMNS columns a program, the first of which counts."""
     offs_d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask_d = offs_d < D
     x_ptr += offs_d.to(tl.int64) * stride_xd
     sums_ptr += offs_d
-    counts = tl.program_id(1) == 0
+    counting = tl.program_id(1) == 0
     x_rounder, w_rounder = tl.load(rounder_ptr), tl.load(rounder_ptr + 1)
     fine_x_rounder, fine_w_rounder = tl.load(rounder_ptr + 2), tl.load(rounder_ptr + 3)
     begin = tl.program_id(0).to(tl.int64) * RUN
@@ -81,7 +82,7 @@ def _update_kernel(
     for n in range(begin, end):
         here = tl.load(label_ptr + n).to(tl.int64)
         if here != label:
-            flush(sums_ptr, counts_ptr, label, K, D, coarse_d, fine_d, count, fine_count, mask_d, counts)
+            flush(sums_ptr, counts_ptr, label, K, D, coarse_d, fine_d, count, fine_count, mask_d, counting)
             label = here
             coarse_d, fine_d = tl.zeros((COLUMNS,), tl.float64), tl.zeros((COLUMNS,), tl.float64)
             count, fine_count = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
@@ -97,7 +98,7 @@ def _update_kernel(
         fine_d += fine_more_d
         count += more
         fine_count += fine_more
-    flush(sums_ptr, counts_ptr, label, K, D, coarse_d, fine_d, count, fine_count, mask_d, counts)
+    flush(sums_ptr, counts_ptr, label, K, D, coarse_d, fine_d, count, fine_count, mask_d, counting)
 
 
 def update(

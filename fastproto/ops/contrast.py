@@ -174,7 +174,10 @@ def _scale_of(keys: Tensor, scale: Tensor | None, scale_all: float) -> Tensor:
 def _inputs(
     features: Tensor, keys: Tensor, scale: Tensor, normalize: bool, symmetric: bool
 ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
-    """Rows, keys and scale for a Triton kernel. Symmetric, rows and keys are one tensor: s_ij has the bits of s_ji."""
+    """Rows, keys and scale for a Triton kernel.
+
+    Symmetric, rows and keys are one tensor: s_ij is s_ji up to one rounding on tensor cores.
+    """
     if not normalize:
         return features, (keys,), scale
     if symmetric:

@@ -1,4 +1,4 @@
-"""How the kernels split their loops."""
+"""How the kernels cut their loops into parts."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 tiles = pytest.importorskip("fastproto.kernels._tiles")
 
 
-def test_splits_fill_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_fill_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "processors", lambda _: 132)
 
-    def splits(programs: int, blocks: int) -> int:
-        return tiles.choose_splits(programs, blocks, torch.device("meta"))
+    def parts(programs: int, blocks: int) -> int:
+        return tiles.choose_parts(programs, blocks, torch.device("meta"))
 
-    assert splits(32, 512) == 4  # 128 of 132
-    assert splits(132, 512) == 1
-    assert splits(1000, 512) == 1
-    assert splits(2, 512) == 64  # 8 blocks each, as 66 parts would have
-    assert splits(128, 3) == 1
-    assert splits(70, 512) == 7  # 490 of 528, where 2 parts would be 140 of 264
+    assert parts(32, 512) == 4  # 128 of 132
+    assert parts(132, 512) == 1
+    assert parts(1000, 512) == 1
+    assert parts(2, 512) == 64  # 8 blocks each, as 66 parts would have
+    assert parts(128, 3) == 1
+    assert parts(70, 512) == 7  # 490 of 528, where 2 parts would be 140 of 264
     assert tiles.part_length(507, 2, 64) == 256
 
 

@@ -50,7 +50,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for kernel in (contrast_fwd, contrast_bwd):
         monkeypatch.setattr(kernel, "tile_for", lambda *_: _tiles.Tile(64, 128, 64, 64, 4, 1))
-        monkeypatch.setattr(kernel, "choose_splits", lambda *_: 2)
+        monkeypatch.setattr(kernel, "choose_parts", lambda *_: 2)
 
 
 @on_gpu
@@ -304,8 +304,8 @@ def test_parts_and_repeats() -> None:
 
     def results(parts: int) -> list[Tensor]:
         out = present(outputs(features, True, True))
-        contrast_fwd.contrast_fwd(features, [keys], *rest, True, True, out, splits=parts)
-        return [*out, *contrast_bwd.contrast_bwd_keys(features, keys, *rest, False, out[1], grad, splits=parts)]
+        contrast_fwd.contrast_fwd(features, [keys], *rest, True, True, out, parts=parts)
+        return [*out, *contrast_bwd.contrast_bwd_keys(features, keys, *rest, False, out[1], grad, parts=parts)]
 
     whole = results(1)
     for parts in (2, 3, 7):
@@ -323,7 +323,7 @@ def test_several_sets(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], n
     if INTERPRETED:
         from fastproto.kernels import contrast_fwd
 
-        monkeypatch.setattr(contrast_fwd, "choose_splits", lambda *_: 7)
+        monkeypatch.setattr(contrast_fwd, "choose_parts", lambda *_: 7)
     arguments = test_contrast_sets.sets_problem(70, sizes, 24, DEVICE, normalize)
     options = {"normalize": normalize, "mean": True}
     exact = test_contrast_sets.run("reference", arguments, torch.float64, looped=True, **options)
