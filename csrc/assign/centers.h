@@ -77,7 +77,7 @@ void pack_tile(const Assign& args, Centers& centers, int64_t tile) {
     Number* numbers = reinterpret_cast<Number*>(packed + m * centers.words);
     measured[m].scale = scale;
     quantize(rows.data() + m * padded, padded, measured[m], numbers);
-    if (sizeof(Number) == 1) centers.start[at] = -UNSIGNED * std::accumulate(numbers, numbers + padded, 0);
+    if (sizeof(Number) == 1) centers.start[at] = -ROW_OFFSET * std::accumulate(numbers, numbers + padded, 0);
     centers.residual[tile] = std::max(centers.residual[tile], measured[m].residual);
   }
   pack_tall(packed, MR, centers.words, centers.packed.data() + tile * centers.words * MR);

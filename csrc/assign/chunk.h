@@ -1,4 +1,6 @@
 // A chunk of rows: as the screen takes them, and which tiles of centres it leaves open for each; the exact look at those.
+// The steps of a task (assign_cpu.cpp): load_chunk; screen and judge, which lets tiles wait; then row after row fetch_tile and
+// fetch_centers, ahead of it, and look.
 // Included by *_cpu.cpp only.
 #pragma once
 
@@ -71,7 +73,7 @@ void load_chunk(const Assign& args, const Centers& centers, Chunk& chunk) {
     Quantized x = measure<Number>(shifted.data(), round_up(D, LANES));
     quantize(shifted.data(), padded, x, numbers);
     if (sizeof(Number) == 1 && !centers.amx)
-      for (int64_t d = 0; d < padded; ++d) numbers[d] ^= Number(-UNSIGNED);
+      for (int64_t d = 0; d < padded; ++d) numbers[d] ^= Number(-ROW_OFFSET);
     chunk.row.push_back(row);
     chunk.nearest.emplace_back(args, row, std::max(x.length, SHORTEST) * std::max(centers.longest, SHORTEST));
     chunk.screened[i] = centers.screened && x.length <= TOO_LONG;
@@ -97,7 +99,7 @@ unsigned open_centers(const Assign& args, const Centers& centers, const Chunk& c
   const int32_t* row = reinterpret_cast<const int32_t*>(chunk.packed.data()) + i / NR * words * NR + i % NR;
   IntVec even = load_words(centers.start.data() + tile * MR), odd{};
   // Of every byte: rows for AMX have theirs, vpdpbusd wants them without.
-  const int32_t sign = centers.amx ? static_cast<int32_t>(0x01010101u * UNSIGNED) : 0;
+  const int32_t sign = centers.amx ? static_cast<int32_t>(0x01010101u * ROW_OFFSET) : 0;
   for (int64_t w = 0; w < words; w += 2) {  // their number is even: D is padded to LANES
     even = dot_words<Number, VNNI>(even, load_words(packed + w * MR), (row[w * NR] ^ sign) - IntVec{});
     odd = dot_words<Number, VNNI>(odd, load_words(packed + (w + 1) * MR), (row[(w + 1) * NR] ^ sign) - IntVec{});

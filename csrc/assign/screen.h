@@ -29,7 +29,7 @@ constexpr float ROUNDING = 1.f / (1 << 20);
 
 // vpdpbusd takes the rows without a sign: they stand as q + 128, and sums start from −128 Σ r. D · 255 · 127 < 2^31. AMX takes
 // them with a sign.
-constexpr int UNSIGNED = 128;
+constexpr int ROW_OFFSET = 128;
 constexpr int64_t MAX_D_OF_BYTES = 1 << 16;
 constexpr int64_t AMX_BYTES = 64;  // of a row in a tile
 

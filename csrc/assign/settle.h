@@ -70,7 +70,7 @@ class Nearest {
   // than normal numbers has no relative error: 1e-36 stands for it.
   Nearest(const Assign& args, const float* x, float reach)
       : args_(args), x_(x), share_((args.D / (4 * LANES) + 16) * 0x1p-23f),
-        slack_((args.inner ? share_ * reach : 0.f) + 1e-36f) {}
+        tolerance_((args.inner ? share_ * reach : 0.f) + 1e-36f) {}
 
   // Up to MR centres at a time: which of them can be the nearest is one comparison each, without a branch on the best.
   void show(const int64_t* centers, int count) {
@@ -85,7 +85,7 @@ class Nearest {
   }
   int64_t label() const { return label_; }
   // No less than the squared distance of the nearest.
-  float at_most() const { return gap_ * (1 + share_) + slack_; }
+  float at_most() const { return gap_ * (1 + share_) + tolerance_; }
   double gap() {
     settle();
     return exact_;
@@ -96,7 +96,7 @@ class Nearest {
     const float* c = args_.centers + k * args_.D;
     return args_.inner ? -product(x_, c, args_.D) : squared_distance(x_, c, args_.D);
   }
-  float doubt(float gap) const { return args_.inner ? slack_ : share_ * gap + slack_; }
+  float doubt(float gap) const { return args_.inner ? tolerance_ : share_ * gap + tolerance_; }
 
   void show(int64_t k, float gap) {
     if (label_ < 0 || gap < gap_ - doubt(gap_)) {
@@ -114,7 +114,7 @@ class Nearest {
 
   const Assign& args_;
   const float* x_;
-  const float share_, slack_;
+  const float share_, tolerance_;
   int64_t label_ = -1;
   float gap_ = 0;
   double exact_ = 0;

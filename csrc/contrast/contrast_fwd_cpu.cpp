@@ -233,19 +233,19 @@ void every_row(const Contrast& args, int threads) {
   const int64_t blocks = (args.K + KEYS - 1) / KEYS;
   const int64_t wanted = std::max<int64_t>(1, std::min(1024 / args.N, blocks));
   const int64_t keys = (blocks + wanted - 1) / wanted * KEYS;
-  const int64_t splits = (args.K + keys - 1) / keys;
+  const int64_t segment_count = (args.K + keys - 1) / keys;
   const int64_t width = round_up(args.D, NR);
   // As many chunks of rows as keep every thread busy to the end.
   int64_t chunks = (args.N + MAX_ROWS - 1) / MAX_ROWS;
-  while (chunks * splits < 4 * threads && chunks * splits % threads != 0 && chunks * ROWS < args.N) ++chunks;
+  while (chunks * segment_count < 4 * threads && chunks * segment_count % threads != 0 && chunks * ROWS < args.N) ++chunks;
   const int64_t rows = round_up((args.N + chunks - 1) / chunks, ROWS);
   chunks = (args.N + rows - 1) / rows;
 
   const int64_t floats = args.N * (3 + (args.entropy ? 2 : 0) + (args.dx ? width : 0));
-  std::vector<float> state(splits * floats, 0.f);
-  std::vector<int64_t> top1(args.entropy ? splits * args.N : 0, 0);
-  std::vector<Segment> segments(splits);
-  for (int64_t s = 0; s < splits; ++s) {
+  std::vector<float> state(segment_count * floats, 0.f);
+  std::vector<int64_t> top1(args.entropy ? segment_count * args.N : 0, 0);
+  std::vector<Segment> segments(segment_count);
+  for (int64_t s = 0; s < segment_count; ++s) {
     float* next = state.data() + s * floats;
     auto take = [&](int64_t count) { float* p = next; next += count; return p; };
     segments[s] = {take(args.N), take(args.N), take(args.N), nullptr, nullptr, nullptr, nullptr};
@@ -259,9 +259,9 @@ void every_row(const Contrast& args, int threads) {
     }
     if (args.dx) segments[s].acc = take(args.N * width);
   }
-  parallel_for(chunks * splits, threads, [&](int64_t t) {
-    const int64_t row = t / splits * rows, key = t % splits * keys;
-    task<Product>(args, row, std::min(row + rows, args.N), key, std::min(key + keys, args.K), segments[t % splits]);
+  parallel_for(chunks * segment_count, threads, [&](int64_t t) {
+    const int64_t row = t / segment_count * rows, key = t % segment_count * keys;
+    task<Product>(args, row, std::min(row + rows, args.N), key, std::min(key + keys, args.K), segments[t % segment_count]);
   });
   parallel_for((args.N + 63) / 64, threads, [&](int64_t block) {
     for (int64_t i = block * 64; i < std::min(args.N, block * 64 + 64); ++i) finish_row(args, segments, i);
