@@ -229,17 +229,17 @@ def contrast_fwd(
     bias = None if bias is None else bias.float().contiguous()
     groups, key_groups = (None if group is None else group.contiguous() for group in (groups, key_groups))
     units = (unit_n, unit_k if halves else None)
-    inputs = (x, ys, *units, targets.contiguous(), scale.float().contiguous(), bias, groups, key_groups)
+    shared = (x, ys, *units, targets.contiguous(), scale.float().contiguous(), bias)
     flags = {"D": d, "HALVES": halves, "HAS_BIAS": bias is not None, "NEED_DX": need_dx, "NEED_STATS": need_stats}
     lengths = (n, *sizes, *[0] * (MAX_SETS - len(sizes)), part)
     strides = (x.stride(0), tuple(y.stride(0) for y in ys))
     with torch.cuda.device_of(x):
         _contrast_fwd_kernel[tiles, parts, columns](
-            *inputs, *partial, *lengths, *strides, **flags, HAS_GROUPS=groups is not None,
+            *shared, groups, key_groups, *partial, *lengths, *strides, **flags, HAS_GROUPS=groups is not None,
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_D=tile.block_d, BLOCK_V=tile.block_v,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         _contrast_merge_kernel[triton.cdiv(n, MERGE_ROWS), triton.cdiv(d, MERGE_COLUMNS) if need_dx else 1, len(ys)](
-            *inputs[:7], *partial, *out, *lengths, *strides, **flags, D_OUT=features.shape[1],
+            *shared, *partial, *out, *lengths, *strides, **flags, D_OUT=features.shape[1],
             BLOCK_N=MERGE_ROWS, BLOCK_D=tile.block_d, BLOCK_V=MERGE_COLUMNS, num_warps=MERGE_WARPS[halves],
         )  # fmt: skip

@@ -21,13 +21,28 @@ from fastproto.reference import contrast as reference
 WIDE, FEW_SCORES = 256, 1 << 22
 
 
+class _Results(NamedTuple):
+    """What a C++ kernel writes, or takes from the forward and from above, in the order of csrc/contrast/bind.h."""
+
+    loss: Tensor | None = None
+    saved: Tensor | None = None
+    dx: Tensor | None = None
+    entropy: Tensor | None = None
+    top1: Tensor | None = None
+    positive: Tensor | None = None
+    grad: Tensor | None = None
+    dy: Tensor | None = None
+    da: Tensor | None = None
+    db: Tensor | None = None
+
+
 def _cpp_fwd(features: Tensor, keys: Tensor, *rest: Any) -> list[Tensor]:
     if torch.float64 in (features.dtype, keys.dtype):
         return reference.contrast_fwd(features, keys, *rest)
     *options, more_keys, need_dx, need_stats = rest
     *_, divisor, _ = options
     out = outputs(features, need_dx, need_stats, reduced=divisor is not None)
-    _launch("contrast_fwd", (*out, None, None, None, None), more_keys, features, keys, *options)
+    _launch("contrast_fwd", _Results(*out), more_keys, features, keys, *options)
     return present(out)
 
 
@@ -35,10 +50,10 @@ def _cpp_bwd_keys(features: Tensor, keys: Tensor, targets: Tensor, *rest: Any) -
     if torch.float64 in (features.dtype, keys.dtype):
         return reference.contrast_bwd_keys(features, keys, targets, *rest)
     scale, _, bias, *_, saved, grad = rest
-    out = _key_gradients(keys, scale, bias, torch.float32)
-    results = (None, saved, None, None, None, None, grad, *out)
+    dy, da, db = _key_gradients(keys, scale, bias, torch.float32)
+    results = _Results(saved=saved, grad=grad, dy=dy, da=da, db=db)
     _launch("contrast_bwd_keys", results, None, features, keys, targets, *rest[:-2])
-    return present(out)
+    return present((dy, da, db))
 
 
 def outputs(
@@ -74,7 +89,7 @@ def present(out: Sequence[Tensor | None]) -> list[Tensor]:
 
 def _launch(
     name: str,
-    results: tuple[Tensor | None, ...],
+    results: _Results,
     more_keys: Tensor | None,
     features: Tensor,
     keys: Tensor,
@@ -95,7 +110,7 @@ def _launch(
     vectors = (targets, scale, bias, groups, key_groups)
     dense = (None if vector is None else vector.contiguous() for vector in vectors)
     tensors = (features, keys, *dense, *results, more_keys)
-    grad = results[6]
+    grad = results.grad
     sizes = (
         *(features.shape[0], *keys.shape, features.stride(0), keys.stride(0)),
         0 if grad is None or grad.ndim == 0 else grad.stride(0),

@@ -20,9 +20,30 @@ from fastproto.ops._dispatch import DTYPE_CODES, Op, contiguous_rows, once_diffe
 from fastproto.reference import siamese as reference
 
 
+class _PairsResults(NamedTuple):
+    """What a C++ kernel writes, or the backward takes from above, in the order of csrc/siamese/bind.h."""
+
+    loss: Tensor | None = None
+    slope: Tensor | None = None
+    coefficient: Tensor | None = None
+    da: Tensor | None = None
+    dw: Tensor | None = None
+
+
+class _AllPairsResults(NamedTuple):
+    """The same over all pairs."""
+
+    mean: Tensor | None = None
+    slope: Tensor | None = None
+    share: Tensor | None = None
+    coefficient: Tensor | None = None
+    dx: Tensor | None = None
+    dw: Tensor | None = None
+
+
 def _cpp_pairs_fwd(a: Tensor, b: Tensor, same: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     loss, slope = _floats(len(a), like=a), _floats(len(a), like=a)
-    _launch_pairs("siamese_pairs_fwd", a, b, same, weight, bias, loss, slope, None, None, None)
+    _launch_pairs("siamese_pairs_fwd", _PairsResults(loss=loss, slope=slope), a, b, same, weight, bias)
     return loss, slope
 
 
@@ -31,21 +52,22 @@ def _cpp_pairs_bwd(
 ) -> tuple[Tensor, Tensor]:
     da = _floats(*a.shape, like=a) if need_rows else _floats(0, like=a)
     dw = _floats(a.shape[1], like=a) if need_weight else _floats(0, like=a)
-    _launch_pairs("siamese_pairs_bwd", a, b, same, weight, None, None, None, coefficient.contiguous(), da, dw)
+    results = _PairsResults(coefficient=coefficient.contiguous(), da=da, dw=dw)
+    _launch_pairs("siamese_pairs_bwd", results, a, b, same, weight)
     return da, dw
 
 
 def _cpp_all_pairs_fwd(features: Tensor, second: Tensor | None, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     out = _floats(3, like=features), _floats(3, like=features), _floats(3, like=features)
-    _launch_all_pairs("siamese_all_pairs_fwd", features, second, *rest, *out, None, None, None)
+    _launch_all_pairs("siamese_all_pairs_fwd", _AllPairsResults(*out), features, second, *rest)
     return out
 
 
 def _cpp_all_pairs_bwd(features: Tensor, second: Tensor | None, *rest: Tensor) -> tuple[Tensor, Tensor]:
     *rows, coefficient = rest
     dx, dw = _floats(*_joined_shape(features, second), like=features), _floats(features.shape[1], like=features)
-    outputs = (None, None, None, coefficient.contiguous(), dx, dw)
-    _launch_all_pairs("siamese_all_pairs_bwd", features, second, *rows, *outputs)
+    results = _AllPairsResults(coefficient=coefficient.contiguous(), dx=dx, dw=dw)
+    _launch_all_pairs("siamese_all_pairs_bwd", results, features, second, *rows)
     return dx, dw
 
 
@@ -54,27 +76,33 @@ def _joined_shape(features: Tensor, second: Tensor | None) -> tuple[int, int]:
 
 
 def _launch_pairs(
-    name: str, a: Tensor, b: Tensor, same: Tensor, weight: Tensor, bias: Tensor | None, *rest: Tensor | None
+    name: str,
+    results: _PairsResults,
+    a: Tensor,
+    b: Tensor,
+    same: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
 ) -> None:
     a, b = contiguous_rows(a), contiguous_rows(b)
     sizes = (*a.shape, a.stride(0), b.stride(0), DTYPE_CODES[a.dtype], DTYPE_CODES[b.dtype])
-    _launch(name, sizes, a, b, same, weight.float().contiguous(), None if bias is None else bias.float(), *rest)
+    _launch(name, sizes, a, b, same, weight.float().contiguous(), None if bias is None else bias.float(), *results)
 
 
 def _launch_all_pairs(
     name: str,
+    results: _AllPairsResults,
     x: Tensor,
     second: Tensor | None,
     images: Tensor,
     prototypes: Tensor,
     weight: Tensor,
     bias: Tensor,
-    *rest: Tensor | None,
 ) -> None:
     x, second = contiguous_rows(x), None if second is None else contiguous_rows(second)
     stride = 0 if second is None else second.stride(0)
     sizes = (*_joined_shape(x, second), len(x), x.stride(0), stride, DTYPE_CODES[x.dtype])
-    _launch(name, sizes, x, second, images, prototypes, weight.float().contiguous(), bias.float(), *rest)
+    _launch(name, sizes, x, second, images, prototypes, weight.float().contiguous(), bias.float(), *results)
 
 
 def _launch(name: str, sizes: tuple[int, ...], *tensors: Tensor | None) -> None:
