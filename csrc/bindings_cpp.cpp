@@ -16,9 +16,7 @@
 #include "update/bind.h"
 
 namespace fastproto {
-namespace baseline { double peak_flops(int threads); }
-namespace avx2 { double peak_flops(int threads); }
-namespace avx512 { double peak_flops(int threads); }
+FASTPROTO_PER_ISA(double peak_flops(int threads);)
 }  // namespace fastproto
 
 PYBIND11_MODULE(_fastproto_C, m) {

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "../common/isa.h"
+
 namespace fastproto {
 
 struct Assign {
@@ -28,15 +30,10 @@ struct Assign {
   int64_t* tried;              // () pairs of a row and a centre that were computed
 };
 
-#define FASTPROTO_DECLARE(ISA)                              \
-  namespace ISA {                                           \
-  void assign(const Assign& args, int threads);             \
-  int64_t assign_panel_rows();                              \
-  int64_t assign_group_centers();                           \
-  }
-FASTPROTO_DECLARE(baseline)
-FASTPROTO_DECLARE(avx2)
-FASTPROTO_DECLARE(avx512)
-#undef FASTPROTO_DECLARE
+FASTPROTO_PER_ISA(
+  void assign(const Assign& args, int threads);
+  int64_t assign_panel_rows();
+  int64_t assign_group_centers();
+)
 
 }  // namespace fastproto

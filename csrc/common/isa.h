@@ -39,6 +39,12 @@ inline bool has_amx() { return current_isa() == Isa::amx; }
 
 }  // namespace fastproto
 
+// Declares what every instruction set has one of.
+#define FASTPROTO_PER_ISA(...)        \
+  namespace baseline { __VA_ARGS__ }  \
+  namespace avx2 { __VA_ARGS__ }      \
+  namespace avx512 { __VA_ARGS__ }
+
 // Calls FUNCTION from the namespace of the instruction set in use, and assigns what it returns.
 #if defined(__x86_64__)
 #define FASTPROTO_DISPATCH_TO(RESULT, FUNCTION, ...)                                         \

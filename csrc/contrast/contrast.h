@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "../common/isa.h"
+
 namespace fastproto {
 
 struct Contrast {
@@ -50,18 +52,13 @@ struct Contrast {
   float& factor(int64_t i) const { return saved[2 * N + i]; }
 };
 
-#define FASTPROTO_DECLARE(ISA)                               \
-  namespace ISA {                                            \
-  void contrast_fwd(const Contrast& args, int threads);      \
-  void contrast_bwd_keys(const Contrast& args, int threads); \
-  /* What the two above turn to where contrast_is_bounded. */ \
-  bool contrast_is_bounded(const Contrast& args);             \
-  void contrast_fwd_symmetric(const Contrast& args, int threads); \
-  void contrast_bwd_symmetric(const Contrast& args, int threads); \
-  }
-FASTPROTO_DECLARE(baseline)
-FASTPROTO_DECLARE(avx2)
-FASTPROTO_DECLARE(avx512)
-#undef FASTPROTO_DECLARE
+FASTPROTO_PER_ISA(
+  void contrast_fwd(const Contrast& args, int threads);
+  void contrast_bwd_keys(const Contrast& args, int threads);
+  // What the two above turn to where contrast_is_bounded.
+  bool contrast_is_bounded(const Contrast& args);
+  void contrast_fwd_symmetric(const Contrast& args, int threads);
+  void contrast_bwd_symmetric(const Contrast& args, int threads);
+)
 
 }  // namespace fastproto

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../common/host_device.h"
+#include "../common/isa.h"
 
 namespace fastproto {
 
@@ -76,14 +77,7 @@ template <typename T> FASTPROTO_HD inline T window_weight(const Window<T>& windo
   return weight > 0 ? weight : 0;
 }
 
-#define FASTPROTO_DECLARE(ISA) \
-  namespace ISA {              \
-  void crop_resize(const CropResize& args, int threads); \
-  }
-FASTPROTO_DECLARE(baseline)
-FASTPROTO_DECLARE(avx2)
-FASTPROTO_DECLARE(avx512)
-#undef FASTPROTO_DECLARE
+FASTPROTO_PER_ISA(void crop_resize(const CropResize& args, int threads);)
 
 // Launches on a CUDA stream; throws std::runtime_error where the launch fails.
 void crop_resize_cuda(const CropResize& args, uintptr_t stream);

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "../common/host_device.h"
+#include "../common/isa.h"
 
 namespace fastproto {
 
@@ -49,14 +50,7 @@ FASTPROTO_HD inline double mixed(double first, double second, double weight) {
   return first * (1 - weight) + second * weight;
 }
 
-#define FASTPROTO_DECLARE(ISA) \
-  namespace ISA {              \
-  void localize(const Localize& args, int threads); \
-  }
-FASTPROTO_DECLARE(baseline)
-FASTPROTO_DECLARE(avx2)
-FASTPROTO_DECLARE(avx512)
-#undef FASTPROTO_DECLARE
+FASTPROTO_PER_ISA(void localize(const Localize& args, int threads);)
 
 // Launches on a CUDA stream; throws std::runtime_error where the launch fails.
 void localize_cuda(const Localize& args, uintptr_t stream);

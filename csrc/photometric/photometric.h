@@ -14,6 +14,8 @@
 
 #include <cstdint>
 
+#include "../common/isa.h"
+
 namespace fastproto {
 
 struct Photometric {
@@ -34,14 +36,7 @@ struct Photometric {
   float* work;             // (N, C, H, W), contiguous: on a GPU, where sigma is given
 };
 
-#define FASTPROTO_DECLARE(ISA) \
-  namespace ISA {              \
-  void photometric(const Photometric& args, int threads); \
-  }
-FASTPROTO_DECLARE(baseline)
-FASTPROTO_DECLARE(avx2)
-FASTPROTO_DECLARE(avx512)
-#undef FASTPROTO_DECLARE
+FASTPROTO_PER_ISA(void photometric(const Photometric& args, int threads);)
 
 // Launches on a CUDA stream; throws std::runtime_error where the launch fails.
 void photometric_cuda(const Photometric& args, uintptr_t stream);

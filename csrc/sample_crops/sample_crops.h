@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "../common/host_device.h"
+#include "../common/isa.h"
 #include "../common/philox.h"
 
 namespace fastproto {
@@ -86,14 +87,7 @@ FASTPROTO_HD inline void sample_crop(const SampleCrops& args, int64_t view, int6
   args.flip[row] = Draws(args.samples, n, view, Stream::flip)[0] < 1u << 31;
 }
 
-#define FASTPROTO_DECLARE(ISA) \
-  namespace ISA {              \
-  void sample_crops(const SampleCrops& args, int threads); \
-  }
-FASTPROTO_DECLARE(baseline)
-FASTPROTO_DECLARE(avx2)
-FASTPROTO_DECLARE(avx512)
-#undef FASTPROTO_DECLARE
+FASTPROTO_PER_ISA(void sample_crops(const SampleCrops& args, int threads);)
 
 // Launches on a CUDA stream; throws std::runtime_error where the launch fails.
 void sample_crops_cuda(const SampleCrops& args, uintptr_t stream);

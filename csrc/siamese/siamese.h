@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "../common/isa.h"
+
 namespace fastproto {
 
 // Given pairs: row i of a with row i of b.
@@ -51,16 +53,11 @@ struct SiameseAllPairs {
   float* dw;                // (C,)
 };
 
-#define FASTPROTO_DECLARE(ISA)                                            \
-  namespace ISA {                                                         \
-  void siamese_pairs_fwd(const SiamesePairs& args, int threads);          \
-  void siamese_pairs_bwd(const SiamesePairs& args, int threads);          \
-  void siamese_all_pairs_fwd(const SiameseAllPairs& args, int threads);   \
-  void siamese_all_pairs_bwd(const SiameseAllPairs& args, int threads);   \
-  }
-FASTPROTO_DECLARE(baseline)
-FASTPROTO_DECLARE(avx2)
-FASTPROTO_DECLARE(avx512)
-#undef FASTPROTO_DECLARE
+FASTPROTO_PER_ISA(
+  void siamese_pairs_fwd(const SiamesePairs& args, int threads);
+  void siamese_pairs_bwd(const SiamesePairs& args, int threads);
+  void siamese_all_pairs_fwd(const SiameseAllPairs& args, int threads);
+  void siamese_all_pairs_bwd(const SiameseAllPairs& args, int threads);
+)
 
 }  // namespace fastproto

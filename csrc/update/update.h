@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "../common/isa.h"
+
 namespace fastproto {
 
 struct Update {
@@ -23,8 +25,6 @@ struct Update {
   double* counts;         // (2, K), zeros
 };
 
-namespace baseline { void update(const Update& args, int threads); }
-namespace avx2 { void update(const Update& args, int threads); }
-namespace avx512 { void update(const Update& args, int threads); }
+FASTPROTO_PER_ISA(void update(const Update& args, int threads);)
 
 }  // namespace fastproto
