@@ -8,11 +8,14 @@
 // The result of a row does not depend on its chunk, nor on what bounds exclude: the same bits for any number of threads.
 #include "assign.h"
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <vector>
 
 #include "../common/parallel.h"
+#include "../common/tile.h"
+#include "../common/vec.h"
 #include "bounds.h"
 
 namespace fastproto {

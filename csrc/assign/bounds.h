@@ -2,6 +2,12 @@
 // them. Included by *_cpu.cpp only.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "../common/tile.h"
+#include "../common/vec.h"
 #include "chunk.h"
 
 namespace fastproto {

@@ -2,10 +2,16 @@
 // Included by *_cpu.cpp only.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <vector>
 
+#include "../common/float_rows.h"
+#include "../common/pack.h"
 #include "../common/parallel.h"
+#include "../common/tile.h"
+#include "../common/vec.h"
 #include "assign.h"
 #include "screen.h"
 

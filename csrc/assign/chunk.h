@@ -4,6 +4,13 @@
 // Included by *_cpu.cpp only.
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
+#include "../common/float_rows.h"
+#include "../common/pack.h"
+#include "../common/tile.h"
+#include "../common/vec.h"
 #include "centers.h"
 #include "settle.h"
 

@@ -9,11 +9,15 @@
 // Included by *_cpu.cpp only.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "../common/amx.h"
 #include "../common/isa.h"
 #include "../common/tile.h"
+#include "../common/vec.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>

@@ -3,9 +3,11 @@
 // Included by *_cpu.cpp only.
 #pragma once
 
+#include <cstring>
 #include <limits>
 
 #include "../common/tile.h"
+#include "../common/vec.h"
 #include "assign.h"
 
 namespace fastproto {

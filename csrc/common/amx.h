@@ -17,6 +17,7 @@
 
 #include "isa.h"
 #include "tile.h"
+#include "vec.h"
 
 namespace fastproto {
 namespace FASTPROTO_ISA {

@@ -4,6 +4,7 @@
 
 #include "parallel.h"
 #include "tile.h"
+#include "vec.h"
 
 namespace fastproto {
 namespace FASTPROTO_ISA {

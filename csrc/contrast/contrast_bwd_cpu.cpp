@@ -7,10 +7,15 @@
 // times as large the others would be rounded. The same bits for any number of threads.
 #include "contrast.h"
 
+#include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
+#include "../common/float_rows.h"
 #include "../common/parallel.h"
+#include "../common/tile.h"
+#include "../common/vec.h"
 #include "product.h"
 #include "rows.h"
 

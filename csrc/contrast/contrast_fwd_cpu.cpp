@@ -7,11 +7,16 @@
 // on N and K alone, and a row does not depend on its chunk: the same bits for any number of threads.
 #include "contrast.h"
 
+#include <algorithm>
+#include <cmath>
 #include <limits>
 #include <numeric>
 #include <vector>
 
+#include "../common/float_rows.h"
 #include "../common/parallel.h"
+#include "../common/tile.h"
+#include "../common/vec.h"
 #include "product.h"
 #include "rows.h"
 

@@ -16,7 +16,11 @@
 #include <cmath>
 #include <vector>
 
+#include "../common/float_rows.h"
+#include "../common/pack.h"
 #include "../common/parallel.h"
+#include "../common/tile.h"
+#include "../common/vec.h"
 #include "rows.h"
 
 namespace fastproto {

@@ -4,9 +4,14 @@
 // Included by *_cpu.cpp only.
 #pragma once
 
+#include <algorithm>
+
 #include "../common/amx.h"
+#include "../common/float_rows.h"
 #include "../common/isa.h"
+#include "../common/pack.h"
 #include "../common/tile.h"
+#include "../common/vec.h"
 #include "rows.h"
 
 namespace fastproto {

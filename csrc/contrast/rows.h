@@ -2,8 +2,12 @@
 // Included by *_cpu.cpp only.
 #pragma once
 
+#include <cmath>
+
+#include "../common/dtype.h"
+#include "../common/float_rows.h"
 #include "../common/isa.h"
-#include "../common/tile.h"
+#include "../common/vec.h"
 #include "contrast.h"
 
 namespace fastproto {

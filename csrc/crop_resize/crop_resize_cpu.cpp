@@ -6,9 +6,12 @@
 // Scratch per thread: 2 · LANES lines of floats and the tap tables. Same bits for any number of threads.
 #include "crop_resize.h"
 
+#include <algorithm>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX2__)
@@ -16,9 +19,10 @@
 #endif
 
 #include "../common/dtype.h"
+#include "../common/float_rows.h"
 #include "../common/large_output.h"
 #include "../common/parallel.h"
-#include "../common/tile.h"
+#include "../common/vec.h"
 
 namespace fastproto {
 namespace FASTPROTO_ISA {

@@ -5,14 +5,17 @@
 // blur 3 · radius + 1 operations along each axis. Scratch per thread: C + 1 planes. Same bits for any number of threads.
 #include "photometric.h"
 
+#include <algorithm>
+#include <cmath>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "../common/dtype.h"
+#include "../common/float_rows.h"
 #include "../common/large_output.h"
 #include "../common/parallel.h"
-#include "../common/tile.h"
+#include "../common/vec.h"
 #include "pixel.h"
 
 namespace fastproto {

@@ -2,8 +2,11 @@
 // Included by *_cpu.cpp only, inside whose instruction set it lives.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
+#include "../common/float_rows.h"
+#include "../common/vec.h"
 #include "metric.h"
 #include "siamese.h"
 

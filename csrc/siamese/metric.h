@@ -6,9 +6,11 @@
 // Included by *_cpu.cpp only, inside whose instruction set it lives.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <vector>
 
-#include "../common/tile.h"
+#include "../common/vec.h"
 
 namespace fastproto {
 namespace FASTPROTO_ISA {

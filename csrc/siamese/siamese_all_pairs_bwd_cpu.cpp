@@ -8,7 +8,11 @@
 // Sums run over 4 rows, blocks of COLUMNS and panels, in this order: the same bits for any number of threads.
 #include "all_pairs.h"
 
+#include <algorithm>
+#include <vector>
+
 #include "../common/parallel.h"
+#include "../common/vec.h"
 
 namespace fastproto {
 namespace FASTPROTO_ISA {

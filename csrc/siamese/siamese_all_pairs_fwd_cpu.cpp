@@ -5,6 +5,8 @@
 // order: the same bits for any number of threads.
 #include "all_pairs.h"
 
+#include <vector>
+
 #include "../common/parallel.h"
 
 namespace fastproto {

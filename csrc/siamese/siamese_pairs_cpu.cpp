@@ -2,9 +2,13 @@
 //
 // Forward: tasks of ROWS pairs. Backward: tasks that own SLICE channels of all pairs, so that dw needs no partial sums.
 // Either way the same bits for any number of threads.
+#include <algorithm>
+#include <cmath>
 #include <vector>
 
+#include "../common/float_rows.h"
 #include "../common/parallel.h"
+#include "../common/vec.h"
 #include "metric.h"
 #include "siamese.h"
 

@@ -3,11 +3,14 @@
 // Two tasks may share a label at their border; since sums on the grid are exact, it does not matter who adds first.
 #include "update.h"
 
+#include <algorithm>
+#include <cstring>
 #include <mutex>
 #include <vector>
 
+#include "../common/float_rows.h"
 #include "../common/parallel.h"
-#include "../common/tile.h"
+#include "../common/vec.h"
 
 // A fused multiply-add would round w x otherwise than the reference does.
 #if defined(__clang__)
