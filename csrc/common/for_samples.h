@@ -7,10 +7,7 @@
 #include "philox.h"
 
 #if defined(__CUDACC__)
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
+#include "cuda.h"
 #else
 #include "parallel.h"
 #endif
@@ -30,8 +27,7 @@ template <auto row, typename Args> void for_samples_cuda(const Args& args, uintp
   const int64_t blocks = (args.samples.N * args.samples.views + kSampleThreads - 1) / kSampleThreads;
   if (!blocks) return;
   samples_kernel<row><<<static_cast<unsigned>(blocks), kSampleThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(args);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
+  check_launch(op);
 }
 
 #else

@@ -9,13 +9,10 @@
 // Where a pixel's channels are neighbours, 32 pixels are put in order in shared memory, and written in whole sectors.
 #include "crop_resize.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <stdexcept>
-#include <string>
+
+#include "../common/cuda.h"
 
 namespace fastproto {
 namespace {
@@ -24,10 +21,6 @@ constexpr int kHalf = 16, kPair = 2, kColumns = kHalf * kPair;
 constexpr int kThreads = 128;
 // Rows of a band. Its first input rows are read by the band above too: one or two of the twelve that 16 rows need.
 constexpr int kBand = 16;
-
-template <typename Out> __device__ Out cast(float x) { return static_cast<Out>(x); }
-template <> __device__ __half cast<__half>(float x) { return __float2half_rn(x); }
-template <> __device__ __nv_bfloat16 cast<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
 // What a thread stores at once: 16 bytes, or two neighbours.
 template <typename Out> struct alignas(16) Pack {
@@ -127,7 +120,7 @@ template <int C, typename Out> struct Columns {
 #pragma unroll
     for (int k = 0; k < kPair; ++k) {
 #pragma unroll
-      for (int c = 0; c < C; ++c) values[k * C + c] = cast<Out>(sum[k][c] * args.scale[c] + args.offset[c]);
+      for (int c = 0; c < C; ++c) values[k * C + c] = narrow<Out>(sum[k][c] * args.scale[c] + args.offset[c]);
     }
     if (packed) {
       Out* mine = packed->values + lane * kPair * C;
@@ -302,15 +295,8 @@ template <typename Out> void launch(const CropResize& args, cudaStream_t stream)
 void crop_resize_cuda(const CropResize& args, uintptr_t stream_handle) {
   if (args.R * args.C * args.h * args.w == 0) return;
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(stream_handle);
-  switch (args.out_dtype) {  // the numbers of common/dtype.h
-    case 0: launch<float>(args, stream); break;
-    case 1: launch<double>(args, stream); break;
-    case 2: launch<__half>(args, stream); break;
-    case 3: launch<__nv_bfloat16>(args, stream); break;
-    default: throw std::invalid_argument("unknown dtype number");
-  }
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string("crop_resize: ") + cudaGetErrorString(error));
+  with_cuda_dtype(args.out_dtype, [&](auto out) { launch<decltype(out)>(args, stream); });
+  check_launch("crop_resize");
 }
 
 }  // namespace fastproto

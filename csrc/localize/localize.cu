@@ -4,23 +4,12 @@
 // Floor: the map read once.
 #include "localize.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <algorithm>
-#include <stdexcept>
-#include <string>
+#include "../common/cuda.h"
 
 namespace fastproto {
 namespace {
 
 constexpr int kThreads = 256;
-
-__device__ double widen(float x) { return x; }
-__device__ double widen(double x) { return x; }
-__device__ double widen(__half x) { return __half2float(x); }
-__device__ double widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 template <typename T> __device__ double channel_sum(const Localize& args, int64_t n, int y, int x) {
   const int64_t* stride = args.strides;
@@ -86,15 +75,8 @@ template <typename T> void launch(const Localize& args, cudaStream_t stream) {
 void localize_cuda(const Localize& args, uintptr_t stream_handle) {
   if (!args.N) return;
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(stream_handle);
-  switch (args.dtype) {  // the numbers of common/dtype.h
-    case 0: launch<float>(args, stream); break;
-    case 1: launch<double>(args, stream); break;
-    case 2: launch<__half>(args, stream); break;
-    case 3: launch<__nv_bfloat16>(args, stream); break;
-    default: throw std::invalid_argument("unknown dtype number");
-  }
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string("localize: ") + cudaGetErrorString(error));
+  with_cuda_dtype(args.dtype, [&](auto element) { launch<decltype(element)>(args, stream); });
+  check_launch("localize");
 }
 
 }  // namespace fastproto

@@ -7,14 +7,9 @@
 // whose quotients are several times cheaper than those of 64.
 #include "photometric.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
+#include "../common/cuda.h"
 #include "pixel.h"
 
 namespace fastproto {
@@ -25,14 +20,6 @@ constexpr int kBandRows = 8;
 // Shared memory of a block that blurs: weights and at least one row, both below MAX_CUDA_BLUR_WIDTH in
 // fastproto/ops/photometric.py.
 constexpr int64_t kBandFloats = 48 * 1024 / sizeof(float);
-
-__device__ float widen(float x) { return x; }
-__device__ float widen(__half x) { return __half2float(x); }
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename Out> __device__ Out narrow(float x) { return static_cast<Out>(x); }
-template <> __device__ __half narrow<__half>(float x) { return __float2half_rn(x); }
-template <> __device__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
 // Of a sigma that leaves an image as it is even the nearest pixel weighs nothing.
 __device__ float weight_of(const Photometric& args, int64_t n, int64_t k) {
@@ -104,8 +91,6 @@ __global__ void __launch_bounds__(kThreads) colour_kernel(const Photometric args
   }
 }
 
-__device__ int mirrored(int i, int side) { return i < 0 ? -i : i < side ? i : 2 * (side - 1) - i; }
-
 // Blocks: bands of a plane, channels, images, the bands fastest. Shared memory: the weights, not yet divided by their sum,
 // and the band, blurred along its columns.
 template <typename Out>
@@ -152,23 +137,13 @@ template <int C, typename In, typename Out> void launch(const Photometric& args,
   blur_kernel<Out><<<static_cast<unsigned>(args.N * C * bands), kThreads, shared, stream>>>(args, bands, band_rows);
 }
 
-// Calls f with a value of the type that a dtype number (common/dtype.h) stands for.
-template <typename F> void with_half(int dtype, F&& f) {
-  switch (dtype) {
-    case 0: f(float{}); return;
-    case 2: f(__half{}); return;
-    case 3: f(__nv_bfloat16{}); return;
-    default: throw std::invalid_argument("float64 is for the reference");
-  }
-}
-
 }  // namespace
 
 void photometric_cuda(const Photometric& args, uintptr_t stream_handle) {
   if (args.N * args.C * args.H * args.W == 0) return;
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(stream_handle);
-  with_half(args.in_dtype, [&](auto in) {
-    with_half(args.out_dtype, [&](auto out) {
+  with_cuda_dtype<false>(args.in_dtype, [&](auto in) {
+    with_cuda_dtype<false>(args.out_dtype, [&](auto out) {
       if (args.C == 1) {
         launch<1, decltype(in), decltype(out)>(args, stream);
       } else {
@@ -176,8 +151,7 @@ void photometric_cuda(const Photometric& args, uintptr_t stream_handle) {
       }
     });
   });
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string("photometric: ") + cudaGetErrorString(error));
+  check_launch("photometric");
 }
 
 }  // namespace fastproto

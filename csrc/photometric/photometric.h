@@ -14,6 +14,7 @@
 
 #include <cstdint>
 
+#include "../common/host_device.h"
 #include "../common/isa.h"
 
 namespace fastproto {
@@ -35,6 +36,11 @@ struct Photometric {
   int64_t out_strides[4];
   float* work;             // (N, C, H, W), contiguous: on a GPU, where sigma is given
 };
+
+// The place inside a side that stands for place i, mirrored at the edges. In 32 bits on a GPU, where 64 cost more.
+template <typename Int> FASTPROTO_HD inline Int mirrored(Int i, Int side) {
+  return i < 0 ? -i : i < side ? i : 2 * (side - 1) - i;
+}
 
 FASTPROTO_PER_ISA(void photometric(const Photometric& args, int threads);)
 

@@ -106,8 +106,6 @@ bool gaussian(float sigma, int64_t radius, std::vector<float>& weights) {
   return radius > 0 && weights[1] != 0;
 }
 
-int64_t mirrored(int64_t i, int64_t side) { return i < 0 ? -i : i < side ? i : 2 * (side - 1) - i; }
-
 // to[x] = weight_0 · middle[x] + Σ_k weight_k · (before_k[x] + after_k[x]) for WIDE columns
 template <typename Sides>
 void weigh(const float* weights, int64_t radius, const float* middle, Sides sides, float* to) {
