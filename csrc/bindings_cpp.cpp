@@ -44,10 +44,10 @@ PYBIND11_MODULE(_fastproto_C, m) {
     return std::vector<uint32_t>(words.word, words.word + 4);
   });
   m.def("sample_crops", sample_crops_binding<int>([](const SampleCrops& args, int threads) {
-          FASTPROTO_DISPATCH(sample_crops, args, threads);
+          sample_crops(args, threads);
         }));
   m.def("sample_photometric", sample_photometric_binding<int>([](const SamplePhotometric& args, int threads) {
-          FASTPROTO_DISPATCH(sample_photometric, args, threads);
+          sample_photometric(args, threads);
         }));
   m.def("localize", localize_binding<int>([](const Localize& args, int threads) {
           FASTPROTO_DISPATCH(localize, args, threads);

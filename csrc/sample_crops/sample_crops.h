@@ -12,7 +12,6 @@
 #include <cstdint>
 
 #include "../common/host_device.h"
-#include "../common/isa.h"
 #include "../common/philox.h"
 
 namespace fastproto {
@@ -87,7 +86,7 @@ FASTPROTO_HD inline void sample_crop(const SampleCrops& args, int64_t view, int6
   args.flip[row] = Draws(args.samples, n, view, Stream::flip)[0] < 1u << 31;
 }
 
-FASTPROTO_PER_ISA(void sample_crops(const SampleCrops& args, int threads);)
+void sample_crops(const SampleCrops& args, int threads);
 
 // Launches on a CUDA stream; throws std::runtime_error where the launch fails.
 void sample_crops_cuda(const SampleCrops& args, uintptr_t stream);

@@ -9,7 +9,6 @@
 #include <cstdint>
 
 #include "../common/host_device.h"
-#include "../common/isa.h"
 #include "../common/philox.h"
 
 namespace fastproto {
@@ -59,7 +58,7 @@ FASTPROTO_HD inline void sample_colours(const SamplePhotometric& args, int64_t v
   args.thresholds[row] = solarized ? args.solarize_at : INFINITY;
 }
 
-FASTPROTO_PER_ISA(void sample_photometric(const SamplePhotometric& args, int threads);)
+void sample_photometric(const SamplePhotometric& args, int threads);
 
 // Launches on a CUDA stream; throws std::runtime_error where the launch fails.
 void sample_photometric_cuda(const SamplePhotometric& args, uintptr_t stream);

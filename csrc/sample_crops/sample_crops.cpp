@@ -5,9 +5,7 @@
 #include "../common/for_samples.h"
 
 namespace fastproto {
-namespace FASTPROTO_ISA {
 
 void sample_crops(const SampleCrops& args, int threads) { for_samples<sample_crop>(args, threads); }
 
-}  // namespace FASTPROTO_ISA
 }  // namespace fastproto
