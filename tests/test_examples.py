@@ -20,6 +20,7 @@ pytest.importorskip("jsonargparse")
 from fastproto.train.config import Config, EncoderConfig
 from fastproto.train.encoders import build_encoder
 from fastproto.train.export import card
+from fastproto.train.run import Trained
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -116,10 +117,9 @@ def test_detection_normalises_as_the_model_card_says(tmp_path: Path) -> None:
     weights, mean, std = tmp_path / "torchvision.pt", (0.1, 0.25, 0.5), (0.2, 0.3, 0.125)
     assert example.mean_and_std(weights) == example.IMAGENET
     encoder = build_encoder("resnet18", image_size=96)
-    dataset = SimpleNamespace(name="made", train_images=torch.zeros(1, 3, 96, 96), mean=mean, std=std)
-    run = SimpleNamespace(
-        config=Config(encoder=EncoderConfig("resnet18")), dataset=dataset, log=[], result={},
-        method=SimpleNamespace(encoder=encoder),
+    run = Trained(
+        tmp_path, Config(encoder=EncoderConfig("resnet18")), encoder, data="made", size=(96, 96), mean=mean, std=std,
+        epoch=0, scores={},
     )  # fmt: skip
     (tmp_path / "README.md").write_text(card(run, ["torchvision"]))
     assert example.mean_and_std(weights) == (mean, std)
