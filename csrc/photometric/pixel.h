@@ -107,7 +107,8 @@ template <int C, typename V> FASTPROTO_PIXEL void apply(const Step& step, float 
         if (step.kind == HUE) {
           turn_hue(x, step.factor);
         } else {
-          blend<C, V>(x, 0, luma(x));
+          const V gray = luma(x);
+          for (int c = 0; c < C; ++c) x.channel[c] = gray;
         }
       }
   }

@@ -19,6 +19,7 @@ from fastproto._check import FLOATS, expect, expect_numbers, expect_size, expect
 from fastproto.ops._dispatch import DTYPE_CODES, Op, integers
 from fastproto.reference import crop_resize as reference
 
+LEAST_STD = 1e-36  # a quotient by less may be no float32
 FORMATS = (torch.contiguous_format, torch.channels_last)
 MAX_CHANNELS = 4  # as in csrc/crop_resize/crop_resize.h
 
@@ -124,7 +125,8 @@ def crop_resize(
             :func:`fastproto.views.sample_crops` are ``out.chunk(views)``.
         flip: (R,) bool, which crops to mirror left to right.
         mean, std: C numbers each, in units of [0, 1]. Without them the output is in [0, 1].
-        dtype: of the output: float32, float16, bfloat16 or float64.
+        dtype: of the output: float32, float16, bfloat16 or float64. The last on a CPU is for comparisons: the reference
+            computes it, which holds all images of a list at the size of the largest.
         antialias: filter over all pixels an output covers when making smaller, as torchvision does by default.
         memory_format: of the output: ``torch.contiguous_format`` or ``torch.channels_last``.
         out: (R, C, h, w) to write into, of ``dtype``, any strides, no two numbers in one place.
@@ -147,21 +149,21 @@ def crop_resize(
     """
     batches = _image_batches(images)
     device, channels = batches[0].device, batches[0].shape[1]
-    count = len(batches[0]) if len(batches) == 1 else len(batches)
+    count = batches[0].shape[0] if len(batches) == 1 else len(batches)
     height, width = expect_size(size, "crop_resize", "size")
     expect_tensor(crops, "crop_resize", "crops", ("R", 4), (torch.int32,), device)
     expect(dtype in FLOATS, "crop_resize", "dtype", "a floating point dtype", str(dtype))
     expect_layout("crop_resize", memory_format)
     expect_type(antialias, bool, "crop_resize", "antialias", "a bool")
-    expect(count > 0 or len(crops) == 0, "crop_resize", "images", "at least one where there are crops", "none")
+    expect(count > 0 or crops.shape[0] == 0, "crop_resize", "images", "at least one where there are crops", "none")
     if index is not None:
-        expect_tensor(index, "crop_resize", "index", (len(crops),), (torch.int64,), device)
+        expect_tensor(index, "crop_resize", "index", (crops.shape[0],), (torch.int64,), device)
         index = index.contiguous()
     if flip is not None:
-        expect_tensor(flip, "crop_resize", "flip", (len(crops),), (torch.bool,), device)
+        expect_tensor(flip, "crop_resize", "flip", (crops.shape[0],), (torch.bool,), device)
         flip = flip.contiguous()
     scale, offset = normalisation("crop_resize", mean, std, channels, white=255.0)
-    shape = (len(crops), channels, height, width)
+    shape = (crops.shape[0], channels, height, width)
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
     else:
@@ -169,7 +171,7 @@ def crop_resize(
         expect_places("crop_resize", out)
     if reads_data(crops):
         _check_crops(batches, crops, index)
-    if len(crops):
+    if crops.shape[0]:
         _op(batches, crops.contiguous(), index, flip, scale, offset, antialias, out)
     return out
 
@@ -208,6 +210,7 @@ def normalisation(
     means = (0.0,) * channels if mean is None else expect_mean(mean, op, wanted)
     stds = (1.0,) * channels if std is None else expect_std(std, op, wanted)
     expect(len(means) == channels, op, "mean", wanted, mean)
+    expect(min(stds) >= LEAST_STD, op, "std", "numbers of at least 1e-36", std)
     expect(len(stds) == channels, op, "std", wanted, std)
     return [1.0 / (white * value) for value in stds], [-m / s for m, s in zip(means, stds, strict=True)]
 

@@ -101,7 +101,7 @@ def _fake(sample_ids: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 def sample_crops(
     sample_ids: Tensor,  # (N,) integer
-    image_size: tuple[int, int] | Tensor,  # (H, W) or (N, 2)
+    image_size: int | tuple[int, int] | Tensor,  # H = W, (H, W) or (N, 2)
     *,
     boxes: Tensor | tuple[float, float, float, float] | None = None,  # (N, 4)
     scale: tuple[float, float] = (0.2, 1.0),
@@ -121,7 +121,8 @@ def sample_crops(
 
     Args:
         sample_ids: (N,) int64 or int32, the samples' places in the data set.
-        image_size: (height, width) of all images, or one row of both for each, an integer tensor (N, 2).
+        image_size: (height, width) of all images, or one number for both; or one row of both for each, an integer
+            tensor (N, 2).
         boxes: (N, 4) float fractions (h0, w0, h1, w1) of the image, e.g. from ``localize``; one such tuple for all
             samples, as float64, e.g. ``SIMC_BOX``; or None, the whole image.
         scale: least and greatest share of the image's area.
@@ -168,7 +169,7 @@ def sample_crops(
 
 def sample_crops_and_flips(
     sample_ids: Tensor,  # (N,) integer
-    image_size: tuple[int, int] | Tensor,  # (H, W) or (N, 2)
+    image_size: int | tuple[int, int] | Tensor,  # H = W, (H, W) or (N, 2)
     *,
     boxes: Tensor | tuple[float, float, float, float] | None,  # (N, 4)
     scale: tuple[float, float],
@@ -203,6 +204,8 @@ def expect_crop_options(
         ordered = len(bounds) == 2 and 0 < bounds[0] <= bounds[1] and low <= bounds[0] and bounds[1] <= high
         expect(ordered, op, argument, f"(low, high) with 0 < low <= high, both within {low:g} to {high:g}", pair)
         pairs.append((bounds[0], bounds[1]))
+    # Shares of the area are drawn in steps of 2^-24.
+    expect(pairs[0][1] >= 2.0**-24, op, "scale", "high of at least 2^-24", scale)
     expect_type(alpha, NUMBERS, op, "alpha", "a number")
     # NumPy would round the bound to its own float32; an int may be too large for a float.
     alpha = float(alpha) if isinstance(alpha, np.floating) else alpha
@@ -231,7 +234,7 @@ def _one_box(box: tuple[float, float, float, float]) -> tuple[float, ...]:
     return sides
 
 
-def _sizes(image_size: tuple[int, int] | Tensor, sample_ids: Tensor) -> tuple[Tensor | None, tuple[int, int]]:
+def _sizes(image_size: int | tuple[int, int] | Tensor, sample_ids: Tensor) -> tuple[Tensor | None, tuple[int, int]]:
     """Height and width of every sample's image as an int64 tensor (N, 2), or None and one pair for all."""
     rows, device = sample_ids.shape[0], sample_ids.device
     if isinstance(image_size, Tensor):
@@ -241,5 +244,5 @@ def _sizes(image_size: tuple[int, int] | Tensor, sample_ids: Tensor) -> tuple[Te
             expect(least > 0, "sample_crops", "image_size", "sizes of at least 1", least)
             expect(most <= MAX_SIDE, "sample_crops", "image_size", f"sides below {MAX_SIDE + 1}", most)
         return image_size.long(), (0, 0)
-    expect_type(image_size, (tuple, list), "sample_crops", "image_size", "(H, W) or an integer tensor (N, 2)")
-    return None, expect_size(image_size, "sample_crops", "image_size", "two positive ints (H, W)")
+    expected = "a positive int, two (H, W) or an integer tensor (N, 2)"
+    return None, expect_size(image_size, "sample_crops", "image_size", expected)

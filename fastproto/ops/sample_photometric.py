@@ -177,9 +177,10 @@ def sample_photometric(
         for blur_p, solarize_p in dict.fromkeys(pairs)
     }
     drawn = draws[pairs[0]]
-    if len(draws) > 1 and len(sample_ids):
+    n = sample_ids.shape[0]
+    if len(draws) > 1 and n:
         # Each view has its draws whatever the others are asked for: its rows are those of its own pair.
-        by_view = [[rows.chunk(views)[v] for rows in draws[pair]] for v, pair in enumerate(pairs)]
+        by_view = [[rows.unflatten(0, (views, n))[v] for rows in draws[pair]] for v, pair in enumerate(pairs)]
         drawn = tuple(torch.cat(rows) for rows in zip(*by_view, strict=True))
     parameters: PhotometricParameters = {}
     if jitter_p > 0 and any(jitter):

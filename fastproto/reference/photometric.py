@@ -49,7 +49,7 @@ def photometric(
     if sigma is not None:
         changed = _blur(changed, sigma.to(changed.dtype), kernel_size)
     if threshold is not None:
-        changed = torch.where(changed >= _per_image(threshold), 1 - changed, changed)
+        changed = torch.where(changed >= _per_image(threshold.to(changed.dtype)), 1 - changed, changed)
     # Number by number: nothing is copied from the host.
     for channel in range(images.shape[1]):
         out[:, channel] = changed[:, channel] * scale[channel] + offset[channel]

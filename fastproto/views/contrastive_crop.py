@@ -132,7 +132,7 @@ class ContrastiveCrop(nn.Module):
     ) -> tuple[Tensor, ...]:  # views × (N, C, h, w)
         sizes = self._sizes(images, sample_ids)
         key: dict[str, Any] = {"views": self.first_view + self.views, "seed": self.seed, "epoch": epoch}
-        skipped = self.first_view * len(images)
+        skipped = self.first_view * sample_ids.shape[0]
         crops, flip = sample_crops_and_flips(
             sample_ids, sizes, boxes=boxes, scale=self.scale, ratio=self.ratio, alpha=self.alpha, **key
         )
@@ -152,7 +152,7 @@ class ContrastiveCrop(nn.Module):
             resized = crop_resize(images, crops, **cut)
             out = resized if self.dtype == torch.float32 else torch.empty_like(resized, dtype=self.dtype)
             apply_photometric(resized, **drawn, **scaling, out=out)
-        return out.unflatten(0, (self.views, len(images))).unbind()
+        return out.unflatten(0, (self.views, sample_ids.shape[0])).unbind()
 
     def extra_repr(self) -> str:
         names = "scale ratio alpha views augment jitter blur solarize mean std seed first_view dtype channels_last"
@@ -166,16 +166,16 @@ class ContrastiveCrop(nn.Module):
             expect_tensor(images, op, "images", ("N", "C", "H", "W"), (torch.uint8,))
             channels, height, width = images.shape[1:]
             expect(height > 0 and width > 0, op, "images", "H and W of at least 1", images)
-            first, sizes = images, (height, width)
+            first, sizes, count = images, (height, width), images.shape[0]
         else:
             expect_type(images, (list, tuple), op, "images", "a uint8 tensor (N, C, H, W) or a list of (C, H, W)")
             expect(len(images) > 0, op, "images", "at least one image", "an empty list")
             for n, image in enumerate(images):
                 expect_tensor(image, op, f"images[{n}]", ("C", "H", "W"), (torch.uint8,))
                 expect(min(image.shape[1:]) > 0, op, f"images[{n}]", "H and W of at least 1", image)
-            first, channels = images[0], len(images[0])
+            first, channels, count = images[0], len(images[0]), len(images)
             sizes = integers([image.shape[1:] for image in images], first.device)
-        expect_tensor(sample_ids, op, "sample_ids", (len(images),), INTEGERS, first.device)
+        expect_tensor(sample_ids, op, "sample_ids", (count,), INTEGERS, first.device)
         good = 1 <= channels <= 4 if self.augment == "none" else channels in (1, 3)
         expect(good, op, "images", "1 to 4 channels" if self.augment == "none" else "1 or 3 channels", first)
         for argument, values in (("mean", self.mean), ("std", self.std)):

@@ -21,7 +21,8 @@ class ContrastiveCropTransform(nn.Module):
 
     The boxes and the epoch lie in shared memory: what the training process sets between two epochs reaches workers that
     were started before, those of ``persistent_workers=True`` too. Set both before the loader's next ``iter``, which
-    starts to prefetch. Not so after ``load_state_dict(..., assign=True)`` or a change of dtype, which take new memory.
+    starts to prefetch. Not so after ``load_state_dict(..., assign=True)``, which takes new memory. Both stay where they
+    are, on the CPU, if a module that holds the transform is moved to another device or dtype.
 
     Args:
         size: height and width of the views, or one number for both.
@@ -72,7 +73,7 @@ class ContrastiveCropTransform(nn.Module):
             expect(on_cpu, "ContrastiveCropTransform", "boxes", "a BoxBank on the CPU", boxes.boxes)
         self.crop = ContrastiveCrop(size, **options)
         self.boxes = boxes
-        self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("epoch", torch.zeros((), dtype=torch.int64, device="cpu"))
         self.register_load_state_dict_post_hook(_share)
         self.share_memory()
 
@@ -82,9 +83,16 @@ class ContrastiveCropTransform(nn.Module):
         self.share_memory()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ContrastiveCropTransform:
-        # Another dtype takes new memory too.
-        super()._apply(fn, recurse)
-        return super()._apply(lambda tensor: tensor.share_memory_() if tensor.is_cpu else tensor, recurse)
+        """Nothing: workers are on the CPU, and look where the memory was when they were started."""
+        return self
+
+    def share_memory(self) -> ContrastiveCropTransform:
+        """Puts boxes and epoch into memory that workers share."""
+        for tensor in self.buffers():
+            # What is shared already would be moved where torch's sharing strategy is another one now.
+            if tensor.is_cpu and not tensor.is_shared():
+                tensor.share_memory_()
+        return self
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch that keys the draws, in all workers."""

@@ -230,6 +230,7 @@ CROPS = torch.tensor([[0, 0, 8, 8]], dtype=torch.int32)
         (U8, CROPS, 8, {"std": [1.0, None, 1.0]}, TypeError, "std expected 3 numbers"),
         (U8, CROPS, 8, {"dtype": torch.int32}, ValueError, "dtype expected a floating point dtype, got torch.int32"),
         (U8, CROPS, 8, {"mean": [0.5]}, ValueError, "mean expected 3 numbers, one per channel"),
+        (U8, CROPS, 8, {"std": [1.0, 1e-41, 1.0]}, ValueError, "std expected numbers of at least 1e-36"),
         (U8, CROPS, 8, {"std": [1.0, 0.0, 1.0]}, ValueError, "std expected positive finite numbers"),
         (U8, CROPS, 8, {"index": torch.tensor([2])}, ValueError, r"index expected numbers in \[0, 2\), got 2 … 2"),
         (U8, CROPS, 8, {"index": torch.tensor([1, 1])}, ValueError, r"index expected \(1,\) on cpu"),

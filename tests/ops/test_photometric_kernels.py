@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as tv
 
 import fastproto
 from fastproto import _native
-from fastproto.ops.photometric import apply_photometric, color_jitter, gaussian_blur
+from fastproto.ops.photometric import apply_photometric, color_jitter, gaussian_blur, grayscale, solarize
 
 needs_cpp = pytest.mark.skipif(_native.cpp is None, reason=_native.cpp_error)
 BACKENDS = [
@@ -132,6 +132,23 @@ def test_each_change_is_torchvisions(backend: str, device: str) -> None:
         torch.testing.assert_close(solarized[n], tv.solarize(image, float(threshold[n])), rtol=0, atol=1e-7)
         torch.testing.assert_close(gray[n], tv.rgb_to_grayscale(image, 3), rtol=0, atol=2e-7)
         torch.testing.assert_close(normal[n], tv.normalize(image, list(MEAN), list(STD)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_gray_of_any_values_and_a_threshold_that_a_pixel_meets(backend: str, device: str) -> None:
+    """Images that were normalised first: no value is cut off. And a float64 threshold is that of the pixels' dtype."""
+    images, chosen = 3 * torch.randn(4, 3, 9, 7), torch.tensor([True, False, True, True])
+    threshold = torch.tensor([0.7, 0.9, 0.1, 0.3], dtype=torch.float64)
+    levels = threshold.float()[:, None, None, None].expand(4, 3, 5, 5).contiguous()
+    with fastproto.backend(backend):
+        gray = grayscale(images.to(device), chosen.to(device)).cpu()
+        inverted = solarize(levels.to(device), threshold.to(device)).cpu()
+    for image, found, is_gray in zip(images, gray, chosen, strict=True):
+        expected = tv.rgb_to_grayscale(image, 3) if is_gray else image
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    with fastproto.backend("reference"):
+        assert torch.equal(inverted, solarize(levels, threshold))
+    assert torch.equal(inverted, 1 - levels)
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)

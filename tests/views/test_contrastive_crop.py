@@ -331,3 +331,13 @@ def test_one_compilation_serves_all_epochs_and_sizes() -> None:
         compiled(images, torch.arange(2), None, epoch)
     assert counter.frame_count <= 2
     torch.compile(views, dynamic=True, backend="eager")(images, torch.arange(2))
+
+
+@pytest.mark.parametrize("options", [{"augment": "none"}, {"augment": "simclr"}, {"blur": (1.0, 0.1)}])
+def test_exports_for_any_batch(options: dict[str, Any]) -> None:
+    crop = ContrastiveCrop(16, **options)
+    images, ids, batch = images_of(8), torch.arange(8), torch.export.Dim("N", min=2, max=64)
+    exported = torch.export.export(crop, (images, ids), dynamic_shapes={"images": {0: batch}, "sample_ids": {0: batch}})
+    for n in (3, 8):
+        for view, expected in zip(exported.module()(images[:n], ids[:n]), crop(images[:n], ids[:n]), strict=True):
+            torch.testing.assert_close(view, expected)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,19 @@ def test_is_the_batch_module(with_boxes: bool) -> None:
             torch.testing.assert_close(view, theirs[n], rtol=0, atol=1e-5)
 
 
+@pytest.fixture
+def strategy(request: pytest.FixtureRequest) -> Iterator[None]:
+    """How torch shares memory between processes."""
+    before = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy(request.param)
+    yield
+    torch.multiprocessing.set_sharing_strategy(before)
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("strategy", ["file_descriptor", "file_system"], indirect=True)
 @pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.usefixtures("strategy")
 def test_new_boxes_and_epochs_reach_persistent_workers(start: str) -> None:
     images, ids = images_of(6), torch.arange(6)
     bank = BoxBank(6)
@@ -218,5 +229,9 @@ def test_takes_the_index_of_a_subset_of_a_tensor_under_any_default_device() -> N
     expected = transform(images[4], 4)
     with torch.device("meta"):
         assert all(map(torch.equal, transform(images[4], torch.tensor(4, device="cpu")), expected))
+        assert ContrastiveCropTransform(8).epoch.is_shared()
+    # Nor does a module that holds it take it along.
+    torch.nn.Sequential(transform).to("meta")
+    assert all(map(torch.equal, transform(images[4], 4), expected))
     with pytest.raises(TypeError, match=r"sample_id expected an int64 or int32 tensor \(\), got float32 \(\) on cpu"):
         transform(images[4], torch.tensor(4.0))
