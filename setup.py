@@ -1,14 +1,16 @@
 """Builds the two compiled modules without torch: _fastproto_C for the CPU, _fastproto_cuda where nvcc is found.
 
-FASTPROTO_CUDA=0 never builds for CUDA, 1 must, auto (the default) does where nvcc is on the PATH. FASTPROTO_CUDA_ARCHS
-names the architectures ("80;90;100"), the last also as PTX for what comes after. No GPU is looked for. A machine
-without a C++ compiler still installs: the build says so, and the PyTorch reference serves.
+FASTPROTO_CUDA=0 never builds for CUDA, 1 must, auto (the default) does where nvcc is on the PATH, in CUDA_HOME or in
+/usr/local/cuda. FASTPROTO_CUDA_ARCHS names the architectures ("80;90;100"), the last also as PTX for what comes after.
+No GPU is looked for. A machine without a C++ compiler still installs: the build says so, and the PyTorch reference
+serves.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -16,13 +18,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 CSRC = Path("csrc")
 CUDA = os.environ.get("FASTPROTO_CUDA") or "auto"
-CUDA_ARCHS = os.environ.get("FASTPROTO_CUDA_ARCHS", "80;90;100").replace(",", ";").split(";")
-NVCC = shutil.which("nvcc")
+CUDA_ARCHS = (os.environ.get("FASTPROTO_CUDA_ARCHS") or "80;90;100").replace(",", ";").split(";")
+CUDA_BIN = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "bin"
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=str(CUDA_BIN))
 CXX_FLAGS = ["-std=c++17", "-fno-math-errno", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 # Kernels (*_cpu.cpp) are compiled once per instruction set; the choice falls at run time (csrc/common/isa.h).
@@ -39,10 +43,20 @@ def sources(pattern: str) -> list[str]:
     return sorted(str(path) for path in CSRC.glob(pattern))
 
 
+class Build(build):
+    """Begins with an empty folder: what an earlier build left there, old modules among it, would be packed too."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 class BuildExt(build_ext):
     """Compiles the CPU kernels per instruction set, and hands the CUDA module to nvcc."""
 
     def build_extension(self, ext: Extension) -> None:
+        # Where it fails, no older one is to stand for it.
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         try:
             if ext.name == "_fastproto_cuda":
                 self.build_cuda(ext)
@@ -54,9 +68,10 @@ class BuildExt(build_ext):
             raise
 
     def build_cpp(self, ext: Extension) -> None:
-        if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
-            raise CompileError("no C++ compiler")
-        flags = [*CXX_FLAGS, *self.optimization()]
+        compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
+        if shutil.which(compiler[0]) is None:
+            raise CompileError(f"no C++ compiler {compiler[0]}")
+        flags = [*CXX_FLAGS, *self.optimization(compiler)]
         kernels = [source for source in ext.sources if source.endswith("_cpu.cpp")]
         rest = [source for source in ext.sources if source not in kernels]
         # From the narrowest to the widest: of an inline function that several objects hold the linker keeps the first,
@@ -69,9 +84,8 @@ class BuildExt(build_ext):
         target = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(objects, target, target_lang="c++", extra_postargs=["-pthread"])
 
-    def optimization(self) -> list[str]:
+    def optimization(self, compiler: list[str]) -> list[str]:
         """-O3. Of GCC's the kernels want two parts; the rest makes the build a quarter longer and no kernel faster."""
-        compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
         version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
         gcc = "Free Software Foundation" in version
         return ["-O2", "-fvect-cost-model=dynamic", "-fpeel-loops"] if gcc else ["-O3"]
@@ -88,7 +102,7 @@ class BuildExt(build_ext):
 
     def build_cuda(self, ext: Extension) -> None:
         if NVCC is None:
-            raise CompileError("no nvcc on the PATH")
+            raise CompileError(f"no nvcc on the PATH, nor in {CUDA_BIN}")
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         code = [flag for arch in CUDA_ARCHS for flag in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
@@ -107,6 +121,8 @@ def extensions() -> list[Extension]:
 
     if CUDA not in ("0", "1", "auto"):
         raise SystemExit(f"FASTPROTO_CUDA expected 0, 1 or auto, got {CUDA!r}")
+    if not all(re.fullmatch(r"[0-9]{2,3}[af]?", arch) for arch in CUDA_ARCHS):
+        raise SystemExit(f"FASTPROTO_CUDA_ARCHS expected architectures as in 80;90;100, got {';'.join(CUDA_ARCHS)!r}")
     include = [pybind11.get_include()]
     headers = [*sources("**/*.h"), "setup.py"]
     cpp = [*sources("bindings_cpp.cpp"), *sources("*/*.cpp")]
@@ -119,13 +135,13 @@ def extensions() -> list[Extension]:
 
 def packages() -> list[str]:
     found = [".".join(path.parent.parts) for path in sorted(Path("fastproto").rglob("__init__.py"))]
-    return [*found, "fastproto.kernels"]
+    return [*found, "fastproto.recipes", "fastproto.kernels"]
 
 
 setup(
     packages=packages(),
     package_dir={"fastproto.kernels": "kernels"},
-    package_data={"fastproto": ["py.typed", "recipes/*.yaml", "train/*.in", "train/*.html"]},
+    package_data={"fastproto": ["py.typed", "train/*.in", "train/*.html"], "fastproto.recipes": ["*.yaml"]},
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"build": Build, "build_ext": BuildExt},
 )

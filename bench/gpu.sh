@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU, torch >= 2.11, nvcc, pybind11, setuptools >= 77 and pytest (with pytest-benchmark for
-# bench); needs no network and no virtual environment:
+# On a machine with an NVIDIA GPU, torch >= 2.11, nvcc, pybind11, setuptools >= 77, pytest, pytest-benchmark, and for all
+# tests hypothesis, scipy, matplotlib and what the extra [train] brings; needs no network, and no virtual environment
+# where pip installs without one:
 #   bench/gpu.sh build    compiles for the GPUs that are there, or those of FASTPROTO_CUDA_ARCHS, and installs
-#   bench/gpu.sh test     the tests marked gpu, on eight processes where pytest-xdist is installed
-#   bench/gpu.sh bench    the benchmarks of the GPU; JSON goes to bench/results/GPU-NAME/
+#   bench/gpu.sh test [options]     the tests marked gpu, on eight processes where pytest-xdist is installed; options
+#                                   of pytest, as -k contrast
+#   bench/gpu.sh bench [options]    the benchmarks of the GPU; JSON goes to bench/results/GPU-NAME/
 #   bench/gpu.sh train DATA [options]    bench/table.py: every method with every crop; goes on when repeated; wants the
 #                                        packages of the extra [train] too, of which jsonargparse is seldom there
 # Each part takes minutes, and is interrupted after nine: what was measured until then is kept. PYTHON names the
@@ -15,7 +17,8 @@ if [ -n "${OUT:-}" ]; then
   OUT=$(realpath "$OUT")
 fi
 cd "$(dirname "$0")/.."
-export PYTHONUNBUFFERED=1
+# Scripts take the checkout's Python too, and all the modules that build installed.
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 PYTHON=${PYTHON:-python3}
 part=${1:-}
 
@@ -33,6 +36,8 @@ run() {
   case "$part" in
     build)
       export FASTPROTO_CUDA=1 FASTPROTO_CUDA_ARCHS=${FASTPROTO_CUDA_ARCHS:-$(archs)}
+      # A module compiled into the tree would go before the one that is installed.
+      rm -f _fastproto_*.so
       limited -m pip install --no-build-isolation --no-deps --force-reinstall .
       limited -m fastproto info
       ;;
@@ -42,9 +47,9 @@ run() {
         options+=(--numprocesses 8 --dist loadfile)
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
       fi
-      limited -m pytest tests -q -m gpu --continue-on-collection-errors --durations 10 "${options[@]}"
+      limited -m pytest tests -q -m gpu --continue-on-collection-errors --durations 10 "${options[@]}" "$@"
       ;;
-    bench) limited -m pytest bench -q -s -m gpu --benchmark-only --continue-on-collection-errors ;;
+    bench) limited -m pytest bench -q -s -m gpu --benchmark-only --continue-on-collection-errors "$@" ;;
     train) limited bench/table.py --minutes 8.5 "$@" ;;
   esac
 }
@@ -65,5 +70,5 @@ case "$part" in
       run "$@" 2>&1 | tee -i "$OUT/$part.log"
     fi
     ;;
-  *) sed -n '2,11p' "$0"; exit 2 ;;
+  *) sed -n '2,14p' "$0"; exit 2 ;;
 esac

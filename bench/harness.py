@@ -27,6 +27,7 @@ from fastproto import _native
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
+PART = ".part.json"
 PACKAGES = ("torch", "triton", "torchvision", "lightly", "pytorch-metric-learning", "faiss-cpu")
 
 
@@ -106,13 +107,25 @@ class Suite:
         self.write()
 
     def write(self) -> list[Path]:
-        """Writes bench/results/MACHINE/SUITE.json, one file per kind of device that was measured."""
-        paths = []
+        """Writes bench/results/MACHINE/SUITE.json, one file per kind of device that was measured.
+
+        Works of the file that were not measured now, as by -k or after an interruption, stay if they are of the same
+        commit and versions; else what was measured goes to SUITE.part.json, and does not take their place.
+        """
+        paths, now = [], environment()
         for device in dict.fromkeys(row.device for row in self.rows):
-            path = results_of(device) / f"{self.name}.json"
+            path, part = (results_of(device) / f"{self.name}{suffix}" for suffix in (".json", PART))
             rows = [asdict(row) for row in self.rows if row.device == device]
+            before = json.loads(path.read_text()) if path.exists() else {**now, "rows": []}
+            works = {row["work"] for row in rows}
+            others = [row for row in before["rows"] if row["work"] not in works]
+            if not others or all(before[name] == now[name] for name in ("commit", "versions")):
+                part.unlink(missing_ok=True)
+                rows = others + rows
+            else:
+                path = part
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({**environment(), "rows": rows}, indent=1) + "\n")
+            path.write_text(json.dumps({**now, "rows": rows}, indent=1) + "\n")
             paths.append(path)
         return paths
 

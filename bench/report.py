@@ -29,7 +29,8 @@ def load() -> list[dict]:
         ValueError: a file that is not of schema 1 or a row with other keys.
     """
     rows = []
-    for path in sorted(RESULTS.glob("*/*.json")):
+    # Not the parts of suites, SUITE.part.json.
+    for path in sorted(path for path in RESULTS.glob("*/*.json") if "." not in path.stem):
         content = json.loads(path.read_text())
         if content.get("schema") != 1:
             raise ValueError(f"{path}: schema expected 1, got {content.get('schema')}")

@@ -89,8 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A run that `views` reads needs what the trainer does.
         missing = str(error.name).split(".")[0]
         own = command == "cluster" or (command == "views" and missing in ("PIL", "matplotlib"))
-        alone = {"faiss": "faiss-cpu", "wandb": "wandb"} | dict.fromkeys(("onnx", "onnxscript"), "'fastproto[export]'")
-        package = alone.get(missing, f"'fastproto[{command if own else 'train'}]'")
+        extra = "export" if missing in ("onnx", "onnxscript") else command if own else "train"
+        # Not by the project's name: that of the package index is another one.
+        ours = f'".[{extra}]" in the folder of fastproto\'s source'
+        package = {"faiss": "faiss-cpu", "wandb": "wandb"}.get(missing, ours)
         return fail(f"fastproto {command}", f"{error}: it comes with pip install {package}", FAILED)
 
 

@@ -86,6 +86,28 @@ def test_rows_of_two_devices_are_two_files(suite: Suite, tmp_path: Path) -> None
     assert written(tmp_path) == {here: ["fastproto"], "nvidia-h200": ["there"]}
 
 
+def test_a_part_of_a_suite_takes_the_place_of_no_other_work(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for work in ("first", "second"):
+        suite.compare(Work(work, "1", "float32", "cpu"), {"fastproto": int}, seconds=0)
+    (file,) = suite.write()
+    whole = json.loads(file.read_text())
+    suite.rows = []
+    suite.compare(Work("second", "1", "float32", "cpu"), {"fastproto": int}, seconds=0)
+    # At the same commit the rest stays.
+    again = json.loads(file.read_text())
+    assert again["rows"][0] == whole["rows"][0]
+    assert [row["work"] for row in again["rows"]] == ["first", "second"]
+    monkeypatch.setattr(harness, "commit", lambda: "a later one")
+    (part,) = suite.write()
+    assert part.name == "made.part.json"
+    assert json.loads(file.read_text()) == again
+    suite.compare(Work("first", "1", "float32", "cpu"), {"fastproto": int}, seconds=0)
+    assert json.loads(file.read_text())["commit"] == "a later one"
+    assert not part.exists()
+
+
 def test_the_commit_is_known_with_git_or_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     monkeypatch.delenv("FASTPROTO_COMMIT", raising=False)
     monkeypatch.setattr(harness, "ROOT", tmp_path)

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 
@@ -122,12 +123,21 @@ def test_installed_editable(checkout, compiler, tmp_path):
 
 
 def test_without_a_compiler_the_reference_serves(checkout, tmp_path):
-    """No module is built, the install goes through and says so, and info names the reason."""
+    """No module is built, the install goes through and says so, and info names the reason.
+
+    Nor is one packed that an earlier build left, or a file that was there then.
+    """
     python = environment(tmp_path / "venv")
     source = tmp_path / "source"
     shutil.copytree(checkout, source, ignore=shutil.ignore_patterns("build", "*.egg-info"))
-    output = pip(python, source, cwd=tmp_path, CXX="missing-c++", CC="missing-cc", PATH=str(python.parent))
-    assert "_fastproto_C is left out" in output
+    left = source / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    (left / "fastproto").mkdir(parents=True)
+    for stale in (f"_fastproto_C{sysconfig.get_config_var('EXT_SUFFIX')}", "fastproto/old.py"):
+        (left / stale).write_text("")
+    # Another one is on the PATH, but not the one that is asked for.
+    output = pip(python, source, cwd=tmp_path, CXX="missing-c++", CC="missing-cc", FASTPROTO_CUDA="0")
+    assert "_fastproto_C is left out: no C++ compiler missing-c++" in output
+    assert not any((tmp_path / "venv").rglob("old.py"))
     used = "from fastproto import _native, info; print(*info.info_lines(), sep='\\n')"
     done = run(python, "-c", used, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -136,10 +146,16 @@ def test_without_a_compiler_the_reference_serves(checkout, tmp_path):
 
 
 def test_cuda_asked_for_without_nvcc_is_an_error(checkout, tmp_path):
-    for value, message in (("1", "no nvcc"), ("maybe", "FASTPROTO_CUDA expected 0, 1 or auto, got 'maybe'")):
+    wanted = "FASTPROTO_CUDA_ARCHS expected architectures as in 80;90;100, got"
+    for value, archs, message in (
+        ("1", "", "no nvcc"),
+        ("maybe", "", "FASTPROTO_CUDA expected 0, 1 or auto, got 'maybe'"),
+        ("1", "90;", f"{wanted} '90;'"),
+        ("auto", "sm_90", f"{wanted} 'sm_90'"),
+    ):
         done = run(
             sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path, cwd=checkout,
-            FASTPROTO_CUDA=value, PATH="/nowhere", CXX="missing-c++",
+            FASTPROTO_CUDA=value, FASTPROTO_CUDA_ARCHS=archs, PATH="/nowhere", CUDA_HOME="/nowhere", CXX="missing-c++",
         )  # fmt: skip
         assert done.returncode != 0
         assert message in done.stdout + done.stderr

@@ -62,7 +62,8 @@ Content = Callable[[BinaryIO], object]
 
 def _torchvision(run: Trained) -> Content:
     name = run.config.encoder.name
-    expect(name in RESNETS, "export", "to", f"timm, safetensors or onnx: torchvision has no {name}", "torchvision")
+    others = "timm, safetensors or onnx" if name.startswith(TIMM) else "safetensors or onnx"
+    expect(name in RESNETS, "export", "to", f"{others}: torchvision has no {name}", "torchvision")
     _expect_full_width(run, "torchvision")
     weights = _weights(run, "trunk.")
     return lambda file: torch.save(weights, file)

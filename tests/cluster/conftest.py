@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fastproto.cluster import command
-
 
 @pytest.fixture
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spares the test the time to draw."""
+    from fastproto.cluster import command
+
     monkeypatch.setattr(command.picture, "draw", lambda file, *arguments: None)

@@ -266,9 +266,9 @@ def test_what_a_killed_run_left_is_in_nobodys_way(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("package", "extension", "source"),
     [
-        ("pyarrow", ".parquet", "'fastproto[cluster]'"),
-        ("safetensors", ".safetensors", "'fastproto[cluster]'"),
-        ("matplotlib", ".npy", "'fastproto[cluster]'"),
+        ("pyarrow", ".parquet", '".[cluster]" in the folder of fastproto\'s source'),
+        ("safetensors", ".safetensors", '".[cluster]" in the folder of fastproto\'s source'),
+        ("matplotlib", ".npy", '".[cluster]" in the folder of fastproto\'s source'),
         ("faiss", ".npy", "faiss-cpu"),
     ],
 )

@@ -378,7 +378,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert cli.main(["train", "--out", "nowhere"]) == 1
     line = one_line(capsys)
     assert "jsonargparse" in line
-    assert "pip install 'fastproto[train]'" in line
+    assert 'pip install ".[train]" in the folder of fastproto\'s source' in line
 
 
 def test_a_reader_that_has_gone_ends_a_command_quietly() -> None:

@@ -109,7 +109,7 @@ def test_a_missing_package_is_named(
     assert cli.main(["export", str(run.path), "--to", "onnx"]) == 1
     line = capsys.readouterr().err
     assert package in line
-    assert line.endswith("it comes with pip install 'fastproto[export]'\n")
+    assert line.endswith('it comes with pip install ".[export]" in the folder of fastproto\'s source\n')
     assert not (run.path / "export").exists()
 
 
@@ -156,7 +156,7 @@ def test_another_checkpoint_has_its_own_weights_and_scores_and_no_data_are_read(
 def test_bad_input_is_refused_and_leaves_nothing(make_run, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run("resnet-tiny", 8)
     for to, message in (
-        ("torchvision", "to expected timm, safetensors or onnx: torchvision has no resnet-tiny"),
+        ("torchvision", "to expected safetensors or onnx: torchvision has no resnet-tiny"),
         ("timm", "to expected safetensors or onnx: timm has no resnet-tiny"),
         ("keras", "argument --to: invalid choice: 'keras'"),
     ):

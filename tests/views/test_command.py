@@ -340,5 +340,5 @@ def test_a_missing_package_is_named(
     assert views(path, "--out", tmp_path / "out.png", "--run", "nowhere") == 1
     line = one_line(capsys)
     assert re.search(package, line)
-    assert line.endswith(f"it comes with pip install 'fastproto[{extra}]'")
+    assert line.endswith(f'it comes with pip install ".[{extra}]" in the folder of fastproto\'s source')
     assert not (tmp_path / "out.png").exists()
