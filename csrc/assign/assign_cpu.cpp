@@ -47,8 +47,8 @@ void screen(const Centers& centers, Chunk& chunk, int64_t group_begin, int64_t g
       }
 #endif
       for (int64_t tile = first; tile < last; ++tile, best += chunk.size())
-        screen_tile<Number, VNNI>(reinterpret_cast<const int32_t*>(centers.packed.data()) + tile * words * MR,
-                                  centers.start.data() + tile * MR, reinterpret_cast<const int32_t*>(rows), words,
+        screen_tile<Number, VNNI>(reinterpret_cast<const Word*>(centers.packed.data()) + tile * words * MR,
+                                  centers.start.data() + tile * MR, reinterpret_cast<const Word*>(rows), words,
                                   centers.scale[tile], centers.bias.data() + tile * MR, row_scale, best);
     }
 }

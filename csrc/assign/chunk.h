@@ -102,8 +102,8 @@ template <typename Number, bool VNNI>
 unsigned open_centers(const Assign& args, const Centers& centers, const Chunk& chunk, int64_t i, int64_t tile) {
   if (MR > LANES || !args.exact || !chunk.screened[i]) return ALL_OPEN;
   const int64_t words = centers.words;
-  const int32_t* packed = reinterpret_cast<const int32_t*>(centers.packed.data()) + tile * words * MR;
-  const int32_t* row = reinterpret_cast<const int32_t*>(chunk.packed.data()) + i / NR * words * NR + i % NR;
+  const Word* packed = reinterpret_cast<const Word*>(centers.packed.data()) + tile * words * MR;
+  const Word* row = reinterpret_cast<const Word*>(chunk.packed.data()) + i / NR * words * NR + i % NR;
   IntVec even = load_words(centers.start.data() + tile * MR), odd{};
   // Of every byte: rows for AMX have theirs, vpdpbusd wants them without.
   const int32_t sign = centers.amx ? static_cast<int32_t>(0x01010101u * ROW_OFFSET) : 0;

@@ -77,7 +77,10 @@ inline unsigned bits(IntVec truth) {
 #endif
 }
 
-inline IntVec load_words(const int32_t* p) {
+// Four bytes or two halves of rows that were packed in memory for floats.
+typedef int32_t Word __attribute__((may_alias));
+
+inline IntVec load_words(const void* p) {
   IntVec v;
   std::memcpy(&v, p, sizeof v);
   return v;
@@ -144,7 +147,7 @@ inline void best_of_tile(const IntVec (&sums)[MR], float scale, const float* bia
 // The best of one tile, (words, MR), with one scale, whose sums start from `start`, for a panel of rows, (words, NR). All loops
 // over registers are unrolled by order: one that is not puts them into memory.
 template <typename Number, bool VNNI>
-inline void screen_tile(const int32_t* centers, const int32_t* start, const int32_t* rows, int64_t words,
+inline void screen_tile(const Word* centers, const int32_t* start, const Word* rows, int64_t words,
                         float scale, const float* bias, const float* row_scale, float* best) {
   IntVec acc[NV][MR];
 #pragma GCC unroll 14
