@@ -41,6 +41,12 @@ FILES = (
     "checkpoints",
     "config.yaml",
 )
+# The card that export writes begins with it: another README is not ours to overwrite.
+CARD_HEAD = """---
+library_name: fastproto
+tags: [self-supervised, contrastive, image-feature-extraction]
+---
+"""
 # The run's files in folders where a user may keep others; one that is being written is .NAME.part.
 INSIDE = {
     "export": r"README\.md|torchvision\.pt|timm\.safetensors|encoder\.safetensors|encoder\.onnx",
@@ -229,10 +235,15 @@ def write_config(folder: Path, config: Config) -> None:
     write_text(folder / "config.yaml", f"{MARK}\n{to_yaml(config)}")
 
 
+def is_foreign_card(path: Path) -> bool:
+    """Whether it is a README that no export wrote."""
+    return path.name == "README.md" and path.exists() and not path.read_text(errors="replace").startswith(CARD_HEAD)
+
+
 def _empty(folder: Path, names: str) -> None:
     """Removes the files of these names, a pattern, and the folder if nothing is left; a link to one stays."""
     for path in folder.iterdir():
-        if re.fullmatch(rf"{names}|\.({names})\.part", path.name):
+        if re.fullmatch(rf"{names}|\.({names})\.part", path.name) and not is_foreign_card(path):
             path.unlink()
     if not folder.is_symlink() and not any(folder.iterdir()):
         folder.rmdir()

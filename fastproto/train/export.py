@@ -13,16 +13,12 @@ from torch import Tensor
 
 import fastproto
 from fastproto._check import expect
+from fastproto.train.checkpoint import CARD_HEAD, is_foreign_card
 from fastproto.train.encoders import RESNET_WIDTH, RESNETS, TIMM, has_small_stem
 from fastproto.train.files import write_text, write_whole
 from fastproto.train.run import Trained, load_trained
 
 CARD = "README.md"
-HEAD = """---
-library_name: fastproto
-tags: [self-supervised, contrastive, image-feature-extraction]
----
-"""
 
 
 def export(run: Path | str, to: str, checkpoint: Path | None = None) -> Path:
@@ -47,7 +43,7 @@ def export(run: Path | str, to: str, checkpoint: Path | None = None) -> Path:
     loaded = load_trained(run, checkpoint)
     name, write = WRITERS[to]
     folder = loaded.path / "export"
-    ours = not (folder / CARD).exists() or (folder / CARD).read_text(errors="replace").startswith(HEAD)
+    ours = not is_foreign_card(folder / CARD)
     expect(ours, "export", "run", "one whose export holds no page of another's", str(folder / CARD))
     content = write(loaded)
     folder.mkdir(exist_ok=True)
@@ -182,7 +178,7 @@ def card(run: Trained, kinds: list[str]) -> str:
     ]
     table = ["| on the test images | random weights | these weights |", "| --- | --- | --- |", *scores]
     lines = [
-        HEAD,
+        CARD_HEAD,
         f"# {name}, trained without labels by {config.method} on {run.data}",
         "",
         f"{run.epoch} of {config.epochs} epochs, batches of {config.batch_size}, {config.crop} crops, seed "

@@ -110,6 +110,8 @@ def preview(
     """
     crop = ContrastiveCrop(**options)
     expect(crop.views <= MAX_VIEWS, "views", "--views", f"at most {MAX_VIEWS}", str(crop.views))
+    last = 2**32 - EPOCHS
+    expect(epoch <= last, "views", "--epoch", f"at most {last}: {EPOCHS} epochs are drawn", str(epoch))
     side, most = max(crop.size), math.isqrt(MAX_PIXELS // max(1, EPOCHS * crop.views * len(images)))
     expect(side <= most, "views", "--size", f"at most {most} for so many images and views", str(side))
     rows = []

@@ -173,12 +173,17 @@ def test_starting_anew_leaves_a_users_files_among_the_runs(
         (run / "export").mkdir(exist_ok=True)
         written = ["checkpoints/best.part", "checkpoints/.epoch-0004.pt.part", "export/.timm.safetensors.part"]
         for name in [*names, *written, f"export/{CARD}", *(f"export/{file}" for file, _ in WRITERS.values())]:
-            (run / name).write_text("old")
+            (run / name).write_text(checkpoint.CARD_HEAD if name.endswith(CARD) else "old")
         checkpoint.start_folder(run, tiny_config)
         assert {path.relative_to(run).as_posix() for path in run.rglob("*.*")} == {"config.yaml", *names}
         for name in names:
             (run / name).unlink()
     assert [path.name for path in run.iterdir()] == ["config.yaml"]
+    (run / "export").mkdir()
+    (run / "export" / CARD).write_text("# What I think of it\n")
+    checkpoint.start_folder(run, tiny_config)
+    assert (run / "export" / CARD).read_text() == "# What I think of it\n"
+    (run / "export" / CARD).unlink()
 
     # Where the disk is small, checkpoints may be a link to a folder of a larger one.
     elsewhere.mkdir()

@@ -168,6 +168,7 @@ def test_bad_input_is_refused_and_leaves_nothing(make_run, capsys: pytest.Captur
     with pytest.raises(ValueError, match="export: run expected one whose export holds no page of another's"):
         export(run.path, "safetensors")
     assert [path.name for path in (run.path / "export").iterdir()] == [CARD]
+    (run.path / "export" / CARD).unlink()
     narrow = make_run("resnet18", 16)
     with pytest.raises(ValueError, match="torchvision has no resnet18 of width 16"):
         export(narrow.path, "torchvision")
