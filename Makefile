@@ -38,7 +38,8 @@ bench: .venv/bench
 	$(BIN)/python -m pytest bench -q --benchmark-only --benchmark-columns min,median,ops
 
 .venv/%: $(NATIVE)
-	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(BIN)/python -m ensurepip > /dev/null 2>&1 || \
+		$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[$*]"
 	@$(BIN)/fastproto info | sed -n '/^compiled/,/^$$/p'

@@ -44,10 +44,12 @@ def sources(pattern: str) -> list[str]:
 
 
 class Build(build):
-    """Begins with an empty folder: what an earlier build left there, old modules among it, would be packed too."""
+    """Begins anew: what an earlier build left in its folder, old modules among it, would be packed too."""
 
     def run(self) -> None:
-        shutil.rmtree(self.build_lib, ignore_errors=True)
+        shutil.rmtree(Path(self.build_lib) / "fastproto", ignore_errors=True)
+        for module in Path(self.build_lib).glob("_fastproto_*"):
+            module.unlink()
         super().run()
 
 
@@ -68,9 +70,10 @@ class BuildExt(build_ext):
             raise
 
     def build_cpp(self, ext: Extension) -> None:
-        compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
-        if shutil.which(compiler[0]) is None:
-            raise CompileError(f"no C++ compiler {compiler[0]}")
+        # Windows' own has neither: its flags are others.
+        compiler = getattr(self.compiler, "compiler_so_cxx", None) or getattr(self.compiler, "compiler_so", None)
+        if not compiler or shutil.which(compiler[0]) is None:
+            raise CompileError(f"no C++ compiler {compiler[0] if compiler else 'of the kind of GCC'}")
         flags = [*CXX_FLAGS, *self.optimization(compiler)]
         kernels = [source for source in ext.sources if source.endswith("_cpu.cpp")]
         rest = [source for source in ext.sources if source not in kernels]
@@ -121,13 +124,14 @@ def extensions() -> list[Extension]:
 
     if CUDA not in ("0", "1", "auto"):
         raise SystemExit(f"FASTPROTO_CUDA expected 0, 1 or auto, got {CUDA!r}")
-    if not all(re.fullmatch(r"[0-9]{2,3}[af]?", arch) for arch in CUDA_ARCHS):
-        raise SystemExit(f"FASTPROTO_CUDA_ARCHS expected architectures as in 80;90;100, got {';'.join(CUDA_ARCHS)!r}")
     include = [pybind11.get_include()]
     headers = [*sources("**/*.h"), "setup.py"]
     cpp = [*sources("bindings_cpp.cpp"), *sources("*/*.cpp")]
     modules = [Extension("_fastproto_C", cpp, include_dirs=include, depends=headers, language="c++", optional=True)]
     if CUDA == "1" or (CUDA == "auto" and NVCC is not None):
+        if not all(re.fullmatch(r"[0-9]{2,3}[af]?", arch) for arch in CUDA_ARCHS):
+            got = ";".join(CUDA_ARCHS)
+            raise SystemExit(f"FASTPROTO_CUDA_ARCHS expected architectures as in 80;90;100, got {got!r}")
         cuda = [*sources("bindings_cuda.cpp"), *sources("*/*.cu")]
         modules.append(Extension("_fastproto_cuda", cuda, include_dirs=include, depends=headers, optional=CUDA != "1"))
     return modules

@@ -17,8 +17,7 @@ if [ -n "${OUT:-}" ]; then
   OUT=$(realpath "$OUT")
 fi
 cd "$(dirname "$0")/.."
-# Scripts take the checkout's Python too, and all the modules that build installed.
-export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONUNBUFFERED=1
 PYTHON=${PYTHON:-python3}
 part=${1:-}
 
@@ -50,7 +49,8 @@ run() {
       limited -m pytest tests -q -m gpu --continue-on-collection-errors --durations 10 "${options[@]}" "$@"
       ;;
     bench) limited -m pytest bench -q -s -m gpu --benchmark-only --continue-on-collection-errors "$@" ;;
-    train) limited bench/table.py --minutes 8.5 "$@" ;;
+    # The script takes the checkout's Python, as pytest does, and the modules that build installed.
+    train) PYTHONPATH=$PWD limited bench/table.py --minutes 8.5 "$@" ;;
   esac
 }
 

@@ -109,21 +109,24 @@ class Suite:
     def write(self) -> list[Path]:
         """Writes bench/results/MACHINE/SUITE.json, one file per kind of device that was measured.
 
-        Works of the file that were not measured now, as by -k or after an interruption, stay if they are of the same
-        commit and versions; else what was measured goes to SUITE.part.json, and does not take their place.
+        What was measured before at the same commit and versions, as by -k or until an interruption, stays. While the
+        file has works of another commit that were not measured since, the rows go to SUITE.part.json and do not take
+        their place; where a work has a new name, the file is to be removed.
         """
         paths, now = [], environment()
         for device in dict.fromkeys(row.device for row in self.rows):
             path, part = (results_of(device) / f"{self.name}{suffix}" for suffix in (".json", PART))
             rows = [asdict(row) for row in self.rows if row.device == device]
-            before = json.loads(path.read_text()) if path.exists() else {**now, "rows": []}
-            works = {row["work"] for row in rows}
-            others = [row for row in before["rows"] if row["work"] not in works]
-            if not others or all(before[name] == now[name] for name in ("commit", "versions")):
-                part.unlink(missing_ok=True)
-                rows = others + rows
-            else:
+            for file in (part, path):
+                before = json.loads(file.read_text()) if file.exists() else {**now, "rows": []}
+                works = {row["work"] for row in rows}
+                others = [row for row in before["rows"] if row["work"] not in works]
+                if all(before[name] == now[name] for name in ("commit", "versions")):
+                    rows, others = others + rows, []
+            if others:  # of SUITE.json
                 path = part
+            else:
+                part.unlink(missing_ok=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({**now, "rows": rows}, indent=1) + "\n")
             paths.append(path)

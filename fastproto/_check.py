@@ -124,7 +124,7 @@ def expect_index(
         ignored = "" if ignore_index is None else f"{ignore_index} or "
         inside = "at least 0" if size is None else f"0 to {size - 1}"
         expect(False, op, argument, ignored + inside, f"values from {low} to {high}")
-    return count
+    return None if ignore_index is None else count
 
 
 def _range_of(index: Tensor, ignore_index: int) -> tuple[int, int, int | None]:

@@ -65,19 +65,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "views": views,
         "info": info,
     }
-    if command in ("", "-h", "--help"):
-        print(__doc__.strip())
-        return 0 if command else REFUSED
-    if command == "--version":
-        print(__version__)
-        return 0
-    if command not in commands:
+    if command not in commands and command not in ("", "-h", "--help", "--version"):
         return fail("fastproto", f"command expected one of {', '.join(commands)}, got {command!r}")
     try:
-        with sigterm_as_ctrl_c():
-            code = commands[command](rest[:-1])
-            sys.stdout.flush()
-            return code
+        if command in commands:
+            with sigterm_as_ctrl_c():
+                code = commands[command](rest[:-1])
+        else:
+            print(__version__ if command == "--version" else __doc__.strip())
+            code = 0 if command else REFUSED
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:
         # Whoever read the output has gone, as `head` does; what is left of it is for nobody.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -124,6 +122,8 @@ def train(arguments: Sequence[str]) -> int:
             return fail("fastproto train", error)
         except FloatingPointError as error:
             return fail("fastproto train", f"{error}; try a smaller --optimizer.lr", FAILED)
+        except BlockingIOError as error:
+            return fail("fastproto train", error)
         except OSError as error:
             return fail("fastproto train", f"{error}; {hint}", FAILED)
     if not first:
@@ -220,11 +220,11 @@ def evaluate(arguments: Sequence[str]) -> int:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         encoder = run.method.encoder.to(device)
         found = measure(encoder, run.dataset, metrics=metrics, labels=given.labels, device=device)
+        own = checkpoint.resolve().parent == (given.run / "checkpoints").resolve()
+        write_evaluations(given.run, known, checkpoint.stem if own else str(checkpoint), given.labels, found)
         for metric, accuracy in found.items():
             name, _, rate = metric.partition("/")
             print(f"{f'  lr {rate}' if rate else METRICS[name]:16}{100 * accuracy:7.1f}%")
-        own = checkpoint.resolve().parent == (given.run / "checkpoints").resolve()
-        write_evaluations(given.run, known, checkpoint.stem if own else str(checkpoint), given.labels, found)
     except (ValueError, OSError) as error:
         return fail("fastproto eval", error)
     return 0
@@ -395,6 +395,8 @@ def at_least(kind: type[int] | type[float], low: int) -> Callable[[str], float]:
 
 def fail(command: str, error: object, code: int = REFUSED) -> int:
     """One line on standard error, without the command's name where the error begins with it; returns the exit code."""
+    if isinstance(error, BrokenPipeError):  # nobody reads on: for main to end quietly
+        raise error
     line = " ".join(str(error).split()).removeprefix(f"{command.split()[-1]}: ")
     print(f"{command}: {line}", file=sys.stderr)
     return code

@@ -152,7 +152,9 @@ def _contrast_fwd_kernel(
         if NEED_STATS:
             lowered_n = sum_n * tl.where(before_n == -INF, 0.0, before_n - level_n)
             below_nk = tl.where(p_nk == 0.0, 0.0, below_nk)
-            spread_n = (spread_n + lowered_n) * shrink_n + tl.sum(p_nk * below_nk, 1)
+            # No -inf · 0 where all before is far below.
+            spread_n = tl.where(shrink_n == 0.0, 0.0, (spread_n + lowered_n) * shrink_n)
+            spread_n += tl.sum(p_nk * below_nk, 1)
         sum_n = sum_n * shrink_n + tl.sum(p_nk, 1)
         if NEED_DX:
             if not WHOLE:

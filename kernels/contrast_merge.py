@@ -133,7 +133,8 @@ def _contrast_merge_kernel(
         sum_n += part_n * tl.exp2(below_n)
         if NEED_STATS:
             lowered_n = part_n * tl.where(below_n == -INF, 0.0, below_n)
-            spread_n += (tl.load(spread_ptr + at, mask=mask_n, other=0.0) + lowered_n) * tl.exp2(below_n)
+            here_n = (tl.load(spread_ptr + at, mask=mask_n, other=0.0) + lowered_n) * tl.exp2(below_n)
+            spread_n += tl.where(tl.exp2(below_n) == 0.0, 0.0, here_n)
         at += N
 
     # An ignored row may see no key at all.

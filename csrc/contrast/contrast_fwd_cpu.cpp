@@ -75,7 +75,8 @@ inline Vec finish_scores(const Contrast& args, const Block& block, int64_t i, fl
 
 // Σ e^{s−before} (s − before) of exponentials that add up to sum, with another maximum in place of before.
 inline float spread_below(float spread, float sum, float before, float max) {
-  return sum == 0 ? 0.f : (spread + sum * (before - max)) * std::exp(before - max);
+  const float share = std::exp(before - max);
+  return sum == 0 || share == 0 ? 0.f : (spread + sum * (before - max)) * share;  // no −∞ · 0
 }
 
 // Entropy and top1 want more of a block than the loss does. target: its place in the block, if it has one.
@@ -84,7 +85,8 @@ inline void add_stats(const Block& block, const float* scores, int64_t target, f
   float spread = spread_below(segment.spread[i], segment.sum[i], before, max);
   for (int64_t j = 0; j < block.count; ++j) {
     if (scores[j] == -INF) continue;
-    if (j != target) spread += std::exp(scores[j] - max) * (scores[j] - max);
+    const float below = scores[j] - max, e = std::exp(below);
+    if (j != target && e != 0) spread += e * below;
     if (scores[j] > segment.best[i]) {
       segment.best[i] = scores[j];
       segment.top1[i] = block.first + j;

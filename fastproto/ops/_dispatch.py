@@ -147,7 +147,7 @@ def contiguous_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """A backward(ctx, saved, *upstream) whose results refuse to be differentiated once more, by either of the latter.
+    """A backward(ctx, kept, *upstream) whose results refuse to be differentiated once more, by either of the latter.
 
     torch's decorator of that name refuses only where the upstream gradient wants a gradient. That of a loss is 1: a
     penalty on the loss's gradient would pass unseen, as if it were constant. What the forward saved is read once, as
@@ -156,12 +156,12 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
 
     @functools.wraps(backward)
     def run(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
+        kept = ctx.saved_tensors
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return backward(ctx, saved, *upstream)
+            return backward(ctx, kept, *upstream)
         with torch.no_grad():
-            results = backward(ctx, saved, *upstream)
-        made_of = [x for x in (*saved, *upstream) if x is not None and x.requires_grad]
+            results = backward(ctx, kept, *upstream)
+        made_of = [x for x in (*kept, *upstream) if x is not None and x.requires_grad]
         refusing = iter(_Refuse.apply(len(made_of), *made_of, *(x for x in results if x is not None)))
         return tuple(None if result is None else next(refusing) for result in results)
 

@@ -210,8 +210,8 @@ def normalisation(
     means = (0.0,) * channels if mean is None else expect_mean(mean, op, wanted)
     stds = (1.0,) * channels if std is None else expect_std(std, op, wanted)
     expect(len(means) == channels, op, "mean", wanted, mean)
-    expect(min(stds) >= LEAST_STD, op, "std", "numbers of at least 1e-36", std)
     expect(len(stds) == channels, op, "std", wanted, std)
+    expect(min(stds) >= LEAST_STD, op, "std", "numbers of at least 1e-36", std)
     return [1.0 / (white * value) for value in stds], [-m / s for m, s in zip(means, stds, strict=True)]
 
 

@@ -82,13 +82,13 @@ def siamese_all_pairs_bwd(
     """dL/dx (N, C) and dL/dw (C,), from q_ij = dL/ds_ij: Σ_j q_ij w sign(x_i - x_j) and ½ Σ_ij q_ij |x_i - x_j|."""
     dx_blocks, dw_c = [], torch.zeros_like(weight, dtype=coefficient.dtype)
     for block in _blocks(features, images, prototypes, weight, bias):
-        c_bn = torch.zeros_like(block.slope_bn)
+        q_bn = torch.zeros_like(block.slope_bn)
         for kind_bn, value in zip(block.kinds_bn, coefficient, strict=True):
-            c_bn = torch.where(kind_bn, value * block.slope_bn, c_bn)
+            q_bn = torch.where(kind_bn, value * block.slope_bn, q_bn)
         # A pair that does not count is emptied, so that not even a NaN in it reaches a sum.
-        difference_bnc = torch.where(c_bn[:, :, None] != 0, block.difference_bnc, 0)
-        dx_blocks.append((c_bn[:, :, None] * difference_bnc.sign()).sum(1) * weight.to(coefficient.dtype))
-        dw_c += (c_bn[:, :, None] * difference_bnc.abs()).sum((0, 1)) / 2
+        difference_bnc = torch.where(q_bn[:, :, None] != 0, block.difference_bnc, 0)
+        dx_blocks.append((q_bn[:, :, None] * difference_bnc.sign()).sum(1) * weight.to(coefficient.dtype))
+        dw_c += (q_bn[:, :, None] * difference_bnc.abs()).sum((0, 1)) / 2
     dx_nc = torch.cat(dx_blocks) if dx_blocks else coefficient.new_zeros(features.shape)
     return dx_nc, dw_c
 

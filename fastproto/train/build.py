@@ -83,8 +83,7 @@ def build_views(config: Config, dataset: data.Dataset) -> ContrastiveCrop:
 def build_state(config: Config, dataset: data.Dataset, device: torch.device) -> State:
     """The state before the first step: random weights by the seed, whole images as boxes, no prototypes."""
     torch.manual_seed(config.seed)
-    height, width = dataset.train_images.shape[2:]
-    encoder = configured_encoder(config, height)
+    encoder = configured_encoder(config, dataset.train_images.shape[2])
     if config.encoder.width is None or config.encoder.width >= MIN_WIDTH_CHANNELS_LAST:
         # Convolutions on a CPU are up to twice as fast on this layout, and faster on a GPU in half precision.
         encoder = encoder.to(memory_format=torch.channels_last)
@@ -111,11 +110,16 @@ def build_state(config: Config, dataset: data.Dataset, device: torch.device) -> 
     origin = {
         **configured_origin(config),
         "number of training images": count,
-        "digest of the labels and the names, or places in shards, of the training images": dataset.digest,
+        "digest of the names and labels of the training images": dataset.digest,
     }
-    inputs = {"data": dataset.name, "size": [height, width], "mean": list(dataset.mean), "std": list(dataset.std)}
     optimizer = build_optimizer(config.optimizer, method)
-    return State(method, optimizer, boxes, prototypes, origin=origin, inputs=inputs)
+    return State(method, optimizer, boxes, prototypes, origin=origin, inputs=inputs_of(dataset))
+
+
+def inputs_of(dataset: data.Dataset) -> dict[str, Any]:
+    """What a checkpoint says of what its encoder takes."""
+    size = list(dataset.train_images.shape[2:])
+    return {"data": dataset.name, "size": size, "mean": list(dataset.mean), "std": list(dataset.std)}
 
 
 def configured_origin(config: Config) -> dict[str, str]:

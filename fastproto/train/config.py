@@ -389,10 +389,11 @@ def plain(config: Config) -> dict[str, Any]:
 def difference(before: Config, now: Config) -> str:
     """The first setting in which two configurations differ, as ``name: before, now``; empty where a run may go on."""
     others = flat(now)
+    # Folders and shards may be moved, with what belongs to them; a checkpoint knows what was in them.
+    moved = before.data != now.data and before.data.partition(":")[0] == now.data.partition(":")[0]
+    free = (*MACHINE, "data", "class_list", "test_shards") if moved else MACHINE
     for name, value in flat(before).items():
-        # Folders and shards may be moved; a checkpoint knows what was in them.
-        moved = name == "data" and value.partition(":")[0] == others[name].partition(":")[0]
-        if value != others[name] and name not in MACHINE and not moved:
+        if value != others[name] and name not in free:
             return f"{name} {value!r}, now {others[name]!r}"
     return ""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastproto._check import expect
 from fastproto.train import data
-from fastproto.train.build import build_state, build_views, configured_encoder, configured_origin, load_data
+from fastproto.train.build import build_state, build_views, configured_encoder, configured_origin, inputs_of, load_data
 from fastproto.train.checkpoint import is_run, latest_checkpoint, read_checkpoint
 from fastproto.train.config import Config, read_config
 from fastproto.train.encoders import Encoder
@@ -100,8 +100,8 @@ def load_trained(folder: Path | str, checkpoint: Path | None = None) -> Trained:
     checkpoint = find_checkpoint(folder, checkpoint)
     config = read_config(folder / "config.yaml")
     saved = read_checkpoint(checkpoint, configured_origin(config))
-    expect("inputs" in saved, "checkpoint", str(checkpoint), "one that says what the encoder takes", "an older one")
-    inputs = saved["inputs"]
+    # Checkpoints did not always say it.
+    inputs = saved["inputs"] if "inputs" in saved else inputs_of(load_data(config))
     height, width = inputs["size"]
     with torch.random.fork_rng():
         encoder = configured_encoder(config, height)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Callable
@@ -30,7 +31,14 @@ def main(folder: Path, rank: int, bounds: list[int]) -> None:
     torch.set_num_threads(1 + rank % 2)
     world = len(bounds) - 1
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
-    group = dist.group.WORLD
+    fit_all(folder, rank, bounds)
+    dist.destroy_process_group()
+    # Gloo's threads end with the last reference to the group: one that outlives the interpreter aborts the process.
+    gc.collect()
+
+
+def fit_all(folder: Path, rank: int, bounds: list[int]) -> None:
+    world, group = len(bounds) - 1, dist.group.WORLD
     cases = torch.load(folder / "cases.pt")
     mine = slice(bounds[rank], bounds[rank + 1])
     found = []
@@ -53,7 +61,6 @@ def main(folder: Path, rank: int, bounds: list[int]) -> None:
     some = KMeans(**cases["kmeans"][4], process_group=group).fit(x, sample_weight=torch.ones(len(x)) if last else None)
     result = {"kmeans": found, "bank": bank.state_dict(), "errors": errors, "some": attributes(some)}
     torch.save(result, folder / f"found_{rank}.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

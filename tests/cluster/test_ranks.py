@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,16 +29,19 @@ CASES = [
 
 
 @pytest.mark.parametrize("bounds", [[0, ROWS], [0, 420, ROWS], [0, 0, 751, ROWS]])
-def test_ranks_find_the_bits_of_one_process(tmp_path: Path, bounds: list[int]) -> None:
+def test_ranks_find_the_bits_of_one_process(
+    tmp_path: Path, bounds: list[int], no_gloo_threads: dict[str, str]
+) -> None:
     x, weights = torch.randn(ROWS, DIM) * torch.logspace(-2, 2, ROWS)[:, None], torch.rand(ROWS)
     broken = x.clone()
     broken[250] = torch.nan
     bank = {"num_prototypes": (4, 9), "n_iter": 3}
     torch.save({"x": x, "weights": weights, "broken": broken, "kmeans": CASES, "bank": bank}, tmp_path / "cases.pt")
     command = [sys.executable, str(Path(__file__).parent / "_ranks.py"), str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     ranks = [
-        subprocess.Popen([*command, str(rank), json.dumps(bounds)], env=environment, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(rank), json.dumps(bounds)], env=no_gloo_threads, stderr=subprocess.PIPE, text=True
+        )
         for rank in range(len(bounds) - 1)
     ]
     try:

@@ -113,3 +113,24 @@ def test_entropy_does_not_lose_digits_to_large_scores(temperature: float, offset
     for isa in _native.cpp.supported_isas():
         _native.cpp.set_isa(isa)
         assert error(contrast(x, y, targets, scale=1 / temperature, bias=bias).entropy) <= 2 * allowed
+
+
+@needs_cpp
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize("mask", [-1e38, torch.finfo(torch.float32).min])
+def test_entropy_behind_a_large_finite_mask(mask: float) -> None:
+    """Sums of another maximum are far below: 0, not infinity times 0."""
+    assert _native.cpp is not None
+    for isa in _native.cpp.supported_isas():
+        _native.cpp.set_isa(isa)
+        assert_entropy_behind_a_mask("cpp", mask, "cpu")
+
+
+def assert_entropy_behind_a_mask(backend: str, mask: float, device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(rows, 24, generator=generator).to(device) for rows in (33, 900))
+    bias = torch.where(torch.arange(900) < 700, mask, 0.0).to(device)
+    with fastproto.backend(backend):
+        entropy = contrast(x, y, torch.arange(700, 733, device=device), scale=0.3, bias=bias).entropy
+    expected = torch.distributions.Categorical(logits=x @ y[700:].T * 0.3).entropy()
+    torch.testing.assert_close(entropy, expected, rtol=1e-5, atol=1e-5)

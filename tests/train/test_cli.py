@@ -381,10 +381,11 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert 'pip install ".[train]" in the folder of fastproto\'s source' in line
 
 
-def test_a_reader_that_has_gone_ends_a_command_quietly() -> None:
+@pytest.mark.parametrize("command", [["info"], ["--help"], ["--version"]])
+def test_a_reader_that_has_gone_ends_a_command_quietly(command: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "fastproto", "info"]
+    command = [sys.executable, "-m", "fastproto", *command]
     with open(writing, "w") as closed:
         done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (141, "")

@@ -122,6 +122,10 @@ def test_a_run_may_go_on_elsewhere() -> None:
     assert settings.difference(Config(), Config(device="cpu", data_root="/elsewhere")) == ""
     here, there = Config(data="imagefolder:here"), Config(data="imagefolder:there")
     assert settings.difference(here, there) == ""
+    moved = (Config(data=f"shards:{place}/x.tar", test_shards=f"{place}/y.tar") for place in ("here", "there"))
+    assert settings.difference(*moved) == ""
+    tests = Config(data="shards:x.tar", test_shards="y.tar"), Config(data="shards:x.tar", test_shards="z.tar")
+    assert settings.difference(*tests) == "test_shards 'y.tar', now 'z.tar'"
     assert settings.difference(here, Config(data="shards:here")) == "data 'imagefolder:here', now 'shards:here'"
 
 
