@@ -22,7 +22,7 @@ _empty = torch.empty
 def _poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
     out = _empty(*args, **kwargs)
     if out.is_floating_point():
-        out.fill_(float("nan"))
+        out.detach().fill_(float("nan"))  # one that wants a gradient too
     elif out.dtype in (torch.uint8, torch.int32, torch.int64):
         out.fill_(torch.iinfo(out.dtype).max)
     return out
