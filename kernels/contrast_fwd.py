@@ -150,11 +150,10 @@ def _contrast_fwd_kernel(
         below_nk = scores_nk - level_n[:, None]
         p_nk = tl.exp2(below_nk)
         if NEED_STATS:
-            lowered_n = sum_n * tl.where(before_n == -INF, 0.0, before_n - level_n)
-            below_nk = tl.where(p_nk == 0.0, 0.0, below_nk)
             # No -inf · 0 where all before is far below.
-            spread_n = tl.where(shrink_n == 0.0, 0.0, (spread_n + lowered_n) * shrink_n)
-            spread_n += tl.sum(p_nk * below_nk, 1)
+            lowered_n = sum_n * tl.where(shrink_n == 0.0, 0.0, before_n - level_n)
+            below_nk = tl.where(p_nk == 0.0, 0.0, below_nk)
+            spread_n = (spread_n + lowered_n) * shrink_n + tl.sum(p_nk * below_nk, 1)
         sum_n = sum_n * shrink_n + tl.sum(p_nk, 1)
         if NEED_DX:
             if not WHOLE:

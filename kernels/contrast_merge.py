@@ -130,11 +130,12 @@ def _contrast_merge_kernel(
     for _ in tl.range(0, parts, num_stages=MERGE_STAGES):
         below_n = tl.load(max_ptr + at, mask=mask_n, other=0.0) - level_n
         part_n = tl.load(sum_ptr + at, mask=mask_n, other=0.0)
-        sum_n += part_n * tl.exp2(below_n)
+        shrink_n = tl.exp2(below_n)
+        sum_n += part_n * shrink_n
         if NEED_STATS:
-            lowered_n = part_n * tl.where(below_n == -INF, 0.0, below_n)
-            here_n = (tl.load(spread_ptr + at, mask=mask_n, other=0.0) + lowered_n) * tl.exp2(below_n)
-            spread_n += tl.where(tl.exp2(below_n) == 0.0, 0.0, here_n)
+            # No -inf · 0 where a part is far below.
+            lowered_n = part_n * tl.where(shrink_n == 0.0, 0.0, below_n)
+            spread_n += (tl.load(spread_ptr + at, mask=mask_n, other=0.0) + lowered_n) * shrink_n
         at += N
 
     # An ignored row may see no key at all.

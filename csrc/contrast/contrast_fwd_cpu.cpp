@@ -76,7 +76,7 @@ inline Vec finish_scores(const Contrast& args, const Block& block, int64_t i, fl
 // Σ e^{s−before} (s − before) of exponentials that add up to sum, with another maximum in place of before.
 inline float spread_below(float spread, float sum, float before, float max) {
   const float share = std::exp(before - max);
-  return sum == 0 || share == 0 ? 0.f : (spread + sum * (before - max)) * share;  // no −∞ · 0
+  return share == 0 ? 0.f : (spread + sum * (before - max)) * share;  // no −∞ · 0
 }
 
 // Entropy and top1 want more of a block than the loss does. target: its place in the block, if it has one.

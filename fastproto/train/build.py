@@ -131,9 +131,7 @@ def configured_origin(config: Config) -> dict[str, str]:
 def configured_encoder(config: Config, height: int) -> Encoder:
     """A fresh encoder for a run's views; ``height`` is that of its images."""
     chosen = config.encoder
-    return build_encoder(
-        chosen.name, image_size=config.views.size or height, width=chosen.width, stem=chosen.stem
-    )
+    return build_encoder(chosen.name, image_size=config.views.size or height, width=chosen.width, stem=chosen.stem)
 
 
 def check_buildable(config: Config, dataset: data.Dataset, checkpoint: Path | None = None) -> None:

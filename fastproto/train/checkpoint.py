@@ -41,7 +41,8 @@ FILES = (
     "checkpoints",
     "config.yaml",
 )
-# The card that export writes begins with it: another README is not ours to overwrite.
+# The card that export writes, and what it begins with: another README is not ours to overwrite.
+CARD = "README.md"
 CARD_HEAD = """---
 library_name: fastproto
 tags: [self-supervised, contrastive, image-feature-extraction]
@@ -237,7 +238,7 @@ def write_config(folder: Path, config: Config) -> None:
 
 def is_foreign_card(path: Path) -> bool:
     """Whether it is a README that no export wrote."""
-    return path.name == "README.md" and path.exists() and not path.read_text(errors="replace").startswith(CARD_HEAD)
+    return path.name == CARD and path.exists() and not path.read_text(errors="replace").startswith(CARD_HEAD)
 
 
 def _empty(folder: Path, names: str) -> None:

@@ -13,12 +13,10 @@ from torch import Tensor
 
 import fastproto
 from fastproto._check import expect
-from fastproto.train.checkpoint import CARD_HEAD, is_foreign_card
+from fastproto.train.checkpoint import CARD, CARD_HEAD, is_foreign_card
 from fastproto.train.encoders import RESNET_WIDTH, RESNETS, TIMM, has_small_stem
 from fastproto.train.files import write_text, write_whole
 from fastproto.train.run import Trained, load_trained
-
-CARD = "README.md"
 
 
 def export(run: Path | str, to: str, checkpoint: Path | None = None) -> Path:
