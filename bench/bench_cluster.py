@@ -1,7 +1,7 @@
-"""k-means on the CPU: the nearest of many centres, and a whole fit, against faiss-cpu and eager PyTorch.
+"""k-means on the CPU: the nearest of many vectors, the nearest few, a whole fit; against faiss-cpu and eager PyTorch.
 
-Operations of an assignment: 2 N K D. The floor is that of float32 multiply-adds; a screen in narrower numbers may pass
-it.
+Operations of an assignment or a search: 2 N K D. The floor is that of float32 multiply-adds; a screen in narrower
+numbers may pass it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import pytest
 import torch
 from harness import Suite, Work
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from fastproto.cluster import KMeans, kmeans_assign
+from fastproto.cluster import KMeans, faiss_compat, kmeans_assign
 
 faiss = pytest.importorskip("faiss")
 
@@ -47,6 +48,32 @@ def test_assign(suite: Suite, benchmark, kind: str) -> None:
     work = Work(f"assign, {kind}", f"{n} x {D} to {k}", "float32", "cpu", bytes=4 * D * (n + k), flop=2 * n * k * D)
     suite.compare(work, methods, seconds=10)
     benchmark.pedantic(methods["fastproto"], rounds=3, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("count", [5, 20, 200])
+def test_search(suite: Suite, benchmark, count: int) -> None:
+    """Neighbours of embeddings of unit length, as for a graph or a vote."""
+    n, k = 10_000, 50_000
+    x, vectors = (normalize(torch.randn(size, D)) for size in (n, k))
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    theirs, ours = faiss.IndexFlatL2(D), faiss_compat.IndexFlatL2(D)
+    for index in (theirs, ours):
+        index.add(vectors.numpy())
+
+    def by_hand() -> None:
+        half = vectors.square().sum(1) / 2
+        for part in x.split(1024):
+            torch.addmm(half, part, vectors.T, alpha=-1).topk(count, largest=False)
+
+    methods = {
+        "fastproto": lambda: ours.search(x.numpy(), count),
+        "faiss-cpu": lambda: theirs.search(x.numpy(), count),
+        "eager": by_hand,
+    }
+    shape = f"{n} x {D} among {k}"
+    work = Work(f"search, nearest {count}", shape, "float32", "cpu", bytes=4 * D * (n + k), flop=2 * n * k * D)
+    suite.compare(work, methods, seconds=10)
+    benchmark.pedantic(methods["fastproto"], rounds=1)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "clustered"])

@@ -12,6 +12,7 @@
 #include "photometric/bind.h"
 #include "sample_crops/bind.h"
 #include "sample_photometric/bind.h"
+#include "search/bind.h"
 #include "siamese/bind.h"
 #include "update/bind.h"
 
@@ -63,6 +64,7 @@ PYBIND11_MODULE(_fastproto_C, m) {
     FASTPROTO_DISPATCH_TO(result =, assign_group_centers);
     return result;
   });
+  m.def("search", search_binding([](const Search& args, int threads) { FASTPROTO_DISPATCH(search, args, threads); }));
   m.def("update", update_binding([](const Update& args, int threads) { FASTPROTO_DISPATCH(update, args, threads); }));
   m.def("index_range", [](uintptr_t at, int64_t count, int64_t stride, bool is_int64, int64_t ignored) {
     if (is_int64) return index_range(reinterpret_cast<const int64_t*>(at), count, stride, ignored);

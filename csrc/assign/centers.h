@@ -7,6 +7,7 @@
 #include <numeric>
 #include <vector>
 
+#include "../common/distance.h"
 #include "../common/float_rows.h"
 #include "../common/pack.h"
 #include "../common/parallel.h"
@@ -38,18 +39,6 @@ struct Centers {
   float longest = 0;                            // max_k |c_k| as they came
   bool screened = true;                         // false: some centre is too long, or not finite
 };
-
-// Any point amid the data makes the products small. The median of a few centres: no single far one moves it.
-inline std::vector<float> choose_origin(const Assign& args) {
-  const int64_t count = std::min<int64_t>(args.K, 63);
-  std::vector<float> origin(args.D), column(count);
-  for (int64_t d = 0; d < args.D; ++d) {
-    for (int64_t i = 0; i < count; ++i) column[i] = args.centers[i * args.K / count * args.D + d];
-    std::nth_element(column.begin(), column.begin() + count / 2, column.end());
-    origin[d] = column[count / 2];
-  }
-  return origin;
-}
 
 template <typename Number>
 void pack_tile(const Assign& args, Centers& centers, int64_t tile) {
@@ -93,7 +82,7 @@ void pack_tile(const Assign& args, Centers& centers, int64_t tile) {
 inline void order_centers(const Assign& args, Centers& centers) {
   centers.tiles = (args.K + MR - 1) / MR;
   centers.groups = (centers.tiles + GROUP - 1) / GROUP;
-  centers.origin = choose_origin(args);
+  centers.origin = choose_origin(args.centers, args.K, args.D);
   centers.shift = args.inner ? std::vector<float>(args.D, 0.f) : centers.origin;
   centers.order.assign(centers.tiles * MR, -1);
   centers.group_of.resize(args.K);

@@ -15,6 +15,7 @@
 #include <limits>
 
 #include "../common/amx.h"
+#include "../common/bits.h"
 #include "../common/isa.h"
 #include "../common/tile.h"
 #include "../common/vec.h"
@@ -60,21 +61,6 @@ inline IntVec dot_words(IntVec acc, IntVec c, IntVec x) {
     acc[l] += int32_t(int16_t(c[l])) * int16_t(x[l]) + int32_t(int16_t(c[l] >> 16)) * int16_t(x[l] >> 16);
 #endif
   return acc;
-}
-
-// One bit per lane: whether it is true.
-inline unsigned bits(IntVec truth) {
-#if defined(__AVX512F__)
-  return _mm512_movepi32_mask((__m512i)truth);
-#elif defined(__AVX2__)
-  return _mm256_movemask_ps((__m256)truth);
-#elif defined(__SSE2__)
-  return _mm_movemask_ps((__m128)truth);
-#else
-  unsigned result = 0;
-  for (int l = 0; l < LANES; ++l) result |= unsigned(truth[l] & 1) << l;
-  return result;
-#endif
 }
 
 // Four bytes or two halves of rows that were packed in memory for floats.

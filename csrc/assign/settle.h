@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 
+#include "../common/distance.h"
 #include "../common/tile.h"
 #include "../common/vec.h"
 #include "assign.h"
@@ -35,34 +36,6 @@ inline float squared_distance(const float* x, const float* c, int64_t D) {
 inline float product(const float* x, const float* c, int64_t D) {
   return float_sum(
       D, [=](int64_t d) { return load(x + d) * load(c + d); }, [=](int64_t d) { return x[d] * c[d]; });
-}
-
-typedef float HalfVec __attribute__((vector_size(LANES * 2)));
-typedef double DoubleVec __attribute__((vector_size(LANES * 4)));
-
-inline DoubleVec load_double(const float* p) {
-  HalfVec v;
-  std::memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, DoubleVec);
-}
-
-// How far one row is from one centre, less being nearer: ||x − c||², or −<x, c>. In float64.
-inline double exact_gap(const float* x, const float* c, int64_t D, bool inner) {
-  constexpr int64_t WIDTH = LANES / 2;
-  DoubleVec sums[2] = {};
-  int64_t d = 0;
-  for (; d + 2 * WIDTH <= D; d += 2 * WIDTH)
-    for (int w = 0; w < 2; ++w) {
-      const DoubleVec a = load_double(x + d + w * WIDTH), b = load_double(c + d + w * WIDTH);
-      sums[w] += inner ? -a * b : (a - b) * (a - b);
-    }
-  double total = 0;
-  for (int l = 0; l < WIDTH; ++l) total += sums[0][l] + sums[1][l];
-  for (; d < D; ++d) {
-    const double a = x[d], b = c[d];
-    total += inner ? -a * b : (a - b) * (a - b);
-  }
-  return total;
 }
 
 // The nearest of the centres that were shown to one row.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastproto._check import describe, expect, expect_positive_ints
 from fastproto.cluster._rows import Rows, check_rows
-from fastproto.cluster._several import several_nearest
+from fastproto.ops.search import search
 
 
 class Vector:
@@ -99,11 +99,19 @@ class FlatIndex:
         if not self.ntotal:
             raise RuntimeError(f"{op}: the index is empty: train or add first")
         x = float32(x, op, self.d)
-        if k > 1:
-            several, distances = several_nearest(x, self.vectors, int(k), self.metric, op)
-            return distances.cpu().numpy(), several.cpu().numpy()
-        labels, distance = Rows(x, device=self.device).nearest(self.vectors, self.metric, op)
-        return distance.numpy()[:, None], labels.numpy()[:, None]
+        rows = Rows(x, device=self.device)
+        if k == 1:
+            labels, distance = rows.nearest(self.vectors, self.metric, op)
+            return distance.numpy()[:, None], labels.numpy()[:, None]
+        found = min(int(k), self.ntotal)
+        worst = np.finfo(np.float32).max * (1 if self.metric == "l2" else -1)
+        distances, several = np.full((len(x), k), worst, np.float32), np.full((len(x), k), -1)
+        for here, part, _ in rows.chunks():
+            nearest, distance = search(part, self.vectors, found, self.metric)
+            distances[here, :found], several[here, :found] = distance.cpu(), nearest.cpu()
+        if not np.isfinite(distances).all():
+            rows.refuse(op)
+        return distances, several
 
 
 METRIC_INNER_PRODUCT, METRIC_L2 = 0, 1  # faiss's numbers

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 import fastproto.cluster.faiss_compat as compat
-from fastproto.cluster import _several
+from fastproto.reference import search as reference
 
 INDEXES = {"l2": compat.IndexFlatL2, "ip": compat.IndexFlatIP}
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_several, "TILE", 32)
-    monkeypatch.setattr(_several, "CHUNK_ELEMENTS", {"cpu": 1000, "cuda": 1000})
+    monkeypatch.setattr(reference, "TILE", 32)
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", {"cpu": 1000, "cuda": 1000})
 
 
 def oracle(x: np.ndarray, vectors: np.ndarray, k: int, metric: str) -> tuple[np.ndarray, np.ndarray]:

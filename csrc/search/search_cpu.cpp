@@ -1,0 +1,275 @@
+// The nearest few of many vectors for every row: a screen in float32, and an exact look at what it cannot exclude.
+//
+// A task is a chunk of rows, in panels of NR along the lanes. It takes the vectors MR at a time, packs them and multiplies
+// them with all its panels: nothing of size K is held. With an origin o amid the vectors
+//   l2      s = <x − o, v − o> − |v − o|² / 2      (|x − o|² − ||x − v||²) / 2 but for rounding
+//   inner   s = <x, v − o>
+// is larger for a nearer vector, and a bound e on its error is known. A vector can be among the nearest if s + e reaches what
+// `count` vectors surely reach. Those that can are a row's candidates, of which there is room for twice as many as are wanted;
+// they are ranked by their distances in float64 at the end, or where rounding hides so many of them that the room is full.
+#include "search.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "../common/bits.h"
+#include "../common/distance.h"
+#include "../common/float_rows.h"
+#include "../common/pack.h"
+#include "../common/parallel.h"
+#include "../common/tile.h"
+#include "../common/vec.h"
+
+namespace fastproto {
+namespace FASTPROTO_ISA {
+namespace {
+
+constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr int64_t ROWS = 512;      // of a chunk: to pack a tile takes 0.25 µs where its products take 16 · 0.43
+constexpr float TOO_LONG = 1e15f;  // products of longer rows might leave float32
+
+// The bound, with u = 2^-24 and lengths |x|, |v| from the origin. A sum of D products is off by (D + 1) u |x| |v| (that of two
+// roundings each, without multiply-adds), rounding x − o and v − o adds 2 u |x| |v|, rounding |v|² / 2 and the score
+// 2 u (|x| |v| + |v|² / 2). To tell distances that float32 makes equal from farther ones takes 2^-24 ||x − v||² ≤
+// 2 u (|x|² + |v|²), or 2 u |<x, v>|. Twice the rounding leaves room for that of the bound itself.
+constexpr float UNIT = 0x1p-24f;
+constexpr float LEAST = 1e-36f;  // below normal numbers there is no relative error
+
+// What is subtracted from vectors and, but for the inner product, from rows.
+struct Origin {
+  std::vector<float> at;  // (D,)
+  float length;
+
+  explicit Origin(const Search& args) : at(choose_origin(args.vectors, args.K, args.D)), length(0) {
+    const std::vector<float> zeros(args.D, 0.f);
+    length = static_cast<float>(std::sqrt(exact_gap(at.data(), zeros.data(), args.D, false)));
+  }
+};
+
+// A chunk of rows and their candidates.
+struct Chunk {
+  int64_t begin, count, panels, room;
+  Buffer shifted, packed;           // (rows, D); (panels, D, NR)
+  std::vector<float> certain;       // (rows,) the score that `count` vectors surely reach; ∞ for the padding
+  std::vector<float> length, doubt; // (rows,) |x − o|, and what the row itself adds to the error
+  std::vector<double> base;         // (rows,) |x − o|² or −<x, o>: a score is this less the gap, or half of that
+  std::vector<int64_t> held;        // (rows,) candidates
+  std::vector<float> low, hope;     // (rows, room) bounds of their scores
+  std::vector<int64_t> label;       // (rows, room)
+};
+
+void load_chunk(const Search& args, const Origin& origin, Chunk& chunk) {
+  const int64_t D = args.D, size = chunk.panels * NR;
+  const std::vector<float> zeros(args.inner ? D : 0, 0.f);
+  const float* shift = args.inner ? zeros.data() : origin.at.data();
+  float* shifted = chunk.shifted.take(size * D);
+  chunk.certain.assign(size, INF);
+  chunk.length.assign(size, 0.f);
+  chunk.doubt.assign(size, 0.f);
+  chunk.base.assign(size, 0.);
+  chunk.held.assign(size, 0);
+  chunk.low.resize(size * chunk.room);
+  chunk.hope.resize(size * chunk.room);
+  chunk.label.resize(size * chunk.room);
+  for (int64_t i = 0; i < chunk.count; ++i) {
+    const float* row = args.x + (chunk.begin + i) * args.stride_x;
+    for (int64_t d = 0; d < D; ++d) shifted[i * D + d] = row[d] - shift[d];
+    const double square = exact_gap(row, shift, D, false);
+    chunk.base[i] = args.inner ? exact_gap(row, origin.at.data(), D, true) : square;
+    chunk.length[i] = static_cast<float>(std::sqrt(square));
+    chunk.certain[i] = -INF;
+    // Where no score can be believed the error is infinite, and every vector is a candidate.
+    chunk.doubt[i] = chunk.length[i] <= TOO_LONG ? LEAST + (args.inner ? 0.f : 2 * UNIT * static_cast<float>(square)) : INF;
+  }
+  std::fill(shifted + chunk.count * D, shifted + size * D, 0.f);
+  pack_across(shifted, size, D, chunk.packed.take(size * D));
+}
+
+struct Found {
+  float gap;
+  int64_t label;
+};
+
+// The nearest of a row's candidates, nearest first.
+const std::vector<Found>& rank(const Search& args, const Chunk& chunk, int64_t i) {
+  constexpr int64_t AHEAD = 4;
+  thread_local std::vector<Found> found;
+  const float* row = args.x + (chunk.begin + i) * args.stride_x;
+  const int64_t *label = chunk.label.data() + i * chunk.room, held = chunk.held[i];
+  found.clear();
+  for (int64_t c = 0; c < held; ++c) {
+    for (int64_t d = 0; c + AHEAD < held && d < args.D; d += 16)
+      __builtin_prefetch(args.vectors + label[c + AHEAD] * args.D + d);
+    const float gap = static_cast<float>(exact_gap(row, args.vectors + label[c] * args.D, args.D, args.inner));
+    found.push_back({gap == gap ? gap : INF, label[c]});  // what is not a number comes last
+  }
+  std::sort(found.begin(), found.end(), [](const Found& a, const Found& b) {
+    return a.gap != b.gap ? a.gap < b.gap : a.label < b.label;
+  });
+  found.resize(std::min<int64_t>(held, args.count));
+  return found;
+}
+
+// A score that at least `count` of a row's candidates surely reach, and not many more: by halving the range they lie in.
+float reached(const Search& args, Chunk& chunk, int64_t i) {
+  float* low = chunk.low.data() + i * chunk.room;
+  const int64_t held = round_up(chunk.held[i], LANES);
+  std::fill(low + chunk.held[i], low + held, -INF);
+  float least = *std::min_element(low, low + chunk.held[i]), most = *std::max_element(low, low + held);
+  for (int step = 0; step < 16; ++step) {
+    const float middle = least + (most - least) / 2;
+    IntVec above{};
+    for (int64_t c = 0; c < held; c += LANES) above -= load(low + c) >= splat(middle);
+    int64_t count = 0;
+    for (int l = 0; l < LANES; ++l) count += above[l];
+    (count < args.count ? most : least) = middle;
+    if (count >= args.count && 16 * count <= 17 * args.count) break;
+  }
+  return least;
+}
+
+// Makes room among a row's candidates: fewer can be among the nearest by now.
+void make_room(const Search& args, Chunk& chunk, int64_t i) {
+  float *low = chunk.low.data() + i * chunk.room, *hope = chunk.hope.data() + i * chunk.room;
+  int64_t* label = chunk.label.data() + i * chunk.room;
+  float& certain = chunk.certain[i];
+  certain = std::max(certain, reached(args, chunk, i));
+  int64_t kept = 0;
+  for (int64_t c = 0; c < chunk.held[i]; ++c) {
+    low[kept] = low[c], hope[kept] = hope[c], label[kept] = label[c];
+    kept += !(hope[c] < certain);
+  }
+  chunk.held[i] = kept;
+  if (4 * kept <= 3 * chunk.room) return;
+  // Rounding hides too many of them.
+  const std::vector<Found>& found = rank(args, chunk, i);
+  float least = INF;
+  for (int64_t c = 0; c < args.count; ++c) {
+    const double gap = found[c].gap, score = (chunk.base[i] - gap) * (args.inner ? 1 : 0.5);
+    const double error = 2 * UNIT * (std::abs(chunk.base[i]) + std::abs(gap));
+    low[c] = std::isfinite(score) ? static_cast<float>(score - error) : -INF;
+    hope[c] = INF;
+    label[c] = found[c].label;
+    least = std::min(least, low[c]);
+  }
+  chunk.held[i] = args.count;
+  certain = std::max(certain, least);
+}
+
+// MR vectors or, of the last tile, fewer.
+struct Tile {
+  int64_t label;               // of the first
+  int count;
+  Buffer shifted, words;       // (MR, D); (D, MR)
+  float bias[MR];              // of the padding ∞
+  float by_length, by_itself;  // what they add to the error, as a share of |x| and by themselves
+};
+
+void load_tile(const Search& args, const Origin& origin, int64_t label, Tile& tile) {
+  const int64_t D = args.D;
+  const float* at = origin.at.data();
+  // The next tile's vectors, to arrive while this one is multiplied.
+  const int64_t next = (label + MR) * D, end = std::min(next + MR * D, args.K * D);
+  for (int64_t n = next; n < end; n += 16) __builtin_prefetch(args.vectors + n);
+  tile.label = label;
+  tile.count = static_cast<int>(std::min<int64_t>(MR, args.K - label));
+  float* shifted = tile.shifted.take(MR * D);
+  double longest = 0;
+  for (int m = 0; m < MR; ++m) {
+    tile.bias[m] = INF;
+    if (m >= tile.count) continue;
+    const float* vector = args.vectors + (label + m) * D;
+    float* to = shifted + m * D;
+    int64_t d = 0;
+    for (; d + LANES <= D; d += LANES) store(to + d, load(vector + d) - load(at + d));
+    for (; d < D; ++d) to[d] = vector[d] - at[d];
+    const double square = exact_gap(vector, at, D, false);
+    tile.bias[m] = args.inner ? 0.f : static_cast<float>(square / 2);
+    longest = std::max(longest, square);
+  }
+  pack_tall(shifted, tile.count, D, tile.words.take(MR * D));
+  const float length = static_cast<float>(std::sqrt(longest));
+  tile.by_length = length <= TOO_LONG ? 2 * UNIT * ((D + 5) * length + (args.inner ? length + origin.length : 0.f)) : INF;
+  tile.by_itself = args.inner ? 0.f : 4 * UNIT * length * length;
+}
+
+// Vector `label` becomes a candidate of those rows from `first` on whose bits are set.
+__attribute__((noinline)) void keep(const Search& args, Chunk& chunk, int64_t first, unsigned open, Vec score, Vec error,
+                                    int64_t label) {
+  const int64_t room = chunk.room;
+  const Vec low = score - error, hope = score + error;
+  for (; open; open &= open - 1) {
+    const int lane = __builtin_ctz(open);
+    const int64_t i = first + lane;
+    if (chunk.held[i] == room) make_room(args, chunk, i);
+    const int64_t at = i * room + chunk.held[i]++;
+    const bool known = error[lane] < INF;
+    chunk.low[at] = known ? low[lane] : -INF;
+    chunk.hope[at] = known ? hope[lane] : INF;
+    chunk.label[at] = label;
+  }
+}
+
+// The scores of a tile for one panel of rows; vectors that can be among the nearest become candidates.
+void screen(const Search& args, const Tile& tile, Chunk& chunk, int64_t panel) {
+  alignas(64) float products[MR * NR];
+  tile_product<MR, 1, MR>(tile.words.data(), chunk.packed.data() + panel * args.D * NR, args.D, products, NR, nullptr);
+  for (int v = 0; v < NV; ++v) {
+    const int64_t first = panel * NR + v * LANES;
+    const auto score = [&](int m) { return load(products + m * NR + v * LANES) - tile.bias[m]; };
+    const Vec error = load(chunk.length.data() + first) * tile.by_length + (load(chunk.doubt.data() + first) + tile.by_itself);
+    const Vec least = load(chunk.certain.data() + first) - error;
+    Vec best = score(0);
+#pragma GCC unroll 14
+    for (int m = 1; m < MR; ++m) best = larger(best, score(m));
+    if (!bits(~(best < least))) continue;
+    const unsigned rows = chunk.count - first >= LANES ? ~0u : (1u << std::max<int64_t>(0, chunk.count - first)) - 1;
+    for (int m = 0; m < tile.count; ++m) {
+      const unsigned open = bits(~(score(m) < least)) & rows;
+      if (open) keep(args, chunk, first, open, score(m), error, tile.label + m);
+    }
+  }
+}
+
+void task(const Search& args, const Origin& origin, int64_t begin, int64_t end) {
+  // By a pointer: the address of a thread's own variable would be asked for again and again.
+  thread_local const std::unique_ptr<Chunk> owned = std::make_unique<Chunk>();
+  thread_local const std::unique_ptr<Tile> owned_tile = std::make_unique<Tile>();
+  Chunk& chunk = *owned;
+  Tile& tile = *owned_tile;
+  chunk.begin = begin, chunk.count = end - begin;
+  chunk.panels = (chunk.count + NR - 1) / NR;
+  chunk.room = round_up(std::min(args.K, args.count + args.count / 2 + 64), LANES);
+  load_chunk(args, origin, chunk);
+  for (int64_t label = 0; label < args.K; label += MR) {
+    load_tile(args, origin, label, tile);
+    for (int64_t panel = 0; panel < chunk.panels; ++panel) screen(args, tile, chunk, panel);
+  }
+  for (int64_t i = 0; i < chunk.count; ++i) {
+    if (chunk.held[i] > args.count) make_room(args, chunk, i);
+    const std::vector<Found>& found = rank(args, chunk, i);
+    for (int64_t c = 0; c < args.count; ++c) {
+      args.label[(begin + i) * args.count + c] = found[c].label;
+      args.distance[(begin + i) * args.count + c] = args.inner ? -found[c].gap : found[c].gap;
+    }
+  }
+}
+
+}  // namespace
+
+void search(const Search& args, int threads) {
+  if (args.N == 0) return;
+  const Origin origin(args);
+  // As many chunks for every thread, of whole panels.
+  const int64_t rounds = (args.N + ROWS * threads - 1) / (ROWS * threads);
+  const int64_t rows = round_up((args.N + rounds * threads - 1) / (rounds * threads), NR);
+  parallel_for((args.N + rows - 1) / rows, threads, [&](int64_t t) {
+    task(args, origin, t * rows, std::min(args.N, (t + 1) * rows));
+  });
+}
+
+}  // namespace FASTPROTO_ISA
+}  // namespace fastproto

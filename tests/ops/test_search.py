@@ -1,0 +1,154 @@
+"""search against sorting all distances in float64: the reference, and C++ on every instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from ops.test_assign_kernels import hard
+from torch import Tensor
+
+import fastproto
+from fastproto import _native
+from fastproto.ops.search import search
+from fastproto.reference import search as reference
+
+KINDS = [
+    "gaussian", "offset", "near-duplicates", "unit", "heavy rows", "heavy dimensions", "far outlier", "clusters",
+    "all centres alike", "on the centres", "tiny", "small beside large", "zeros",
+]  # fmt: skip
+
+
+@pytest.fixture(params=["reference"] + ([] if _native.cpp is None else _native.cpp.supported_isas()), autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The reference in small tiles and chunks, or an instruction set."""
+    if request.param == "reference":
+        monkeypatch.setattr(reference, "TILE", 32)
+        monkeypatch.setitem(reference.CHUNK_ELEMENTS, "cpu", 5000)
+        with fastproto.backend("reference"):
+            yield request.param
+        return
+    before, threads = _native.cpp.isa(), torch.get_num_threads()
+    _native.cpp.set_isa(request.param)
+    yield request.param
+    _native.cpp.set_isa(before)
+    torch.set_num_threads(threads)
+
+
+def check(x: Tensor, vectors: Tensor, count: int, metric: str) -> None:
+    x_n1d, v_1kd = x.double().numpy()[:, None], vectors.double().numpy()[None]
+    terms_nkd = (x_n1d - v_1kd) ** 2 if metric == "l2" else x_n1d * v_1kd
+    distance_nk = terms_nkd.sum(2)
+    rounded_nk = distance_nk.astype(np.float32)
+    expected = (rounded_nk if metric == "l2" else -rounded_nk).argsort(1, kind="stable")[:, :count]
+
+    labels, distance = (found.numpy() for found in search(x, vectors, count, metric))
+    assert (labels.dtype, distance.dtype) == (np.int64, np.float32)
+    np.testing.assert_allclose(distance, np.take_along_axis(rounded_nk, expected, 1), rtol=3e-7, atol=1e-37)
+    if metric == "l2":
+        np.testing.assert_array_equal(labels, expected)
+    # Products that cancel differ by the order in which they are added up.
+    assert all(len(set(row)) == count for row in labels)
+    rounding_nk = 1e-7 * np.abs(distance_nk) + 1e-14 * np.abs(terms_nkd).sum(2) + 1e-44
+    gap = np.abs(np.take_along_axis(distance_nk, labels, 1) - distance)
+    assert (gap <= np.take_along_axis(rounding_nk, labels, 1)).all()
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [2, 20])
+def test_hard_data(kind: str, count: int, metric: str) -> None:
+    x, vectors = hard(kind)
+    check(x, vectors, count, metric)
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("n", "k", "d", "count"),
+    [(0, 5, 3, 2), (1, 1, 1, 1), (5, 7, 1, 2), (33, 507, 24, 6), (70, 50, 3, 50), (3, 900, 99, 300), (300, 999, 33, 1)],
+)
+def test_odd_sizes(n: int, k: int, d: int, count: int, dtype: torch.dtype, metric: str) -> None:
+    check(torch.randn(n, d).to(dtype), torch.randn(k, d).to(dtype), count, metric)
+
+
+def test_more_equal_vectors_than_candidates_have_room() -> None:
+    vectors = torch.randn(3, 40).repeat_interleave(500, 0)
+    x = torch.randn(40, 40)
+    first, _ = search(x, vectors[::500], 2)
+    labels, _ = search(x, vectors, 700)
+    assert torch.equal(labels[:, :500], first[:, :1] * 500 + torch.arange(500))
+    assert torch.equal(labels[:, 500:], first[:, 1:] * 500 + torch.arange(200))
+
+
+def test_the_nearest_come_last() -> None:
+    """Every vector is nearer than all before it, so all of them are candidates."""
+    vectors = torch.randn(24) * torch.linspace(9, 1, 2000)[:, None]
+    labels, _ = search(torch.zeros(33, 24), vectors, 5)
+    assert torch.equal(labels, torch.arange(1999, 1994, -1).expand(33, -1))
+
+
+def test_same_bits_for_any_threads_and_batch(backend: str) -> None:
+    x, vectors = torch.randn(700, 40), torch.randn(300, 40)
+    vectors[150:] = vectors[:150] + 1e-5 * torch.randn(150, 40)
+    expected = search(x, vectors, 9)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        for rows in (700, 299, 33):
+            parts = [search(part, vectors, 9) for part in x.split(rows)]
+            for one, other in zip(zip(*parts, strict=True), expected, strict=True):
+                assert torch.equal(torch.cat(one), other)
+
+
+def test_any_strides() -> None:
+    x, vectors = torch.randn(24, 66), torch.randn(60, 24)
+    expected = search(x.T[::2].contiguous(), vectors[::3].contiguous(), 4)
+    assert all(map(torch.equal, search(x.T[::2], vectors[::3], 4), expected))
+    row = torch.randn(1, 24)
+    labels, _ = search(row.expand(33, -1), vectors, 4)
+    assert torch.equal(labels, search(row, vectors, 4)[0].expand(33, -1))
+
+
+def test_nan_and_infinity_harm_no_others() -> None:
+    x, vectors = torch.randn(40, 24), torch.randn(200, 24)
+    expected, _ = search(x, vectors, 5)
+    x[3], x[20, 1], x[39, 5] = torch.nan, torch.inf, -torch.inf
+    labels, distance = search(x, vectors, 5)
+    others = torch.tensor([n not in (3, 20, 39) for n in range(40)])
+    assert torch.equal(labels[others], expected[others])
+    assert distance[others].isfinite().all()
+    assert not distance[~others].isfinite().any()
+    assert ((labels >= 0) & (labels < 200)).all()
+    vectors[7] = torch.nan
+    labels, _ = search(x, vectors, 5)
+    assert ((labels >= 0) & (labels < 200)).all()
+
+
+def test_no_gradient_and_no_autocast() -> None:
+    x, vectors = torch.randn(40, 24, requires_grad=True), torch.randn(33, 24)
+    expected = search(x, vectors, 3)
+    assert not expected[1].requires_grad
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(map(torch.equal, search(x, vectors, 3), expected))
+
+
+def test_bad_input() -> None:
+    x, vectors = torch.randn(5, 3), torch.randn(2, 3)
+    with pytest.raises(TypeError, match=r"search: x expected a float32 .* tensor \(N, D\), got int64 \(5, 3\) on cpu"):
+        search(x.long(), vectors, 1)
+    with pytest.raises(ValueError, match=r"search: vectors expected \(K, 3\) on cpu, got float32 \(2, 2\) on cpu"):
+        search(x, vectors[:, :2], 1)
+    with pytest.raises(ValueError, match="search: vectors expected at least one vector of at least one dimension"):
+        search(x, vectors[:0], 1)
+    with pytest.raises(ValueError, match='search: metric expected "l2" or "ip", got cosine'):
+        search(x, vectors, 1, "cosine")
+    for count in (0, 3):
+        with pytest.raises(ValueError, match=f"search: count expected 1 to the 2 vectors, got int {count}"):
+            search(x, vectors, count)
+
+
+def test_the_compiler_sees_one_node() -> None:
+    x, vectors = torch.randn(40, 24), torch.randn(33, 24)
+    torch.library.opcheck(torch.ops.fastproto.search.default, (x, vectors, 3, "l2"))
