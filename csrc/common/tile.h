@@ -9,6 +9,7 @@
 // Included by *_cpu.cpp only, inside whose instruction set it lives.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -41,29 +42,41 @@ template <typename Number> inline Vec multiply_add(Vec acc, Vec a, Vec b) {
   return acc + a * b;
 }
 
+// Words that are added up by themselves: beside the sum of thousands every term would lose its digits.
+constexpr int64_t STRETCH_WORDS = 128;
+
 // C[m, :] = C[m, :] · alpha[m] + Σ_k A[m, k] · B[k, :], m < M, A[m, k] at A[m · STRIDE_M + k · STRIDE_K], depth and strides in
 // words; alpha null: C is not read. Never inlined: what the caller keeps in registers would push accumulators out of them.
 template <int M, int STRIDE_M, int STRIDE_K, typename Number = float>
 __attribute__((noinline)) void tile_product(const float* A, const float* B, int64_t depth, float* C, int64_t ldc,
                                             const float* alpha) {
-  // All loops over registers are unrolled by order: one that is not puts them into memory.
-  Vec acc[M][NV];
-#pragma GCC unroll 14
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < NV; ++v) acc[m][v] = alpha ? load(C + m * ldc + v * LANES) * alpha[m] : Vec{};
+  int64_t k = 0;
+  do {
+    // All loops over registers are unrolled by order: one that is not puts them into memory.
+    Vec acc[M][NV] = {};
+    const bool first = k == 0;
+    const int64_t end = std::min(depth, k + STRETCH_WORDS);
 #pragma GCC unroll 1
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec b[NV];
-    for (int v = 0; v < NV; ++v) b[v] = load(B + k * NR + v * LANES);
+    for (; k < end; ++k) {
+      Vec b[NV];
+      for (int v = 0; v < NV; ++v) b[v] = load(B + k * NR + v * LANES);
 #pragma GCC unroll 14
-    for (int m = 0; m < M; ++m) {
-      const Vec a = splat(A[m * STRIDE_M + k * STRIDE_K]);
-      for (int v = 0; v < NV; ++v) acc[m][v] = multiply_add<Number>(acc[m][v], a, b[v]);
+      for (int m = 0; m < M; ++m) {
+        const Vec a = splat(A[m * STRIDE_M + k * STRIDE_K]);
+        for (int v = 0; v < NV; ++v) acc[m][v] = multiply_add<Number>(acc[m][v], a, b[v]);
+      }
     }
-  }
+    if (!first || alpha) {
 #pragma GCC unroll 14
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < NV; ++v) store(C + m * ldc + v * LANES, acc[m][v]);
+      for (int m = 0; m < M; ++m) {
+        const Vec scale = splat(first ? alpha[m] : 1.f);
+        for (int v = 0; v < NV; ++v) acc[m][v] += load(C + m * ldc + v * LANES) * scale;
+      }
+    }
+#pragma GCC unroll 14
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < NV; ++v) store(C + m * ldc + v * LANES, acc[m][v]);
+  } while (k < depth);
 }
 
 // Calls run(M, first) for tiles of MR rows, and for the rest: one tile of it, or tiles of half as many, and so on.

@@ -3,8 +3,8 @@
 // exp(s_t − lse) − 1 would have the rounding of two large numbers where little is left of it.
 //
 // The forward with the roles exchanged: a task owns a chunk of keys and walks all rows in blocks, so that no two tasks
-// write the same place. Rows are summed in their order, and last those whose target a key is: beside a term a thousand
-// times as large the others would be rounded. The same bits for any number of threads.
+// write the same place. Rows are summed in their order, thousands of them in float64, and apart from the others those whose
+// target a key is: a term is rounded beside all that it is added to. The same bits for any number of threads.
 #include "contrast.h"
 
 #include <algorithm>
@@ -24,12 +24,15 @@ namespace FASTPROTO_ISA {
 namespace {
 
 constexpr int64_t MAX_KEYS = 64 * MR;  // of a chunk: y and its gradient at D = 128 take 2 · 448 KB (AVX2: 2 · 192)
+constexpr int64_t FLUSH = 8;           // blocks whose sums float32 takes, 2048 rows
 constexpr float INF = std::numeric_limits<float>::infinity();
 
 // A row of the block whose target is one of the task's keys.
 struct Hit {
   int64_t key, row;
 };
+
+inline bool by_key(Hit a, Hit b) { return a.key < b.key; }
 
 // Per block: rows that count, padded to whole vectors with rows that do not (lse = ∞ gives p = 0).
 struct Block {
@@ -44,7 +47,9 @@ struct Block {
 
 struct Scratch {
   Buffer y, scale, rows, across, along, scores;
-  std::vector<float> dy, db;
+  std::vector<float> dy;
+  std::vector<double> total, sums, db;  // (keys, D), (D,), (keys,)
+  std::vector<Hit> hits;  // of all rows
 };
 
 // What exp(s_ij − lse_i) is multiplied by to be g_i p_ij.
@@ -101,7 +106,7 @@ inline void symmetric_row(const Contrast& args, const Block& block, int64_t j, c
 
 template <int M, typename Product>
 void key_tile(const Contrast& args, const Block& block, int64_t first, const float* y, const float* scale, Product& product,
-              float* scores, float* dy, float* db) {
+              float* scores, float* dy, double* db) {
   product.template scores<M>(y, block.across, block.padded, args.D, scores);
   float keep[M];
   const Hit *hit = block.hits.data(), *const last = hit + block.hits.size();
@@ -134,8 +139,13 @@ void task(const Contrast& args, int64_t begin, int64_t end) {
   float* along = scratch.along.take(Product::along_size(args.D));
   float* scores = Product::scores_in(scratch.scores.take(Product::SCORES_SIZE));
   scratch.dy.assign(keys * width, 0.f);
-  scratch.db.assign(keys, 0.f);
-  float *dy = scratch.dy.data(), *db = scratch.db.data();
+  scratch.db.assign(keys, 0.);
+  const bool many = args.N > FLUSH * ROWS;
+  scratch.total.assign(many ? keys * args.D : 0, 0.);
+  scratch.sums.resize(args.D);
+  scratch.hits.clear();
+  float* dy = scratch.dy.data();
+  double *db = scratch.db.data(), *total = scratch.total.data(), *sums = scratch.sums.data();
   float* scale = scratch.scale.take(keys);
   for (int64_t j = 0; j < keys; ++j)
     scale[j] = load_factor_y<Product::SCALE_SCORES>(args, begin + j, loaded + j * args.D);
@@ -147,9 +157,11 @@ void task(const Contrast& args, int64_t begin, int64_t end) {
     block.padded = round_up(block.count, NR);
     for (int64_t i = 0; i < block.count; ++i) {
       const int64_t target = args.target[first + i];
-      if (target >= begin && target < end) block.hits.push_back({target, i});
+      if (target < begin || target >= end) continue;
+      block.hits.push_back({target, i});
+      scratch.hits.push_back({target, first + i});
     }
-    std::stable_sort(block.hits.begin(), block.hits.end(), [](Hit p, Hit q) { return p.key < q.key; });
+    std::stable_sort(block.hits.begin(), block.hits.end(), by_key);
     if (args.group) {
       const auto [low, high] = std::minmax_element(args.group + first, args.group + first + block.count);
       block.lowest_group = *low, block.highest_group = *high;
@@ -170,24 +182,31 @@ void task(const Contrast& args, int64_t begin, int64_t end) {
       const float* left = y + j * Product::left_size(args.D);
       key_tile<M.value>(args, block, begin + j, left, scale + j, product, scores, dy + j * width, db + j);
     });
+    if (!many || (first / ROWS + 1) % FLUSH != 0) continue;
+    for (int64_t j = 0; j < keys; ++j)
+      for (int64_t d = 0; d < args.D; ++d) total[j * args.D + d] += dy[j * width + d];
+    std::fill(dy, dy + keys * width, 0.f);
   }
-  const auto add_target = [&](int64_t i, int64_t row, float* sums) {  // q_{i,t(i)} times a row
+  const auto add_target = [&](int64_t i, int64_t row) {  // q_{i,t(i)} times a row
     add_feature(args, target_gradient(args, i) * factor_of_row(args), row, loaded, sums);
   };
-  for (int64_t i = 0; i < args.N; ++i) {
-    const int64_t target = args.target[i];
-    if (target < begin || target >= end) continue;
-    add_target(i, i, dy + (target - begin) * width);
-    db[target - begin] += target_gradient(args, i);
-  }
+  std::stable_sort(scratch.hits.begin(), scratch.hits.end(), by_key);
+  const Hit *hit = scratch.hits.data(), *const last = hit + scratch.hits.size();
   for (int64_t j = begin; j < end; ++j) {
     float *from = dy + (j - begin) * width, *to = args.dy + j * args.D;
-    if (args.symmetric) add_target(j, args.target[j], from);
+    std::copy(from, from + args.D, sums);
+    for (int64_t d = 0; many && d < args.D; ++d) sums[d] += total[(j - begin) * args.D + d];
+    for (; hit < last && hit->key == j; ++hit) {
+      add_target(hit->row, hit->row);
+      db[j - begin] += target_gradient(args, hit->row);
+    }
+    if (args.symmetric) add_target(j, args.target[j]);
+    std::copy(sums, sums + args.D, from);
     const float* key = read_row(args.y, args.y_dtype, j * args.stride_y, args.D, loaded);
     const float inverse = args.normalize ? inverse_length(key, args.D) : 1.f;
     scale_row(key, args.D, inverse, loaded);
     if (args.da) args.da[j] = dot(from, loaded, args.D);
-    if (args.db) args.db[j] = db[j - begin];
+    if (args.db) args.db[j] = static_cast<float>(db[j - begin]);
     const float a = factor_of_key(args, j);
     for (int64_t d = 0; d < args.D; ++d) to[d] = a * from[d];
     if (args.normalize) through_length(args.D, loaded, inverse, to);

@@ -30,7 +30,7 @@ inline float load_feature(const Contrast& args, int64_t i, float* out, float fac
 }
 
 // out += q times row i, which is left in `row`.
-inline void add_feature(const Contrast& args, float q, int64_t i, float* row, float* out) {
+template <typename Sum> inline void add_feature(const Contrast& args, float q, int64_t i, float* row, Sum* out) {
   load_feature(args, i, row);
   for (int64_t d = 0; d < args.D; ++d) out[d] += q * row[d];
 }

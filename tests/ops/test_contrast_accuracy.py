@@ -97,6 +97,56 @@ def test_errors_do_not_grow_with_sharpness_or_rows(n: int, d: int, temperature: 
 
 @needs_cpp
 @pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize(("n", "k", "d"), [(4096, 10, 64), (2048, 300, 40)])
+def test_sums_of_many_rows_of_one_sign(n: int, k: int, d: int) -> None:
+    """As after a ReLU: no sum of a key's terms is small, so that each could be rounded beside all before it."""
+    torch.manual_seed(n)
+    x, y, bias, targets = torch.randn(n, d).relu(), torch.randn(k, d) / d**0.5, torch.zeros(k), torch.randint(k, (n,))
+    scale = torch.ones(k)
+
+    def ours(y: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
+        return contrast(x.to(y.dtype), y, targets, scale=scale, bias=bias, divisor=n, stats=False).loss
+
+    def plain(y: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
+        return F.cross_entropy(x.to(y.dtype) @ y.T * scale + bias, targets)
+
+    def plain_nt_xent(z: Tensor) -> Tensor:
+        scores = F.normalize(z, dim=1) @ F.normalize(z, dim=1).T / 0.5
+        scores = scores.masked_fill(torch.eye(len(z), dtype=torch.bool), -torch.inf)
+        return F.cross_entropy(scores, torch.arange(len(z)).roll(len(z) // 2))
+
+    assert _native.cpp is not None
+    for isa in _native.cpp.supported_isas():
+        _native.cpp.set_isa(isa)
+        assert max(gradient_errors(ours, plain, y, bias, scale)) < 2
+        assert max(gradient_errors(lambda z: nt_xent(*z.chunk(2), temperature=0.5), plain_nt_xent, x[:2048])) < 2
+
+
+@needs_cpp
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize("d", [128, 512, 2048])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_scores_of_wide_rows(d: int, offset: float) -> None:
+    """Rows near their targets, or with a common offset: products of one sign, each rounded beside all before it."""
+    torch.manual_seed(d)
+    y = F.normalize(torch.randn(200, d) + offset, dim=1)
+    x = F.normalize(y[:128] + 0.5 / d**0.5 * torch.randn(128, d), dim=1)
+    targets = torch.arange(128)
+    right = F.cross_entropy(x.double() @ y.double().T / 0.1, targets, reduction="none")
+    allowed = (F.cross_entropy(x @ y.T / 0.1, targets, reduction="none") - right).norm()
+    assert _native.cpp is not None
+    for isa in _native.cpp.supported_isas():
+        _native.cpp.set_isa(isa)
+        assert (contrast(x, y, targets, scale=10.0, stats=False).loss - right).norm() < 2 * allowed
+        # Rows against themselves go another way.
+        mean = nt_xent(x[:64], x[64:], temperature=0.5)
+        z, others = x.double(), torch.eye(128, dtype=torch.bool)
+        expected = F.cross_entropy((z @ z.T / 0.5).masked_fill(others, -torch.inf), torch.arange(128).roll(64))
+        assert abs(mean - expected) < 3e-7 * expected
+
+
+@needs_cpp
+@pytest.mark.usefixtures("settings")
 @pytest.mark.parametrize(("temperature", "offset"), [(0.07, 0.0), (0.01, 0.0), (0.2, 1000.0)])
 def test_entropy_does_not_lose_digits_to_large_scores(temperature: float, offset: float) -> None:
     """lse - Σ p s would be the difference of two numbers as large as the scores."""
