@@ -110,6 +110,29 @@ def test_on_a_grid_full_of_ties_labels_are_the_first_best(x: list, centers: list
     assert np.array_equal(assign(x, centers, metric)[0].numpy(), oracle(x, centers, metric)[0])
 
 
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_a_crowd_far_from_the_origin_is_told_apart_in_float64(metric: str) -> None:
+    """Products round the nearest centres together, be they in float64: all that may be the nearest are looked at."""
+    near = 1e-5 * torch.randn(40, 16, dtype=torch.float64)
+    centers = torch.cat([near, torch.randn(50, 16, dtype=torch.float64) + 1e4])
+    x = near if metric == "l2" else torch.randn(40, 16, dtype=torch.float64)
+    with fastproto.backend("reference"):
+        labels, distance = assign(x, centers, metric)
+        parts = [assign(part, centers, metric) for part in x.split(7)]
+    expected, distances = oracle(x, centers, metric)
+    assert np.array_equal(labels.numpy(), expected)
+    np.testing.assert_allclose(distance.numpy(), distances[np.arange(40), expected], rtol=1e-6)
+    for whole, part in zip((labels, distance), zip(*parts, strict=True), strict=True):
+        assert torch.equal(whole, torch.cat(part))
+
+
+def test_more_ties_than_are_compared_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(reference.CHUNK_ELEMENTS, "cpu", 500)
+    centers = torch.randn(3, 24, dtype=torch.float64).repeat_interleave(30, 0)
+    x = torch.randn(20, 24, dtype=torch.float64)
+    assert torch.equal(assign(x, centers)[0], assign(x, centers[::30])[0] * 30)
+
+
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, centers = torch.randn(200, 24), torch.randn(33, 24)
     whole = assign(x, centers)
