@@ -116,6 +116,7 @@ def expect_index(
     """
     if ignore_index is not None:
         expect_type(ignore_index, INTS, op, "ignore_index", "an int")
+        expect(-(2**63) <= ignore_index < 2**63, op, "ignore_index", "an integer of 64 bits", ignore_index)
     if not index.numel() or not reads_data(index):
         return None
     # What is ignored counts as 0.

@@ -75,4 +75,6 @@ def assign_all(rows: Rows, centers: Tensor, search: Search) -> Assignment:
 
 def unit(centers: Tensor) -> Tensor:
     """Rows of length 1; rows of zeros stay."""
-    return F.normalize(centers.double(), dim=1, eps=1e-300).to(centers.dtype)
+    # Of the largest number's size first: squares of tiny ones are 0 in float64 too.
+    most = centers.double().abs().amax(1, keepdim=True)
+    return F.normalize(centers.double() / torch.where(most > 0, most, 1), dim=1).to(centers.dtype)

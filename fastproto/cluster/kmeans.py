@@ -359,7 +359,9 @@ class KMeans:
 
         Each fit adds what it searched the rows by to ``searches``.
         """
-        theirs = faiss_lloyd(rows, self.spherical, op) if self.engine == "faiss" else None
+        # faiss would take as many rows as clusters for the centres, whatever it is to start from.
+        by_faiss = self.engine == "faiss" and rows.total > self.n_clusters
+        theirs = faiss_lloyd(rows, self.spherical, op) if by_faiss else None
         runs = self.n_init if isinstance(self.init, str) else 1
         best: tuple[Tensor, list[Report], Assignment | None] | None = None
         lowest = math.inf

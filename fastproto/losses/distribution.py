@@ -211,9 +211,8 @@ def cross_correlation(x0: Tensor, x1: Tensor, *, mask: Tensor | None = None) -> 
     z0, z1 = (_standardise(x.to(dtype), mask, count) for x in (x0, x1))
     with torch.autocast(x0.device.type, enabled=False):
         r_dd = z0.T @ z1 / count
-    diagonal = r_dd.diagonal()
-    off_diagonal = r_dd.square().sum() - diagonal.square().sum()
-    return torch.where(mask.sum() > 1, (1 - diagonal).square().sum() + OFF_DIAGONAL * off_diagonal, 0)
+    loss = (1 - r_dd.diagonal()).square().sum() + OFF_DIAGONAL * _off_diagonal(r_dd).square().sum()
+    return torch.where(mask.sum() > 1, loss, 0)
 
 
 def covariance(x: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -249,7 +248,7 @@ def covariance(x: Tensor, *, mask: Tensor | None = None) -> Tensor:
     centred = _centre(x, mask, mask.sum().clamp(min=1))
     with torch.autocast(x.device.type, enabled=False):
         covariance_dd = centred.T @ centred / (mask.sum() - 1).clamp(min=1)
-    return (covariance_dd.square().sum() - covariance_dd.diagonal().square().sum()) / max(x.shape[1], 1)
+    return _off_diagonal(covariance_dd).square().sum() / max(x.shape[1], 1)
 
 
 def expect_alpha(alpha: float, op: str) -> None:
@@ -283,6 +282,12 @@ def _centre(x: Tensor, mask: Tensor, count: Tensor) -> Tensor:
     """Rows that count minus their mean; the others are 0."""
     x = _masked(widen(x), mask)
     return _masked(x - x.sum(0) / count, mask)
+
+
+def _off_diagonal(square_dd: Tensor) -> Tensor:
+    """All but the diagonal, without a copy: in rows of D + 1 numbers from the second on the diagonal is a column."""
+    size = len(square_dd)
+    return square_dd.flatten()[1:].view(max(size - 1, 0), size + 1)[:, :-1]
 
 
 def _standardise(x: Tensor, mask: Tensor, count: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def update(
         here = slice(start, start + chunk)
         values_nd = x[here].double() * weight_n[here, None]
         _add(sums_2kd, index_n[here], values_nd, rounders[:, 0])
-    return sums_2kd[:, :num_clusters], counts_2k[:, :num_clusters]
+    return sums_2kd[:, :num_clusters].contiguous(), counts_2k[:, :num_clusters].contiguous()
 
 
 def _add(totals: Tensor, index: Tensor, values: Tensor, rounders: Tensor) -> None:

@@ -343,6 +343,19 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         compat.GpuIndexFlatL2(compat.StandardGpuResources(), 24, compat.GpuIndexFlatConfig(device=1))
 
 
+@pytest.mark.parametrize("spherical", [False, True])
+def test_engine_faiss_iterates_on_as_many_rows_as_clusters_too(spherical: bool) -> None:
+    """faiss takes such rows for the centres."""
+    x = 3 * torch.randn(40, 4)
+    for options, rows in (({"init": torch.randn(6, 4)}, x[:6]), ({"max_points_per_cluster": 1, "seed": 1}, x)):
+        ours, theirs = (
+            KMeans(6, engine=engine, spherical=spherical, n_iter=3, **options).fit(rows)
+            for engine in ("fastproto", "faiss")
+        )
+        torch.testing.assert_close(theirs.cluster_centers_, ours.cluster_centers_)
+        np.testing.assert_allclose(theirs.history_, ours.history_, rtol=1e-5)
+
+
 @pytest.mark.parametrize("init", ["random", "k-means++"])
 @pytest.mark.parametrize("spherical", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])

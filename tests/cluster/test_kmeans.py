@@ -217,6 +217,19 @@ def test_chunks_change_no_bit(dtype: torch.dtype, init: str, spherical: bool) ->
         assert_same_bits(KMeans(6, **options, chunk_rows=chunk_rows).fit(x.to(dtype), sample_weight=weights), whole)
 
 
+def test_chunks_change_no_label_of_rows_full_of_ties() -> None:
+    x = (torch.rand(300, 16) < 0.3).double()
+    for seed in range(8):
+        options = {"seed": seed, "n_iter": 3, "spherical": seed % 2 == 0}
+        assert_same_bits(KMeans(40, **options, chunk_rows=7).fit(x), KMeans(40, **options).fit(x))
+
+
+@pytest.mark.parametrize("size", [1e-170, 1e-308, 1e18])
+def test_spherical_centers_have_unit_length_whatever_the_rows(size: float) -> None:
+    kmeans = KMeans(2, spherical=True, n_iter=2).fit(torch.randn(20, 3, dtype=torch.float64) * size)
+    torch.testing.assert_close(kmeans.cluster_centers_.norm(dim=1), torch.ones(2, dtype=torch.float64))
+
+
 def test_predict_transform_and_fit_predict_agree() -> None:
     x, new = blobs(), blobs()
     kmeans = KMeans(8, n_iter=4)

@@ -113,6 +113,17 @@ def test_correlation_is_its_formula(n: int, d: int) -> None:
     )
 
 
+@pytest.mark.parametrize("d", [1, 2, 5])
+def test_correlation_of_dimensions_that_hardly_vary_together(d: int) -> None:
+    """The sum of all squares less those of the diagonal would be what rounding leaves, or negative."""
+    for _ in range(20):
+        x = torch.randn(400, d).double()
+        x = torch.linalg.svd(x - x.mean(0), full_matrices=False)[0]
+        x = (x * torch.linspace(6, 600, d).double()).float()
+        assert 0 <= covariance(x) <= 1e-12 * x.var(0).square().sum()
+        assert 0 <= cross_correlation(x, x) < 1e-9
+
+
 TERMS: dict[str, Callable[..., Tensor]] = {
     "alignment": alignment,
     "alignment of 1": lambda a, b, mask=None: alignment(a, b, alpha=1, mask=mask),

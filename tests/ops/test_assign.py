@@ -175,6 +175,14 @@ def test_rows_of_nan_harm_no_others() -> None:
     assert distance[others].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_compiler_knows_what_comes(dtype: torch.dtype) -> None:
+    x, centers = torch.randn(40, 24, dtype=dtype), torch.randn(5, 24, dtype=dtype)
+    torch.library.opcheck(torch.ops.fastproto.assign.default, (x, centers, "l2", True))
+    with fastproto.backend("reference"):
+        torch.library.opcheck(torch.ops.fastproto.assign.default, (x, centers, "ip", False))
+
+
 def test_no_gradient() -> None:
     _, distance = assign(torch.randn(4, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True))
     assert not distance.requires_grad

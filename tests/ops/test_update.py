@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import fastproto
 from fastproto.ops.update import largest, two_rounders, update, update_parts
 from fastproto.reference import update as reference
 
@@ -97,6 +100,15 @@ def test_bad_input() -> None:
         update(x, labels, 0)
     with pytest.raises(ValueError, match="update: x expected at least one dimension"):
         update(x[:, :0], labels, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_compiler_knows_what_comes(dtype: torch.dtype) -> None:
+    x, labels = torch.randn(40, 24, dtype=dtype), torch.randint(-1, 5, (40,))
+    rounders = two_rounders(torch.stack(largest(x, None)), len(x))
+    for backend in ("reference", None):
+        with fastproto.backend(backend) if backend else nullcontext():
+            torch.library.opcheck(torch.ops.fastproto.update.default, (x, labels, 5, None, rounders))
 
 
 def test_sums_of_parts_add_up_to_the_sum_of_the_whole_bit_by_bit() -> None:
