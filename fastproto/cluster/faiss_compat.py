@@ -4,8 +4,8 @@
 ``PCAMatrix`` what DeepCluster's whiten features by. faiss itself is not needed. The iterations and the splitting of
 empty clusters are faiss's: from the same start come the same centroids up to rounding. Rows that are drawn (the start,
 subsets) are others than faiss draws from the same seed, redos are compared by their final centroids, and weights count
-in the objective and, scaled to a mean of 1, in the choice of the cluster that is split. As many vectors as centroids are
-clustered like any others; faiss takes them for the centroids.
+in the objective and, scaled to a mean of 1, in the choice of the cluster that is split. As many vectors as centroids
+are clustered like any others; faiss takes them for the centroids.
 """
 
 from __future__ import annotations

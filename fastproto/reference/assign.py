@@ -6,8 +6,8 @@
 A matrix product finds the best centres from ½||c_k||² - <x_n, c_k>, everything taken relative to the centres' median so
 that a common offset does not eat the digits. All that its rounding may have put behind are compared by distances that
 are summed from the coordinates. All in float64, exact or not.
-N rows, K centres, D dimensions; n the rows of one chunk, so that never more than a chunk of N x K exists; p its pairs of
-a row and a centre that may be its nearest.
+N rows, K centres, D dimensions; n the rows of one chunk, so that never more than a chunk of N x K exists; p its pairs
+of a row and a centre that may be its nearest.
 """
 
 from __future__ import annotations

@@ -343,7 +343,7 @@ def integers(*values: int) -> Tensor:
         ({"targets": torch.ones(2)}, TypeError, "contrast: targets expected an int64 or int32 tensor"),
         ({"targets": integers(0, 3)}, ValueError, "contrast: targets expected -1 or 0 to 2, got values from 0 to 3"),
         ({"targets": integers(0, -2)}, ValueError, "contrast: targets expected -1 or 0 to 2, got values from -2 to 0"),
-        ({"ignore_index": 2**70}, ValueError, f"contrast: ignore_index expected an integer of 64 bits, got int {2**70}"),
+        ({"ignore_index": 2**70}, ValueError, "contrast: ignore_index expected an integer of 64 bits"),
         ({"scale": "a"}, TypeError, r"contrast: scale expected a number or a \(K,\) tensor, got str 'a'"),
         ({"scale": torch.ones(2)}, ValueError, r"contrast: scale expected \(3,\) on cpu, got float32 \(2,\)"),
         ({"bias": torch.ones(2)}, ValueError, r"contrast: bias expected \(3,\) on cpu, got float32 \(2,\)"),
