@@ -5,8 +5,8 @@
 //   l2      s = <x − o, v − o> − |v − o|² / 2      (|x − o|² − ||x − v||²) / 2 but for rounding
 //   inner   s = <x, v − o>
 // is larger for a nearer vector, and a bound e on its error is known. A vector can be among the nearest if s + e reaches what
-// `count` vectors surely reach. Those that can are a row's candidates, of which there is room for twice as many as are wanted;
-// they are ranked by their distances in float64 at the end, or where rounding hides so many of them that the room is full.
+// `count` vectors surely reach. Those that can are a row's candidates, of which there is room for half as many again as are
+// wanted; they are ranked by their distances in float64 at the end, or where rounding hides so many that the room is full.
 #include "search.h"
 
 #include <algorithm>
@@ -28,8 +28,9 @@ namespace FASTPROTO_ISA {
 namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr int64_t ROWS = 512;      // of a chunk: to pack a tile takes 0.25 µs where its products take 16 · 0.43
-constexpr float TOO_LONG = 1e15f;  // products of longer rows might leave float32
+constexpr int64_t ROWS = 512;         // of a chunk: to pack a tile takes 0.25 µs where its products take 16 · 0.43
+constexpr int64_t BYTES = 32 << 20;   // of a chunk at most: many neighbours are wanted of fewer rows at a time
+constexpr float TOO_LONG = 1e15f;     // products of longer rows might leave float32
 
 // The bound, with u = 2^-24 and lengths |x|, |v| from the origin. A sum of D products is off by (D + 1) u |x| |v| (that of two
 // roundings each, without multiply-adds), rounding x − o and v − o adds 2 u |x| |v|, rounding |v|² / 2 and the score
@@ -60,6 +61,8 @@ struct Chunk {
   std::vector<float> low, hope;     // (rows, room) bounds of their scores
   std::vector<int64_t> label;       // (rows, room)
 };
+
+int64_t room_of(const Search& args) { return round_up(std::min(args.K, args.count + args.count / 2 + 64), LANES); }
 
 void load_chunk(const Search& args, const Origin& origin, Chunk& chunk) {
   const int64_t D = args.D, size = chunk.panels * NR;
@@ -242,7 +245,7 @@ void task(const Search& args, const Origin& origin, int64_t begin, int64_t end) 
   Tile& tile = *owned_tile;
   chunk.begin = begin, chunk.count = end - begin;
   chunk.panels = (chunk.count + NR - 1) / NR;
-  chunk.room = round_up(std::min(args.K, args.count + args.count / 2 + 64), LANES);
+  chunk.room = room_of(args);
   load_chunk(args, origin, chunk);
   for (int64_t label = 0; label < args.K; label += MR) {
     load_tile(args, origin, label, tile);
@@ -264,7 +267,9 @@ void search(const Search& args, int threads) {
   if (args.N == 0) return;
   const Origin origin(args);
   // As many chunks for every thread, of whole panels.
-  const int64_t rounds = (args.N + ROWS * threads - 1) / (ROWS * threads);
+  const int64_t row_bytes = 2 * args.D * sizeof(float) + room_of(args) * (2 * sizeof(float) + sizeof(int64_t));
+  const int64_t most = std::max<int64_t>(NR, std::min(ROWS, BYTES / row_bytes)) * threads;
+  const int64_t rounds = (args.N + most - 1) / most;
   const int64_t rows = round_up((args.N + rounds * threads - 1) / (rounds * threads), NR);
   parallel_for((args.N + rows - 1) / rows, threads, [&](int64_t t) {
     task(args, origin, t * rows, std::min(args.N, (t + 1) * rows));
