@@ -134,7 +134,12 @@ def train(arguments: Sequence[str]) -> int:
         best = result["best"].get(metric) if config.evaluation.knn_interval else None
         also = f"   {100 * best['accuracy']:.1f}% after epoch {best['epoch']:g}" if best else ""
         print(f"{METRICS[metric]:16}" + "".join(f"{100 * value:7.1f}%" for value in values) + also)
-    print(f"{sum(result['time_s'].values()):.0f} s; {write_report(folder, dataset)}")
+    try:
+        page = write_report(folder, dataset)
+    except (ValueError, OSError) as error:
+        again = f"fastproto report {shlex.quote(str(folder))}"
+        return fail("fastproto train", f"{error}; trained, but not reported: {again}", FAILED)
+    print(f"{sum(result['time_s'].values()):.0f} s; {page}")
     return 0
 
 
@@ -194,8 +199,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     import torch
 
     from fastproto._check import expect
-    from fastproto.train.checkpoint import latest_checkpoint
-    from fastproto.train.evaluate import KNN, Metric, read_evaluations, write_evaluations
+    from fastproto.train.evaluate import KNN, Metric, add_evaluation, read_evaluations
     from fastproto.train.evaluate import evaluate as measure
     from fastproto.train.run import load_run
 
@@ -211,8 +215,8 @@ def evaluate(arguments: Sequence[str]) -> int:
     try:
         given = parser.parse_args(arguments)
         expect(0 < given.labels <= 1, "eval", "--labels", "a share above 0, at most 1", given.labels)
-        checkpoint = latest_checkpoint(given.run) if given.checkpoint is None else given.checkpoint
-        run, known = load_run(given.run, checkpoint), read_evaluations(given.run)
+        run = load_run(given.run, given.checkpoint)
+        read_evaluations(given.run)  # damaged, it is refused before anything is measured
         unasked = not (given.knn or given.linear or given.linear_sgd)
         metrics: list[Metric] = [*KNN] if given.knn or unasked else []
         metrics += ["linear"] if given.linear or unasked else []
@@ -220,8 +224,8 @@ def evaluate(arguments: Sequence[str]) -> int:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         encoder = run.method.encoder.to(device)
         found = measure(encoder, run.dataset, metrics=metrics, labels=given.labels, device=device)
-        own = checkpoint.resolve().parent == (given.run / "checkpoints").resolve()
-        write_evaluations(given.run, known, checkpoint.stem if own else str(checkpoint), given.labels, found)
+        own = run.checkpoint.resolve().parent == (given.run / "checkpoints").resolve()
+        add_evaluation(given.run, run.checkpoint.stem if own else str(run.checkpoint), given.labels, found)
         for metric, accuracy in found.items():
             name, _, rate = metric.partition("/")
             print(f"{f'  lr {rate}' if rate else METRICS[name]:16}{100 * accuracy:7.1f}%")

@@ -48,11 +48,12 @@ library_name: fastproto
 tags: [self-supervised, contrastive, image-feature-extraction]
 ---
 """
-# The run's files in folders where a user may keep others; one that is being written is .NAME.part.
+# The run's files in folders where a user may keep others; one that is being written is .NAME.PROCESS.part.
 INSIDE = {
     "export": r"README\.md|torchvision\.pt|timm\.safetensors|encoder\.safetensors|encoder\.onnx",
     "checkpoints": r"epoch-[0-9]{4,}\.pt|best\.pt|best\.part",
 }
+PART = re.compile(r"\..+\.[0-9]+\.part")
 CHECKPOINT = re.compile(r"epoch-[0-9]{4,}\.pt")
 # What a checkpoint holds of a State: state_dicts, and plain values.
 PARTS = ("method", "optimizer", "boxes", "prototypes")
@@ -89,18 +90,19 @@ class State:
         path = folder / "checkpoints" / f"epoch-{self.epoch:04d}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file: torch.save(saved | values | more, file))
-        for old in _checkpoints(folder)[:-keep]:
+        for old in (*_checkpoints(folder)[:-keep], *path.parent.glob(".epoch-*.part")):
             old.unlink()
         return path
 
-    def load(self, path: Path) -> None:
-        """Takes over what a checkpoint holds, random state included.
+    def load(self, path: Path, saved: Mapping[str, Any] | None = None) -> None:
+        """Takes over what a checkpoint holds, random state included; ``saved`` if it has been read.
 
         Raises:
             ValueError: what ``read_checkpoint`` raises; a checkpoint of another method, encoder or data set.
             OSError: the file cannot be read.
         """
-        saved = read_checkpoint(path, self.origin)
+        saved = read_checkpoint(path) if saved is None else saved
+        expect_origin(path, saved, self.origin)
         for name in PARTS:
             if getattr(self, name) is not None:
                 try:
@@ -123,19 +125,26 @@ def is_run(folder: Path) -> bool:
 
 
 def latest_checkpoint(folder: Path) -> Path:
-    """The checkpoint of the most epochs that can be read; a damaged one after it is left where it is, with a warning.
+    """The checkpoint that ``read_latest`` reads."""
+    return read_latest(folder)[0]
+
+
+def read_latest(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint of the most epochs that can be read, and what it holds. A damaged one after it stays; a warning.
 
     Raises:
         ValueError: the folder holds no run, or none with a checkpoint, or all are damaged.
     """
     expect(is_run(folder), "run", "folder", "one that holds a run", str(folder))
-    checkpoints = _checkpoints(folder)
-    expect(bool(checkpoints), "run", "folder", "a run with a checkpoint", f"{folder}, which has none")
+    checkpoints: list[Path] = []
     while True:
+        checkpoints = checkpoints or _checkpoints(folder)
+        expect(bool(checkpoints), "run", "folder", "a run with a checkpoint", f"{folder}, which has none")
         newest = checkpoints.pop()
         try:
-            read_checkpoint(newest)
-            return newest
+            return newest, read_checkpoint(newest)
+        except FileNotFoundError:
+            checkpoints = []  # a training has removed it, and written another
         except ValueError as error:
             if not checkpoints:
                 raise
@@ -152,11 +161,11 @@ def resume_point(folder: Path) -> Path | None:
     return latest_checkpoint(folder) if begun or not is_run(folder) else None
 
 
-def read_checkpoint(path: Path, origin: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """What ``State.save`` wrote.
 
     Raises:
-        ValueError: the file is damaged, or holds something else, or has another ``origin``.
+        ValueError: the file is damaged, or holds something else.
         OSError: it is not there, or may not be read.
     """
     with open(path, "rb") as file:
@@ -170,11 +179,15 @@ def read_checkpoint(path: Path, origin: Mapping[str, Any] | None = None) -> dict
     expect(spoilt is None, "checkpoint", str(path), "what was written", f"something else in {spoilt}: it is damaged")
     ours = isinstance(saved, dict) and saved.keys() >= {"method", "optimizer", "boxes", "epoch", "random"}
     expect(ours, "checkpoint", str(path), "what a training writes", "another file of torch's")
-    for name, wanted in (origin or {}).items():
+    return saved
+
+
+def expect_origin(path: Path, saved: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+    """Raises ValueError where a checkpoint is of something else."""
+    for name, wanted in origin.items():
         # Checkpoints did not always say it.
         found = saved.get("origin", {}).get(name, wanted)
         expect(found == wanted, "checkpoint", str(path), f"{name} {wanted}", str(found))
-    return saved
 
 
 def keep_best(path: Path) -> None:
@@ -202,7 +215,8 @@ def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool)
     """
     expect(not (resume and overwrite), "train", "--resume and --overwrite", "one of them", "both")
     expect(not is_locked(folder), "train", "--out", "a folder that no training writes now", f"{folder}: one does")
-    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    # A link to nothing is something.
+    occupied = os.path.lexists(folder) and (not folder.is_dir() or not all(map(_is_part, folder.iterdir())))
     start = resume_point(folder) if resume else None
     if resume:
         changed = difference(read_config(folder / "config.yaml"), config)
@@ -219,6 +233,8 @@ def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool)
 
 def start_folder(folder: Path, config: Config) -> None:
     """Removes the run that the folder holds, if any, and nothing else, and writes the new run's configuration."""
+    for part in filter(_is_part, folder.glob(".*")):
+        part.unlink()
     if is_run(folder):
         for path in (path for pattern in FILES for path in folder.glob(pattern)):
             if path.name in INSIDE and path.is_dir():
@@ -244,10 +260,15 @@ def is_foreign_card(path: Path) -> bool:
 def _empty(folder: Path, names: str) -> None:
     """Removes the files of these names, a pattern, and the folder if nothing is left; a link to one stays."""
     for path in folder.iterdir():
-        if re.fullmatch(rf"{names}|\.({names})\.part", path.name) and not is_foreign_card(path):
+        if re.fullmatch(rf"{names}|\.({names})\.[0-9]+\.part", path.name) and not is_foreign_card(path):
             path.unlink()
     if not folder.is_symlink() and not any(folder.iterdir()):
         folder.rmdir()
+
+
+def _is_part(path: Path) -> bool:
+    """Whether it is what a killed process left of one of the run's files."""
+    return any(path.match(f".{pattern}.*.part") for pattern in FILES) and PART.fullmatch(path.name) is not None
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import re
 from argparse import ArgumentError
@@ -330,7 +331,8 @@ def parse(parser: ArgumentParser, arguments: Sequence[str], defaults: Path | Non
     Raises:
         ValueError: an argument or an entry of the file that is unknown or has the wrong type, in one line.
     """
-    parser.default_config_files = [] if defaults is None else [str(defaults)]
+    # As it is: jsonargparse takes them for patterns, and a ~ for a home.
+    parser.default_config_files = [] if defaults is None else [glob.escape(str(defaults.absolute()))]
     try:
         return parser.parse_args(list(arguments))
     except ArgumentError as error:
@@ -346,6 +348,7 @@ def resolve(parser: ArgumentParser, parsed: Namespace) -> Config:
         ValueError: a setting out of its range.
     """
     _expect_given(parsed, Config, "config")
+    expect(isinstance(parsed["strict"], bool), "config", "strict", "true or false", repr(parsed["strict"]))
     for setting in fields(Config):
         if isinstance(setting.default_factory, type) and is_dataclass(setting.default_factory):
             group = parsed[setting.name]

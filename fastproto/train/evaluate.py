@@ -18,6 +18,7 @@ from fastproto._check import expect, expect_tensor
 from fastproto._random import Stream, random_bits
 from fastproto.train.data import Dataset, Images, Streamed, squares
 from fastproto.train.files import is_table, read_json, write_text
+from fastproto.train.lock import in_turn
 from fastproto.train.probes import check_features, linear_probe, linear_sgd
 
 Metric = Literal["knn20", "knn200", "linear", "linear_sgd"]
@@ -170,18 +171,15 @@ def read_evaluations(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
     return found
 
 
-def write_evaluations(
-    folder: Path,
-    known: dict[str, dict[str, dict[str, float]]],
-    checkpoint: str,
-    labels: float,
-    scores: Mapping[str, float],
-) -> None:
-    """Writes RUN/evaluation.json, whole or not at all: all that was ``known``, and the scores of a checkpoint."""
-    shares = known.get(checkpoint, {})
-    share = f"labels {labels:g}"
-    shares = shares | {share: shares.get(share, {}) | dict(scores)}
-    write_text(folder / "evaluation.json", json.dumps(known | {checkpoint: shares}, indent=2) + "\n")
+def add_evaluation(folder: Path, checkpoint: str, labels: float, scores: Mapping[str, float]) -> None:
+    """Adds the scores of a checkpoint to RUN/evaluation.json, which is written whole or not at all."""
+    # Another evaluation may end at this moment. The folder itself is held by a training.
+    with in_turn(folder / "checkpoints"):
+        known = read_evaluations(folder)
+        shares = known.get(checkpoint, {})
+        share = f"labels {labels:g}"
+        shares = shares | {share: shares.get(share, {}) | dict(scores)}
+        write_text(folder / "evaluation.json", json.dumps(known | {checkpoint: shares}, indent=2) + "\n")
 
 
 def evaluate(

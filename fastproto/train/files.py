@@ -67,8 +67,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Has ``write`` write a file that is there whole or not at all, even if the machine stops."""
-    temporary = path.with_name(f".{path.name}.part")
+    """Has ``write`` write a file that is there whole or not at all, if the machine stops or others write it too."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as file:
             write(file)

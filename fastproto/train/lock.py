@@ -1,4 +1,6 @@
-"""One training at a time in a folder: the system's lock on the folder itself, which ends with the process."""
+"""One training at a time in a folder, or one after the other: the system's lock on the folder itself, which ends with
+the process.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +35,21 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         _held.discard(descriptor)
+        os.close(descriptor)
+
+
+@contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Holds a folder for a moment, after whoever holds it now. Not where its file system knows no locks."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
         os.close(descriptor)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastproto._check import expect
 from fastproto.train import data
 from fastproto.train.build import build_state, build_views, configured_encoder, configured_origin, inputs_of, load_data
-from fastproto.train.checkpoint import is_run, latest_checkpoint, read_checkpoint
+from fastproto.train.checkpoint import expect_origin, is_run, read_checkpoint, read_latest
 from fastproto.train.config import Config, read_config
 from fastproto.train.encoders import Encoder
 from fastproto.train.files import read_log, read_result
@@ -25,6 +25,7 @@ class Run:
     """A run read back from its folder by ``load_run``: its settings, data, trained parts and results, on the CPU."""
 
     path: Path
+    checkpoint: Path  # that was read
     config: Config
     dataset: data.Dataset
     method: Method  # trained weights, eval mode; .encoder(x) -> (N, C), .encoder.feature_map(x) -> (N, C, h, w)
@@ -48,19 +49,20 @@ def load_run(folder: Path | str, checkpoint: Path | None = None, dataset: data.D
         OSError: the checkpoint cannot be read.
     """
     folder = Path(folder)
-    checkpoint = find_checkpoint(folder, checkpoint)
+    checkpoint, saved = _read(folder, checkpoint)
     config = read_config(folder / "config.yaml")
     dataset = load_data(config) if dataset is None else dataset
     # Reading draws weights and loads a random state, neither of which is to be felt outside.
     with torch.random.fork_rng():
         state = build_state(config, dataset, torch.device("cpu"))
-        state.load(checkpoint)
+        state.load(checkpoint, saved)
     prototypes: list[Tensor] = []
     assignments: list[Tensor] = []
     if state.prototypes is not None and state.prototypes.ready:
         prototypes, assignments, _ = state.prototypes.lookup(torch.arange(len(dataset.train_images)))
     return Run(
         path=folder,
+        checkpoint=checkpoint,
         config=config,
         dataset=dataset,
         method=state.method.eval(),
@@ -97,9 +99,9 @@ def load_trained(folder: Path | str, checkpoint: Path | None = None) -> Trained:
         OSError: the checkpoint cannot be read.
     """
     folder = Path(folder)
-    checkpoint = find_checkpoint(folder, checkpoint)
+    checkpoint, saved = _read(folder, checkpoint)
     config = read_config(folder / "config.yaml")
-    saved = read_checkpoint(checkpoint, configured_origin(config))
+    expect_origin(checkpoint, saved, configured_origin(config))
     # Checkpoints did not always say it.
     inputs = saved["inputs"] if "inputs" in saved else inputs_of(load_data(config))
     height, width = inputs["size"]
@@ -128,15 +130,15 @@ def load_trained(folder: Path | str, checkpoint: Path | None = None) -> Trained:
     )
 
 
-def find_checkpoint(folder: Path, checkpoint: Path | None) -> Path:
-    """That checkpoint of a run, if it is one, or its last.
+def _read(folder: Path, checkpoint: Path | None) -> tuple[Path, dict[str, Any]]:
+    """That checkpoint of a run, or its last, and what it holds. Once: a training may remove it meanwhile.
 
     Raises:
         ValueError: the folder holds no run, or none with a checkpoint; ``checkpoint`` is no file.
     """
     if checkpoint is None:
-        return latest_checkpoint(folder)
+        return read_latest(folder)
     expect(is_run(folder), "run", "folder", "one that holds a run", str(folder))
     kept = ", ".join(map(str, sorted(folder.glob("checkpoints/*.pt")))) or "those that a training writes"
     expect(checkpoint.is_file(), "run", "checkpoint", f"a file, such as {kept}", f"{checkpoint}, which is not one")
-    return checkpoint
+    return checkpoint, read_checkpoint(checkpoint)

@@ -87,6 +87,7 @@ def test_the_last_checkpoints_are_kept(tmp_path: Path, tiny_config: Config, tiny
     mine[0].parent.mkdir()
     for path in mine:
         path.write_text("mine")
+    (tmp_path / "checkpoints" / ".epoch-0007.pt.9.part").write_text("of a killed process")
     for epoch in (0, 9998, 9999, 10000):
         state.epoch = epoch
         state.save(tmp_path)
@@ -171,7 +172,7 @@ def test_starting_anew_leaves_a_users_files_among_the_runs(
         checkpoint.start_folder(run, tiny_config)
         checkpoint.keep_best(stepped(tiny_config, tiny_data).save(run))
         (run / "export").mkdir(exist_ok=True)
-        written = ["checkpoints/best.part", "checkpoints/.epoch-0004.pt.part", "export/.timm.safetensors.part"]
+        written = ["checkpoints/best.part", "checkpoints/.epoch-0004.pt.9.part", "export/.timm.safetensors.9.part"]
         for name in [*names, *written, f"export/{CARD}", *(f"export/{file}" for file, _ in WRITERS.values())]:
             (run / name).write_text(checkpoint.CARD_HEAD if name.endswith(CARD) else "old")
         checkpoint.start_folder(run, tiny_config)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 
 import fastproto
 from fastproto import cli
-from fastproto.train import build, loop
+from fastproto.train import build, loop, report
 from fastproto.train.build import load_data
 from fastproto.train.data import dataset
 from fastproto.train.files import read_log
@@ -118,6 +119,33 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     return captured.err.rstrip("\n")
+
+
+def test_what_a_killed_run_left_is_no_run_and_a_link_to_nothing_no_folder(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, link = tmp_path / "run", tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    assert cli.main(["train", recipe(tmp_path, images), "--out", str(link)]) == 2
+    assert one_line(capsys).endswith(f"--out expected a new or empty folder, got {link}, which holds something else")
+    run.mkdir()
+    (run / ".config.yaml.12345.part").write_text("epochs")
+    assert cli.main(["train", recipe(tmp_path, images), "--out", str(run), "--epochs", "1"]) == 0
+    assert not list(run.glob(".*"))
+
+
+def test_a_report_that_cannot_be_written_is_one_line(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device", "report.html")
+
+    monkeypatch.setattr(report, "write_report", full)
+    run = tmp_path / "run"
+    assert cli.main(["train", recipe(tmp_path, images), "--out", str(run), "--epochs", "1"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("fastproto train: [Errno 28] No space left on device: 'report.html'; trained, but not ")
+    assert error.endswith(f"fastproto report {run}")
 
 
 @pytest.mark.parametrize(

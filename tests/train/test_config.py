@@ -40,6 +40,14 @@ def test_without_anything_it_is_the_defaults() -> None:
     assert resolved([]) == Config()
 
 
+def test_a_file_is_read_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pattern, and no home: its neighbour is another's."""
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("a[1]*?.yaml", "a1b.yaml", "~", "~root")):
+        Path(name).write_text(f"epochs: {number + 3}\n")
+        assert settings.read_config(Path(name)).epochs == number + 3
+
+
 def test_a_file_says_all_of_a_configuration(tmp_path: Path) -> None:
     config = Config(
         method="spcl",
@@ -86,6 +94,8 @@ def test_a_file_says_all_of_a_configuration(tmp_path: Path) -> None:
         ("optimizer: {lr: -1}", "optimizer: lr expected a finite number >= 0, got float -1.0"),
         ("optimizer: {lr: .nan}", "optimizer: lr expected a finite number >= 0, got float nan"),
         ("optimizer: {lr: .inf}", "optimizer: lr expected a finite number >= 0, got float inf"),
+        ("strict: maybe", "config: strict expected true or false, got 'maybe'"),
+        ("strict: 'false'", "config: strict expected true or false, got 'false'"),
         ("optimizer: {momentum: 7}", "optimizer: momentum expected a number from 0 to below 1, got float 7.0"),
     ],
 )

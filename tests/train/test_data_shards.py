@@ -124,6 +124,7 @@ def test_patterns(tmp_path: Path) -> None:
         write_tar(tmp_path / f"{name}.tar", members([number] * 5, 10 * number)[1])
     for pattern, labels in (
         ("a-{08..10}.tar", [0, 1, 2]),
+        ("a-{10..08}.tar", [2, 1, 0]),
         ("{b,a}-09.tar", [3, 1]),
         ("a-*.tar", [0, 1, 2]),
         ("?-{09,08}.tar", [1, 3, 0]),

@@ -7,11 +7,12 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastproto import cli
-from fastproto.train import data, evaluate, loop, report
+from fastproto.train import checkpoint, data, evaluate, loop, report
 from fastproto.train.config import Config, EvaluationConfig
 from fastproto.train.data import Dataset
 from fastproto.train.probes import LEARNING_RATES, linear_sgd
@@ -109,6 +110,40 @@ def test_an_image_that_does_not_decode_on_the_way_is_one_line(
     assert cli.main(["eval", str(run)]) == 2
     assert one_line(capsys) == "fastproto eval: data: expected images that decode, got test/a/1.png\n"
     assert not (run / "evaluation.json").exists()
+
+
+def test_evaluations_beside_each_other_keep_each_other_s_results(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another ends while this one measures, and a checkpoint goes as a training writes new ones."""
+    measure = evaluate.evaluate
+
+    def slowly(*args: Any, **options: Any) -> dict[str, float]:
+        monkeypatch.setattr(evaluate, "evaluate", measure)
+        assert cli.main(["eval", str(run), "--linear"]) == 0
+        (run / "checkpoints" / "epoch-0002.pt").unlink()
+        return measure(*args, **options)
+
+    monkeypatch.setattr(evaluate, "evaluate", slowly)
+    printed(capsys, str(run), "--knn")
+    after = json.loads((run / "result.json").read_text())["after"]
+    assert kept(run) == {"epoch-0002": {"labels 1": after}}
+
+
+def test_a_checkpoint_that_goes_gives_way_to_the_newest_there_is(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A training writes new ones, and removes the old."""
+    read, path = checkpoint.read_checkpoint, run / "checkpoints" / "epoch-0002.pt"
+
+    def as_it_goes(asked: Path, *rest: Any) -> dict[str, Any]:
+        if path.exists():
+            path.rename(path.with_name("epoch-0003.pt"))
+        return read(asked, *rest)
+
+    monkeypatch.setattr(checkpoint, "read_checkpoint", as_it_goes)
+    printed(capsys, str(run), "--knn")
+    assert list(kept(run)) == ["epoch-0003"]
 
 
 def test_a_damaged_file_is_named_by_the_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

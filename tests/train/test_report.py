@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -22,7 +23,7 @@ from fastproto.train.build import load_data
 from fastproto.train.config import Config, EncoderConfig, PrototypeConfig
 from fastproto.train.data import Dataset, Streamed
 from fastproto.train.data.folders import FolderFiles
-from fastproto.train.evaluate import embed, write_evaluations
+from fastproto.train.evaluate import add_evaluation, embed
 from fastproto.train.loop import train
 from fastproto.train.monitors import MONITORS
 from fastproto.train.plots import data_url
@@ -194,7 +195,9 @@ def test_evaluations_have_a_row_each(run: SimpleNamespace) -> None:
         "epoch-0050": {"labels 1": {"knn20": 0.5, "linear": 0.625}, "labels 0.01": {"linear": 0.25}},
         "/other/<run>/best.pt": {"labels 1": {"linear_sgd": 0.75, "linear_sgd/0.1": 0.7}},
     }
-    write_evaluations(run.path, known, "epoch-0050", 0.1, {"linear": 0.5})
+    (run.path / "evaluation.json").write_text(json.dumps(known))
+    (run.path / "checkpoints").mkdir(exist_ok=True)
+    add_evaluation(run.path, "epoch-0050", 0.1, {"linear": 0.5})
     html = report.page(run).split("<h2>Evaluations</h2>")[1].split("</section>")[0]
     rows = [re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", row) for row in html.split("<tr>")[1:]]
     assert [[cell.replace("\u202f", " ") for cell in row] for row in rows] == [

@@ -132,7 +132,9 @@ def _braces(pattern: str) -> Iterator[str]:
     numbers = re.fullmatch(r"(\d+)\.\.(\d+)", brace[1])
     choices = brace[1].split(",")
     if numbers is not None:
-        choices = [str(n).zfill(len(numbers[1])) for n in range(int(numbers[1]), int(numbers[2]) + 1)]
+        first, last = int(numbers[1]), int(numbers[2])
+        step = 1 if first <= last else -1
+        choices = [str(n).zfill(len(numbers[1])) for n in range(first, last + step, step)]
     for choice in choices:
         yield from _braces(pattern[: brace.start()] + choice + pattern[brace.end() :])
 
