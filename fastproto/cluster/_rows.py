@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -206,27 +207,38 @@ def expect_alike(
     x: Array,
     weights: Tensor | None,
     refused: Exception | None,
-    n_clusters: int,
+    options: dict[str, Any],
     op: str,
     group: dist.ProcessGroup,
     device: torch.device | str | None,
 ) -> bool:
     """Raises ValueError on every rank where one has ``refused`` its rows, or where theirs do not fit together.
 
-    Returns whether any rank has weights. Without it the others would wait for the one that is not there.
+    Without it the others would wait for the one that is not there. ``options``, which every rank names in one order,
+    must have one value on all of them. Returns whether any rank has weights.
     """
     fine = refused is None
-    names = ("dimensions", "bytes of a number", "n_clusters")
-    facts = [fine, weights is not None, *((x.shape[1], max(4, x.dtype.itemsize), n_clusters) if fine else (0, 0, 0))]
+    sizes = (x.shape[1], max(4, x.dtype.itemsize)) if fine else (0, 0)
+    facts = [fine, weights is not None, *sizes, *map(_digest, options.values())]
     ends = torch.tensor([facts, [-fact for fact in facts]], device=device)
     dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
     high, low = ends[0].tolist(), (-ends[1]).tolist()
     if not low[0]:
         expect(not fine, op, "x", "rows and weights that every rank accepts", "others on another rank")
         return False
-    for name, least, most in zip(names, low[2:], high[2:], strict=True):
+    for name, least, most in zip(("dimensions", "bytes of a number"), low[2:4], high[2:4], strict=True):
         expect(least == most, op, "x", f"as many {name} on every rank", f"{least} to {most}")
+    for (name, value), least, most in zip(options.items(), low[4:], high[4:], strict=True):
+        expect(least == most, op, name, "the same on every rank", f"{describe(value)}, and another elsewhere")
     return bool(high[1])
+
+
+def _digest(value: Any) -> int:
+    """32 bits that are the same in every process where the value is, unlike Python's own hash of a string."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        numbers = as_tensor(value).detach().to("cpu", torch.float64)
+        return zlib.crc32(numbers.contiguous().numpy().data)
+    return zlib.crc32(repr(value.item() if isinstance(value, np.generic) else value).encode())
 
 
 def _pick(x: Array, indices: np.ndarray) -> Tensor:

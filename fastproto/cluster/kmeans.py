@@ -26,6 +26,10 @@ from fastproto.ops.assign import METRICS, assign
 PRECISIONS = ("exact", "fast")
 ENGINES = ("fastproto", "faiss")
 EMPTY = ("split", "keep")
+# What decides on the result, so that ranks that cluster together have one value of each.
+SHARED = (
+    "n_clusters", "n_iter", "n_init", "init", "spherical", "max_points_per_cluster", "empty", "seed", "precision",
+)  # fmt: skip
 # Distances that ``transform`` computes at a time.
 TRANSFORM_ELEMENTS = 1 << 20
 
@@ -111,7 +115,8 @@ class KMeans:
         device: where to compute; by default where the rows lie. Rows elsewhere (a CPU tensor larger than the memory of
             a GPU, a memory map) are streamed there chunk by chunk; the next is read and copied while a GPU computes.
         process_group: ranks that cluster together. Each keeps its rows, which in rank order make up the whole; sums
-            and counts, and the rows that are starts, cross. Every rank gets the bits of one process on all rows.
+            and counts, and the rows that are starts, cross. Every rank gets the bits of one process on all rows. All
+            have the same options but ``chunk_rows``, ``device`` and ``progress``.
         progress: shows a tqdm bar, of several ranks on the first.
 
     Attributes:
@@ -130,7 +135,8 @@ class KMeans:
 
     Raises:
         TypeError: rows that are not a float tensor or array.
-        ValueError: an unknown value of an option, more clusters than rows, rows of NaN or infinity, negative weights.
+        ValueError: an unknown value of an option, or ranks with different ones, more clusters than rows, rows of NaN
+            or infinity, negative weights.
 
     Example:
         >>> import torch
@@ -322,7 +328,8 @@ class KMeans:
             refused = error
         if self.process_group is not None:
             device = self.device or (x.device if isinstance(x, Tensor) else "cpu")
-            weighted = expect_alike(x, weights, refused, self.n_clusters, op, self.process_group, device)
+            options = {name: getattr(self, name) for name in SHARED} | {"tol": float(self.tol)}
+            weighted = expect_alike(x, weights, refused, options, op, self.process_group, device)
             weights = torch.ones(len(x), dtype=torch.float64, device="cpu") if weighted and weights is None else weights
         if refused is not None:
             raise refused

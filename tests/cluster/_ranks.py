@@ -7,11 +7,38 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from fastproto.cluster import KMeans, PrototypeBank
+
+CENTERS = torch.linspace(-1, 1, 12).view(2, 6)
+# Options of the other ranks, and of the last: refused.
+APART: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {"n_clusters": 3}),
+    ({}, {"n_iter": 3}),
+    ({}, {"n_init": 2}),
+    ({}, {"init": "k-means++"}),
+    ({}, {"init": CENTERS}),
+    ({"init": CENTERS}, {"init": CENTERS + 1e-6}),
+    ({"init": CENTERS}, {"init": CENTERS[:, :5]}),
+    ({}, {"spherical": True}),
+    ({}, {"tol": 1e-9}),
+    ({}, {"max_points_per_cluster": 5}),
+    ({"max_points_per_cluster": 9}, {"max_points_per_cluster": 5}),
+    ({}, {"empty": "keep"}),
+    ({}, {"seed": 1}),
+    ({}, {"precision": "fast"}),
+]
+# Accepted.
+ALIKE: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"init": CENTERS}, {"init": CENTERS.double().numpy()}),
+    ({"seed": 1, "tol": 0}, {"seed": np.int64(1), "tol": 0.0, "spherical": np.bool_(False)}),
+    ({}, {"chunk_rows": 7, "device": "cpu"}),
+]
 
 
 def attributes(kmeans: KMeans) -> dict:
@@ -22,9 +49,19 @@ def attributes(kmeans: KMeans) -> dict:
 def refused(run: Callable[[], object]) -> str:
     try:
         run()
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         return str(error)
     return ""
+
+
+def options_refused(cases: list[tuple[dict, dict]], x: torch.Tensor, last: bool) -> list[tuple[str, str]]:
+    """Of each case an option of the last rank, and the message that its fit ended in."""
+    found = []
+    for others, own in cases:
+        options = {"n_clusters": 2, "n_iter": 2, **(own if last else others)}
+        kmeans = KMeans(**options, process_group=dist.group.WORLD)
+        found.append((next(iter(own)), refused(lambda kmeans=kmeans: kmeans.fit(x))))
+    return found
 
 
 def main(folder: Path, rank: int, bounds: list[int]) -> None:
@@ -60,6 +97,7 @@ def fit_all(folder: Path, rank: int, bounds: list[int]) -> None:
     ]
     some = KMeans(**cases["kmeans"][4], process_group=group).fit(x, sample_weight=torch.ones(len(x)) if last else None)
     result = {"kmeans": found, "bank": bank.state_dict(), "errors": errors, "some": attributes(some)}
+    result |= {"apart": options_refused(APART, x, last), "alike": options_refused(ALIKE, x, last)}
     torch.save(result, folder / f"found_{rank}.pt")
 
 

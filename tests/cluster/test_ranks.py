@@ -80,3 +80,6 @@ def test_ranks_find_the_bits_of_one_process(
         assert alone or "x expected as many dimensions on every rank, got 5 to 6" in narrow
         assert alone or "x expected as many bytes of a number on every rank, got 4 to 8" in double
         assert torch.equal(rank["some"]["cluster_centers_"], found[0]["some"]["cluster_centers_"])
+        for name, message in rank["apart"]:
+            assert alone or message.startswith(f"KMeans.fit: {name} expected the same on every rank, got ")
+        assert not any(message for _, message in rank["alike"])
