@@ -211,6 +211,7 @@ def expect_alike(
     op: str,
     group: dist.ProcessGroup,
     device: torch.device | str | None,
+    argument: str = "x",
 ) -> bool:
     """Raises ValueError on every rank where one has ``refused`` its rows, or where theirs do not fit together.
 
@@ -224,10 +225,10 @@ def expect_alike(
     dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
     high, low = ends[0].tolist(), (-ends[1]).tolist()
     if not low[0]:
-        expect(not fine, op, "x", "rows and weights that every rank accepts", "others on another rank")
+        expect(not fine, op, argument, "rows, with weights if any, that every rank accepts", "others on another rank")
         return False
     for name, least, most in zip(("dimensions", "bytes of a number"), low[2:4], high[2:4], strict=True):
-        expect(least == most, op, "x", f"as many {name} on every rank", f"{least} to {most}")
+        expect(least == most, op, argument, f"as many {name} on every rank", f"{least} to {most}")
     for (name, value), least, most in zip(options.items(), low[4:], high[4:], strict=True):
         expect(least == most, op, name, "the same on every rank", f"{describe(value)}, and another elsewhere")
     return bool(high[1])

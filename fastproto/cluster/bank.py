@@ -20,7 +20,7 @@ from fastproto._check import (
     expect_type,
     is_integer,
 )
-from fastproto.cluster._rows import Rows
+from fastproto.cluster._rows import Rows, expect_alike
 from fastproto.cluster.concentration import TEMPERATURE, expect_temperature
 from fastproto.cluster.init import given_centers
 from fastproto.cluster.kmeans import KMeans
@@ -119,10 +119,11 @@ class PrototypeBank(nn.Module):
 
         Raises:
             TypeError: ``features`` is not a float tensor.
-            ValueError: ``features`` is not (num_samples, dim), or a row holds NaN or infinity.
+            ValueError: ``features`` is not (num_samples, dim), or a row holds NaN or infinity; or another rank of the
+                process group refuses its own, or has other options.
         """
         op = "PrototypeBank.update"
-        expect_tensor(features, op, "features", ("M", self.dim))
+        self._expect_alike(features, op)
         rows = Rows(features, group=self.kmeans_options.get("process_group"))
         expect(rows.total == self.num_samples, op, "features", f"{self.num_samples} rows in all", f"{rows.total}")
         for index in range(len(self.num_prototypes)):
@@ -167,6 +168,21 @@ class PrototypeBank(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_samples}, {self.dim}, num_prototypes={self.num_prototypes}, temperature={self.temperature}"
+
+    def _expect_alike(self, features: Tensor, op: str) -> None:
+        """Refuses features (M, D) of another kind. What one rank refuses, every rank refuses: none waits for it."""
+        refused, group = None, self.kmeans_options.get("process_group")
+        try:
+            expect_tensor(features, op, "features", ("M", self.dim))
+        except (TypeError, ValueError) as error:
+            refused = error
+        if group is not None:
+            device = features.device if isinstance(features, Tensor) else self.num_updates.device
+            names = ("num_samples", "num_prototypes", "temperature")
+            options = {name: getattr(self, name) for name in names}
+            expect_alike(features, None, refused, options, op, group, device, "features")
+        if refused is not None:
+            raise refused
 
     def _kmeans(self, index: int, **options: Any) -> KMeans:
         return KMeans(self.num_prototypes[index], **{"seed": self.seed + index, **self.kmeans_options, **options})

@@ -64,6 +64,24 @@ def options_refused(cases: list[tuple[dict, dict]], x: torch.Tensor, last: bool)
     return found
 
 
+def updates_refused(x: torch.Tensor, total: int, last: bool) -> list[str]:
+    """The messages that updates ended in: of features, then of banks, that only the last rank has."""
+    options = {"num_samples": total, "dim": x.shape[1], "num_prototypes": (2, 3), "n_iter": 2}
+
+    def bank(**own: Any) -> PrototypeBank:
+        return PrototypeBank(**options | (own if last else {}), process_group=dist.group.WORLD)
+
+    return [
+        refused(lambda: bank().update(x[:, :5] if last else x)),
+        refused(lambda: bank().update(x.long() if last else x)),
+        refused(lambda: bank().update(x.numpy() if last else x)),
+        refused(lambda: bank().update(x.flatten() if last else x)),
+        refused(lambda: bank(num_samples=total + 1).update(x)),
+        refused(lambda: bank(num_prototypes=(2, 3, 4)).update(x)),
+        refused(lambda: bank(temperature=0.1).update(x)),
+    ]
+
+
 def main(folder: Path, rank: int, bounds: list[int]) -> None:
     torch.set_num_threads(1 + rank % 2)
     world = len(bounds) - 1
@@ -97,6 +115,7 @@ def fit_all(folder: Path, rank: int, bounds: list[int]) -> None:
     ]
     some = KMeans(**cases["kmeans"][4], process_group=group).fit(x, sample_weight=torch.ones(len(x)) if last else None)
     result = {"kmeans": found, "bank": bank.state_dict(), "errors": errors, "some": attributes(some)}
+    result["updates"] = updates_refused(x, len(cases["x"]), last)
     result |= {"apart": options_refused(APART, x, last), "alike": options_refused(ALIKE, x, last)}
     torch.save(result, folder / f"found_{rank}.pt")
 

@@ -83,3 +83,9 @@ def test_ranks_find_the_bits_of_one_process(
         for name, message in rank["apart"]:
             assert alone or message.startswith(f"KMeans.fit: {name} expected the same on every rank, got ")
         assert not any(message for _, message in rank["alike"])
+        features, banks = rank["updates"][:4], rank["updates"][4:]
+        for message, own in zip(features, ("got float32", "got int64", "array", "got float32"), strict=True):
+            assert message.startswith("PrototypeBank.update: features expected ")
+            assert (own if last else "others on another rank") in message
+        for message, name in zip(banks, ("num_samples", "num_prototypes", "temperature"), strict=True):
+            assert alone or message.startswith(f"PrototypeBank.update: {name} expected the same on every rank, got ")
