@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastproto._check import FLOATS, INTEGERS, expect_index, expect_positive_ints, expect_tensor
 from fastproto.losses._common import expect_temperature, expect_views, expect_weights
-from fastproto.losses._gather import gather_rows
+from fastproto.losses._gather import from_first_rank, gather_rows
 from fastproto.losses.contrast import NTXentLoss
 from fastproto.losses.proto_nce import proto_nce
 from fastproto.losses.siamese import SiameseMetricLoss
@@ -124,9 +124,14 @@ class SPCLLoss(nn.Module):
     def reset_prototypes(self) -> None:
         """A new classifier, for after each clustering: the old ids mean nothing any more.
 
-        The parameters stay the same tensors, so an optimiser keeps them; its momentum of them is not touched.
+        The parameters stay the same tensors, so an optimiser keeps them; its momentum of them is not touched. With
+        ``gather_distributed`` all ranks call it, and get the first rank's. Without it each draws its own: under DDP,
+        which keeps parameters alike but does not make them so, from one seed.
         """
         self.classifier.reset_parameters()
+        if self.gather_distributed:
+            for parameter in self.classifier.parameters():
+                from_first_rank(parameter.detach())
 
     def extra_repr(self) -> str:
         return (

@@ -41,6 +41,7 @@ class Everything(nn.Module):
     def forward(self, out0: Tensor, out1: Tensor, h0: Tensor, h1: Tensor, labels: Tensor, sets: list[Tensor]) -> Tensor:
         rank = dist.get_rank() if dist.is_initialized() else 0
         torch.manual_seed(rank)  # what is drawn at random has to come from the first rank
+        self.spcl.reset_prototypes()
         in_batch = NTXentLoss(0.2, gather_distributed=True)
         loss = in_batch(out0, out1) + 2 * in_batch(out0, out1, labels)
 
