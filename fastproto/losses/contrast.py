@@ -206,9 +206,10 @@ class NTXentLoss(nn.Module):
 
     Distributed: with ``gather_distributed`` local rows are set against gathered candidates, whose gradients are summed
     over ranks, so DDP's mean of the gradients equals one process on the whole batch. The first rank's bank is given to
-    all before the first step, and all enqueue the same rows, so they hold one bank. Every rank has the same N. Without
-    it every rank contrasts within its own batch, or with a bank of its own: in a module that DDP wraps, give (M, D) and
-    DDP ``broadcast_buffers=False``, or before every step it puts the first rank's bank in place of the others.
+    all before the first step, and before the next once a state was loaded, which all ranks do or none. All enqueue the
+    same rows, so they hold one bank. Every rank has the same N. Without it every rank contrasts within its own batch,
+    or with a bank of its own: in a module that DDP wraps, give (M, D) and DDP ``broadcast_buffers=False``, or before
+    every step it puts the first rank's bank in place of the others.
 
     Memory: grows with N · D, gathered with that of all ranks, and M · D. Logits exist in the reference backend only.
 
@@ -279,7 +280,7 @@ class NTXentLoss(nn.Module):
         self.bank_ptr = torch.zeros((), dtype=torch.int64, device=device)
 
     def _share_bank(self) -> None:
-        """Once, before the first step: the ranks draw different random rows, and must contrast with the same."""
+        """Once, before the first step with a bank drawn or loaded: ranks may have different rows, and need the same."""
         if self._bank_is_shared or rank_and_world()[1] == 1:
             return
         assert self.bank is not None
@@ -312,6 +313,7 @@ class NTXentLoss(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        self._bank_is_shared = False  # each rank may have loaded another
         names = {prefix + name for name in ("bank", "bank_ptr")}
         saved = state_dict.get(prefix + "bank")
         if self._bank_rows > 0 and saved is not None:

@@ -54,6 +54,9 @@ class Everything(nn.Module):
         self.banks = nn.ModuleList(NTXentLoss(0.2, size, gather_distributed=True) for size in sizes)
         for bank in self.banks:
             loss = loss + bank(out0, out1) + 2 * bank(out1, out0)
+            state = bank.state_dict()
+            bank.load_state_dict(state | {"bank": torch.randn_like(state["bank"])})  # each rank another
+            loss = loss + bank(out0, out1)
 
         exact, sampled = (ProtoNCELoss(r, gather_distributed=True) for r in (None, 5))
         loss = loss + exact(out0, sets[0], labels, sets[1]) + 2 * sampled(out0, sets[0], labels, sets[1])
