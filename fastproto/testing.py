@@ -20,6 +20,7 @@ from fastproto._check import expect, expect_type
 # "loss", one gradient per input and parameter that asks for one, and the buffers as the call left them
 Result = dict[str, Tensor]
 BUFFER = "buffer "
+OP = "assert_matches_single_process"
 
 
 def assert_matches_single_process(
@@ -45,9 +46,10 @@ def assert_matches_single_process(
         rtol, atol: tolerances of torch.testing.assert_close.
 
     Raises:
-        AssertionError: loss, a gradient or a buffer differs; the message names it.
-        ValueError: the rows do not divide by ``world_size``, or that is below 1.
-        TypeError: ``inputs`` is a tensor and not a sequence of them.
+        AssertionError: loss, a gradient or a buffer differs, or is not everywhere; the message names it.
+        ValueError: the rows do not divide by ``world_size``, or that is below 1; the loss is no scalar.
+        TypeError: ``inputs`` is a tensor and not a sequence of them, or the loss is not a tensor.
+        torch.multiprocessing.ProcessRaisedException: with what ``loss_fn`` raised on the first rank that failed.
 
     Random numbers start from one seed in every process, so that all draw the same.
 
@@ -58,20 +60,24 @@ def assert_matches_single_process(
 
         In a script, call it under ``if __name__ == "__main__":``, as the processes import the script again.
     """
-    op = "assert_matches_single_process"
-    expect_type(inputs, (list, tuple), op, "inputs", "a list or tuple")
-    expect_type(world_size, int, op, "world_size", "an int of at least 1")
-    expect(world_size >= 1, op, "world_size", "an int of at least 1", world_size)
+    expect_type(inputs, (list, tuple), OP, "inputs", "a list or tuple")
+    expect_type(world_size, int, OP, "world_size", "an int of at least 1")
+    expect(world_size >= 1, OP, "world_size", "an int of at least 1", world_size)
     tensors = _tensors(inputs)
     for name, value in tensors.items():
         if _is_split(value):
             fits = value.dim() > 0 and value.shape[0] % world_size == 0
-            expect(fits, op, name, f"rows divisible by {world_size}", value)
+            expect(fits, OP, name, f"rows divisible by {world_size}", value)
     with torch.random.fork_rng(devices=[]):
         expected = _loss_and_gradients(loss_fn, _leaves(inputs))
     with tempfile.TemporaryDirectory() as folder:
         spawn(_rank_main, (world_size, folder, loss_fn, _leaves(inputs)), nprocs=world_size)
         ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
+    for rank, found in enumerate(ranks):
+        for name in sorted(expected.keys() ^ found.keys()):
+            places = ["in one process", f"on rank {rank}"]
+            here, there = places if name in expected else reversed(places)
+            raise AssertionError(f"{name}: {here}, but not {there}")
     split = {name for name, value in tensors.items() if _is_split(value)}
     compare = partial(torch.testing.assert_close, rtol=rtol, atol=atol)
     for name, value in expected.items():
@@ -110,11 +116,13 @@ def _loss_and_gradients(loss_fn: Callable[..., Tensor], inputs: Sequence[Any]) -
     loss_fn = copy.deepcopy(loss_fn)
     torch.manual_seed(0)
     loss = loss_fn(*inputs)
+    expect_type(loss, Tensor, OP, "loss", "a scalar tensor")
+    expect(loss.numel() == 1, OP, "loss", "a scalar tensor", loss)
     leaves = _tensors(inputs)
     if isinstance(loss_fn, nn.Module):
         leaves |= dict(loss_fn.named_parameters())
     leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True) if leaves else ()
     buffers = loss_fn.named_buffers() if isinstance(loss_fn, nn.Module) else ()
     after = {BUFFER + name: buffer.clone() for name, buffer in buffers}
     return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True)), **after}
@@ -128,5 +136,12 @@ def _rank_main(rank: int, world_size: int, folder: str, loss_fn: Callable[..., T
         torch.set_num_threads(1)
         # Tensors are handed to the ranks in shared memory: a buffer that one updates would change under the others.
         torch.save(_loss_and_gradients(loss_fn, _leaves(inputs, rank, world_size)), Path(folder) / f"{rank}.pt")
+    except Exception:
+        # The connections of the others break with it: only the first to fail is reported.
+        try:
+            (Path(folder) / "failed").touch(exist_ok=False)
+        except FileExistsError:
+            return
+        raise
     finally:
         dist.destroy_process_group()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing import ProcessRaisedException
 
 from fastproto.cluster import PrototypeBank
 from fastproto.losses import (
@@ -123,6 +126,42 @@ def test_without_gathering_the_batches_are_apart(fails: str, message: str) -> No
         assert_matches_single_process(Apart(fails), (rows(6, D), rows(6, D)))
 
 
+class Slow(Exception):
+    """Takes longer to print than the other rank to fail, whose connection is closed by then."""
+
+    def __str__(self) -> str:
+        time.sleep(1)
+        return "refused"
+
+
+class Odd(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == ("ranks" if dist.is_initialized() else "one"):
+            self.register_buffer("extra", torch.ones(2))
+        if self.kind == "raises" and dist.is_initialized():
+            if dist.get_rank() == 1:
+                raise Slow
+            dist.barrier()
+        return x.mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ("ranks", AssertionError, "^buffer extra: on rank 0, but not in one process$"),
+        ("one", AssertionError, "^buffer extra: in one process, but not on rank 0$"),
+        ("raises", ProcessRaisedException, "Slow: refused"),
+    ],
+)
+def test_what_only_some_processes_have_or_raise_is_told(kind: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        assert_matches_single_process(Odd(kind), (torch.rand(2),))  # with no gradient to compare
+
+
 def test_one_process_gathers_nothing() -> None:
     out0, out1 = rows(6, 8), rows(6, 8)
     assert torch.equal(NTXentLoss(gather_distributed=True)(out0, out1), NTXentLoss()(out0, out1))
@@ -147,3 +186,11 @@ def test_bad_input_is_refused_by_name() -> None:
         assert_matches_single_process(InfoNCELoss(), rows(3, 4))
     with pytest.raises(ValueError, match="world_size expected an int of at least 1, got int 0"):
         assert_matches_single_process(InfoNCELoss(), (rows(4, 4), rows(4, 4)), 0)
+    with pytest.raises(TypeError, match=r"loss expected a scalar tensor, got float 0\.5"):
+        assert_matches_single_process(half, (rows(4, 4),))
+    with pytest.raises(ValueError, match=r"loss expected a scalar tensor, got float64 \(4,\)"):
+        assert_matches_single_process(torch.squeeze, (rows(4, 1),))
+
+
+def half(x: Tensor) -> float:
+    return 0.5
