@@ -10,11 +10,13 @@ ones is divided by the count of all ranks and multiplied by W.
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastproto._check import expect, reads_data
+from fastproto._check import describe, expect, reads_data
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -28,17 +30,21 @@ def gather_rows(rows: Tensor) -> Tensor:
     """The rows (n, …) of all ranks in rank order (W·n, …), with a gradient. Every rank gives the same shape.
 
     Raises:
-        ValueError: on every rank alike, where the numbers of rows differ (read on the CPU, on CUDA with
-            ``fastproto.set_debug(True)``; a backend that meets them unchecked aborts or waits).
+        ValueError: on every rank alike, where the numbers of rows, their shapes or dtypes differ (read on the CPU, on
+            CUDA with ``fastproto.set_debug(True)``; a backend that meets them unchecked aborts, waits or misreads).
     """
     rank, world = rank_and_world()
     if world == 1:
         return rows
     if reads_data(rows):
-        counts = torch.zeros(world, dtype=torch.int64, device=rows.device)
-        counts[rank] = len(rows)
-        found = sum_over_ranks(counts).tolist()
-        expect(len(set(found)) == 1, "gather_distributed", "the batch", "as many rows on every rank", str(found))
+        facts = torch.zeros(2, world, dtype=torch.int64, device=rows.device)
+        facts[0, rank] = len(rows)
+        facts[1, rank] = zlib.crc32(str((rows.dtype, rows.shape[1:])).encode())
+        counts, kinds = sum_over_ranks(facts).tolist()
+        op, argument = "gather_distributed", "the batch"
+        expect(len(set(counts)) == 1, op, argument, "as many rows on every rank", str(counts))
+        wanted = "rows of one shape and dtype on every rank"
+        expect(len(set(kinds)) == 1, op, argument, wanted, f"{describe(rows)}, and others elsewhere")
     return _GatherRows.apply(rows)
 
 

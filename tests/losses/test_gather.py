@@ -111,6 +111,9 @@ class Apart(nn.Module):
         if dist.is_initialized():
             with pytest.raises(ValueError, match=r"gather_distributed: the batch expected as many rows on every rank"):
                 gather_rows(out0[dist.get_rank() :])
+            for other in (out0[:, 1:], out0.float(), out0.long(), out0[:, 0]):
+                with pytest.raises(ValueError, match="the batch expected rows of one shape and dtype on every rank"):
+                    gather_rows(out0 if dist.get_rank() == 0 else other)
         if self.fails == "loss":
             return NTXentLoss(0.2)(out0, out1)
         self.bank(out0, out1)
