@@ -64,14 +64,16 @@ def nt_xent(
     expect_temperature(temperature, "nt_xent", signed=True)
     expect_reduction(reduction, "nt_xent")
     n, device = out0.shape[0], out0.device
+    if assignments is not None:
+        expect_tensor(assignments, "nt_xent", "assignments", (n,), INTEGERS, device)
+        expect_index(assignments, "nt_xent", "assignments", None, ignore_index)
 
+    # All is checked by now: what is refused later is refused while other ranks wait.
     features = join_rows(out0, out1)
     keys = gather_rows(features) if gather_distributed else features
     first = rank_and_world()[0] * 2 * n if gather_distributed else 0
     index = key_groups = torch.arange(keys.shape[0], device=device)
     if assignments is not None:
-        expect_tensor(assignments, "nt_xent", "assignments", (n,), INTEGERS, device)
-        expect_index(assignments, "nt_xent", "assignments", None, ignore_index)
         prototypes = torch.cat([assignments, assignments]).long()
         if gather_distributed:
             prototypes = gather_rows(prototypes)

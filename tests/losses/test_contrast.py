@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastproto.losses import InfoNCELoss, NTXentLoss
+from fastproto.losses import InfoNCELoss, NTXentLoss, contrast
 from fastproto.losses.functional import info_nce, nt_xent
 
 
@@ -268,6 +268,13 @@ def test_compiles_as_one_graph(loss_fn: torch.nn.Module, extra: tuple[Tensor, ..
 def test_bad_input_is_refused_by_name(call: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(torch.randn(4, 3))
+
+
+def test_nt_xent_is_refused_before_ranks_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrast, "gather_rows", lambda rows: pytest.fail("gathered"))
+    for bad in (torch.tensor([0, -2]), torch.tensor([0]), torch.zeros(2)):
+        with pytest.raises((TypeError, ValueError), match="nt_xent: assignments expected"):
+            nt_xent(torch.eye(2), torch.eye(2), bad, gather_distributed=True)
 
 
 def test_bank_started_in_inference_mode_can_be_trained_with() -> None:
