@@ -1,10 +1,11 @@
 """PCL with PyTorch Lightning: NT-Xent on two views, and ProtoNCE on prototypes that are clustered before every epoch.
 
     python examples/lightning_proto_nce.py
-    python examples/lightning_proto_nce.py --devices 2      # two processes, and the loss of one
+    python examples/lightning_proto_nce.py --devices 2      # two processes
 
 Needs `pip install ".[train]" pytorch-lightning`. The data are the trainer's digits, made on the spot: any uint8 images
 (N, 3, H, W) will do. Each process clusters its share of them; sums and centres cross, so all have the same prototypes.
+Two processes draw other batches than one: where a batch is the whole data, their losses are the same.
 """
 
 from __future__ import annotations
