@@ -224,11 +224,11 @@ def evaluate(arguments: Sequence[str]) -> int:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         encoder = run.method.encoder.to(device)
         found = measure(encoder, run.dataset, metrics=metrics, labels=given.labels, device=device)
-        own = run.checkpoint.resolve().parent == (given.run / "checkpoints").resolve()
-        add_evaluation(given.run, run.checkpoint.stem if own else str(run.checkpoint), given.labels, found)
         for metric, accuracy in found.items():
             name, _, rate = metric.partition("/")
             print(f"{f'  lr {rate}' if rate else METRICS[name]:16}{100 * accuracy:7.1f}%")
+        own = run.checkpoint.resolve().parent == (given.run / "checkpoints").resolve()
+        add_evaluation(given.run, run.checkpoint.stem if own else str(run.checkpoint), given.labels, found)
     except (ValueError, OSError) as error:
         return fail("fastproto eval", error)
     return 0

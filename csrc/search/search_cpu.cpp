@@ -29,7 +29,7 @@ namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr int64_t ROWS = 512;         // of a chunk: to pack a tile takes 0.25 µs where its products take 16 · 0.43
-constexpr int64_t BYTES = 32 << 20;   // of a chunk at most: many neighbours are wanted of fewer rows at a time
+constexpr int64_t BYTES = 32 << 20;   // of a chunk that is more than a panel: many neighbours for fewer rows at a time
 constexpr float TOO_LONG = 1e15f;     // products of longer rows might leave float32
 
 // The bound, with u = 2^-24 and lengths |x|, |v| from the origin. A sum of D products is off by (D + 1) u |x| |v| (that of two
@@ -63,6 +63,9 @@ struct Chunk {
 };
 
 int64_t room_of(const Search& args) { return round_up(std::min(args.K, args.count + args.count / 2 + 64), LANES); }
+int64_t row_bytes(const Search& args) {
+  return 2 * args.D * sizeof(float) + room_of(args) * (2 * sizeof(float) + sizeof(int64_t));
+}
 
 void load_chunk(const Search& args, const Origin& origin, Chunk& chunk) {
   const int64_t D = args.D, size = chunk.panels * NR;
@@ -74,9 +77,9 @@ void load_chunk(const Search& args, const Origin& origin, Chunk& chunk) {
   chunk.doubt.assign(size, 0.f);
   chunk.base.assign(size, 0.);
   chunk.held.assign(size, 0);
-  chunk.low.resize(size * chunk.room);
-  chunk.hope.resize(size * chunk.room);
-  chunk.label.resize(size * chunk.room);
+  chunk.low.resize(chunk.count * chunk.room);
+  chunk.hope.resize(chunk.count * chunk.room);
+  chunk.label.resize(chunk.count * chunk.room);
   for (int64_t i = 0; i < chunk.count; ++i) {
     const float* row = args.x + (chunk.begin + i) * args.stride_x;
     for (int64_t d = 0; d < D; ++d) shifted[i * D + d] = row[d] - shift[d];
@@ -195,7 +198,8 @@ void load_tile(const Search& args, const Origin& origin, int64_t label, Tile& ti
   }
   pack_tall(shifted, tile.count, D, tile.words.take(MR * D));
   const float length = static_cast<float>(std::sqrt(longest));
-  tile.by_length = length <= TOO_LONG ? 2 * UNIT * ((D + 5) * length + (args.inner ? length + origin.length : 0.f)) : INF;
+  const float by_length = 2 * UNIT * ((D + 5) * length + (args.inner ? length + origin.length : 0.f));
+  tile.by_length = length <= TOO_LONG ? std::max(by_length, std::numeric_limits<float>::min()) : INF;  // not 0 of denormals
   tile.by_itself = args.inner ? 0.f : 4 * UNIT * length * length;
 }
 
@@ -239,8 +243,9 @@ void screen(const Search& args, const Tile& tile, Chunk& chunk, int64_t panel) {
 
 void task(const Search& args, const Origin& origin, int64_t begin, int64_t end) {
   // By a pointer: the address of a thread's own variable would be asked for again and again.
-  thread_local const std::unique_ptr<Chunk> owned = std::make_unique<Chunk>();
+  thread_local std::unique_ptr<Chunk> owned;
   thread_local const std::unique_ptr<Tile> owned_tile = std::make_unique<Tile>();
+  if (!owned) owned = std::make_unique<Chunk>();
   Chunk& chunk = *owned;
   Tile& tile = *owned_tile;
   chunk.begin = begin, chunk.count = end - begin;
@@ -259,6 +264,7 @@ void task(const Search& args, const Origin& origin, int64_t begin, int64_t end) 
       args.distance[(begin + i) * args.count + c] = args.inner ? -found[c].gap : found[c].gap;
     }
   }
+  if (row_bytes(args) * chunk.count > BYTES) owned.reset();  // not to be kept for the next call
 }
 
 }  // namespace
@@ -267,8 +273,7 @@ void search(const Search& args, int threads) {
   if (args.N == 0) return;
   const Origin origin(args);
   // As many chunks for every thread, of whole panels.
-  const int64_t row_bytes = 2 * args.D * sizeof(float) + room_of(args) * (2 * sizeof(float) + sizeof(int64_t));
-  const int64_t most = std::max<int64_t>(NR, std::min(ROWS, BYTES / row_bytes)) * threads;
+  const int64_t most = std::max<int64_t>(NR, std::min(ROWS, BYTES / row_bytes(args))) * threads;
   const int64_t rounds = (args.N + most - 1) / most;
   const int64_t rows = round_up((args.N + rounds * threads - 1) / (rounds * threads), NR);
   parallel_for((args.N + rows - 1) / rows, threads, [&](int64_t t) {

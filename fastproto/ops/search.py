@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastproto import _native
-from fastproto._check import expect, expect_tensor
+from fastproto._check import expect, expect_tensor, is_integer
 from fastproto.ops._dispatch import Op, contiguous_rows
 from fastproto.ops.assign import METRICS
 from fastproto.reference import search as reference
@@ -38,7 +38,8 @@ def search(
     expect_tensor(x, "search", "x", ("N", "D"))
     expect_tensor(vectors, "search", "vectors", ("K", x.shape[1]), device=x.device)
     expect(vectors.numel() > 0, "search", "vectors", "at least one vector of at least one dimension", vectors)
-    expect(1 <= count <= len(vectors), "search", "count", f"1 to the {len(vectors)} vectors", count)
+    fits = is_integer(count) and 1 <= count <= len(vectors)
+    expect(fits, "search", "count", f"1 to the {len(vectors)} vectors", count)
     labels, distance = _op(x.detach(), vectors.detach(), count, metric)
     return labels, distance
 

@@ -67,7 +67,7 @@ def _search(
     if all_kept:
         return labels, distance
     last_n = distance[:, -1].double()
-    error_n = 2.0**-23 * last_n.abs()  # float32 may make two distances equal
+    error_n = 2.0**-23 * last_n.abs() + 2.0**-149  # float32 may make two distances equal
     rounding = (x_nd.shape[1] + 8) * 2.0**-52  # of a score, as a share of (|x| + |v|)^2 or |x| |v|
     if metric == "l2":
         left_out_n = 2 * left_out_n + length_n.square()
@@ -75,7 +75,8 @@ def _search(
     else:
         last_n = x_nd @ origin_d - last_n
         error_n += rounding * length_n * (longest + origin_d.norm())
-    doubted = (last_n + error_n >= left_out_n).nonzero()[:, 0]
+    # Of what is not finite nothing is known.
+    doubted = (~(last_n + error_n < left_out_n)).nonzero()[:, 0]
     size = max(1, CHUNK_ELEMENTS[x_nd.device.type] // ((min(TILE, len(vectors)) + count) * x_nd.shape[1]))
     for rows in doubted.split(size):
         labels[rows], distance[rows] = _search_directly(x_nd[rows], vectors, count, metric)
@@ -110,7 +111,8 @@ def _nearest(
 def _keys(score_nm: Tensor, index_nm: Tensor) -> Tensor:
     """Integers in the order of the scores as float32, equal ones in that of their index, in the low 32 bits.
 
-    A sort may hand out equal numbers in any order; among these none are equal.
+    A sort may hand out equal numbers in any order; among these none are equal. What is not a number comes last.
     """
-    bits = (score_nm.float() + 0.0).view(torch.int32)  # adding 0 makes 0 of -0
+    numbers = score_nm.float().nan_to_num(torch.inf, torch.inf, -torch.inf)
+    bits = (numbers + 0.0).view(torch.int32)  # adding 0 makes 0 of -0
     return (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32) + index_nm

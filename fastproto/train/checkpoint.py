@@ -48,12 +48,12 @@ library_name: fastproto
 tags: [self-supervised, contrastive, image-feature-extraction]
 ---
 """
-# The run's files in folders where a user may keep others; one that is being written is .NAME.PROCESS.part.
+# The run's files in folders where a user may keep others; one that is being written is .NAME.RANDOM.part.
 INSIDE = {
     "export": r"README\.md|torchvision\.pt|timm\.safetensors|encoder\.safetensors|encoder\.onnx",
     "checkpoints": r"epoch-[0-9]{4,}\.pt|best\.pt|best\.part",
 }
-PART = re.compile(r"\..+\.[0-9]+\.part")
+PART = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part")
 CHECKPOINT = re.compile(r"epoch-[0-9]{4,}\.pt")
 # What a checkpoint holds of a State: state_dicts, and plain values.
 PARTS = ("method", "optimizer", "boxes", "prototypes")
@@ -90,7 +90,7 @@ class State:
         path = folder / "checkpoints" / f"epoch-{self.epoch:04d}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file: torch.save(saved | values | more, file))
-        for old in (*_checkpoints(folder)[:-keep], *path.parent.glob(".epoch-*.part")):
+        for old in _checkpoints(folder)[:-keep]:
             old.unlink()
         return path
 
@@ -136,19 +136,22 @@ def read_latest(folder: Path) -> tuple[Path, dict[str, Any]]:
         ValueError: the folder holds no run, or none with a checkpoint, or all are damaged.
     """
     expect(is_run(folder), "run", "folder", "one that holds a run", str(folder))
+    gone: set[Path] = set()
     checkpoints: list[Path] = []
     while True:
-        checkpoints = checkpoints or _checkpoints(folder)
+        checkpoints = checkpoints or [path for path in _checkpoints(folder) if path not in gone]
         expect(bool(checkpoints), "run", "folder", "a run with a checkpoint", f"{folder}, which has none")
         newest = checkpoints.pop()
         try:
             return newest, read_checkpoint(newest)
         except FileNotFoundError:
-            checkpoints = []  # a training has removed it, and written another
+            # A training has removed it, and written another; or it is a link to what is not there.
+            gone.add(newest)
+            checkpoints = []
         except ValueError as error:
             if not checkpoints:
                 raise
-            warnings.warn(f"{error}; taking {checkpoints[-1]}", stacklevel=2)
+            warnings.warn(f"{error}; taking {checkpoints[-1]}", stacklevel=3)
 
 
 def resume_point(folder: Path) -> Path | None:
@@ -233,8 +236,7 @@ def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool)
 
 def start_folder(folder: Path, config: Config) -> None:
     """Removes the run that the folder holds, if any, and nothing else, and writes the new run's configuration."""
-    for part in filter(_is_part, folder.glob(".*")):
-        part.unlink()
+    remove_parts(folder)
     if is_run(folder):
         for path in (path for pattern in FILES for path in folder.glob(pattern)):
             if path.name in INSIDE and path.is_dir():
@@ -260,15 +262,25 @@ def is_foreign_card(path: Path) -> bool:
 def _empty(folder: Path, names: str) -> None:
     """Removes the files of these names, a pattern, and the folder if nothing is left; a link to one stays."""
     for path in folder.iterdir():
-        if re.fullmatch(rf"{names}|\.({names})\.[0-9]+\.part", path.name) and not is_foreign_card(path):
+        if re.fullmatch(names, path.name) and not is_foreign_card(path):
             path.unlink()
     if not folder.is_symlink() and not any(folder.iterdir()):
         folder.rmdir()
 
 
+def remove_parts(folder: Path) -> None:
+    """Removes what killed processes left of the run's files."""
+    for path in (path for place in (folder, *(folder / name for name in INSIDE)) for path in place.glob(".*.part")):
+        if _is_part(path):
+            path.unlink(missing_ok=True)
+
+
 def _is_part(path: Path) -> bool:
-    """Whether it is what a killed process left of one of the run's files."""
-    return any(path.match(f".{pattern}.*.part") for pattern in FILES) and PART.fullmatch(path.name) is not None
+    named = PART.fullmatch(path.name)
+    inside = INSIDE.get(path.parent.name)
+    if named is None:
+        return False
+    return named[1] in FILES or (inside is not None and re.fullmatch(inside, named[1]) is not None)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -173,8 +173,8 @@ def read_evaluations(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
 
 def add_evaluation(folder: Path, checkpoint: str, labels: float, scores: Mapping[str, float]) -> None:
     """Adds the scores of a checkpoint to RUN/evaluation.json, which is written whole or not at all."""
-    # Another evaluation may end at this moment. The folder itself is held by a training.
-    with in_turn(folder / "checkpoints"):
+    # Another evaluation may end at this moment. The folder itself may be held by a training.
+    with in_turn(folder / "config.yaml"):
         known = read_evaluations(folder)
         shares = known.get(checkpoint, {})
         share = f"labels {labels:g}"

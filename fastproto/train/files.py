@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -68,7 +69,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Has ``write`` write a file that is there whole or not at all, if the machine stops or others write it too."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Processes of several containers or machines may have one number.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with open(temporary, "wb") as file:
             write(file)

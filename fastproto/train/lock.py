@@ -1,6 +1,4 @@
-"""One training at a time in a folder, or one after the other: the system's lock on the folder itself, which ends with
-the process.
-"""
+"""One training at a time in a folder, one change of a file at a time: the system's locks, which end with a process."""
 
 from __future__ import annotations
 
@@ -39,12 +37,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def in_turn(folder: Path) -> Iterator[None]:
-    """Holds a folder for a moment, after whoever holds it now. Not where its file system knows no locks."""
+def in_turn(path: Path) -> Iterator[None]:
+    """Holds a file or folder for a moment, after whoever holds it now. Not where its file system knows no locks."""
     if fcntl is None:
         yield
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -24,16 +24,17 @@ KINDS = [
 @pytest.fixture(params=["reference"] + ([] if _native.cpp is None else _native.cpp.supported_isas()), autouse=True)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The reference in small tiles and chunks, or an instruction set."""
+    threads = torch.get_num_threads()
     if request.param == "reference":
         monkeypatch.setattr(reference, "TILE", 32)
         monkeypatch.setitem(reference.CHUNK_ELEMENTS, "cpu", 5000)
         with fastproto.backend("reference"):
             yield request.param
-        return
-    before, threads = _native.cpp.isa(), torch.get_num_threads()
-    _native.cpp.set_isa(request.param)
-    yield request.param
-    _native.cpp.set_isa(before)
+    else:
+        before = _native.cpp.isa()
+        _native.cpp.set_isa(request.param)
+        yield request.param
+        _native.cpp.set_isa(before)
     torch.set_num_threads(threads)
 
 
@@ -62,6 +63,53 @@ def check(x: Tensor, vectors: Tensor, count: int, metric: str) -> None:
 def test_hard_data(kind: str, count: int, metric: str) -> None:
     x, vectors = hard(kind)
     check(x, vectors, count, metric)
+
+
+def close_together(count: int, d: int, centers: int, offset: float, size: float) -> Tensor:
+    """Vectors that differ from a few by some units in their last places, so that products cannot tell them apart."""
+    few = torch.randn(centers, d)[torch.randint(centers, (count,))]
+    return ((few + offset) * (1 + torch.randint(-2, 3, (count, d)) * 2.0**-22)).float() * size
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("size", [1.0, 1e13, 1e15])
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_what_products_cannot_tell_apart(offset: float, size: float, metric: str) -> None:
+    """Lengths, the offset, and what is too long for products each have their part in the bound."""
+    vectors = close_together(500, 257, 3, offset, size)
+    check(torch.randn(40, 257) + (offset if metric == "l2" else 0), vectors, 20, metric)
+    check(vectors[::20] if size == 1 or metric == "l2" else vectors[::20] / size, vectors, 20, metric)
+    # So near the origin, the median of so few, rows add nothing to the error that their vectors make.
+    vectors = vectors[:63]
+    check(torch.randn(40, 257) * 1e-7 * size + vectors.median(0).values, vectors, 9, "l2")
+
+
+def test_of_products_that_float32_makes_equal_the_lowest_index_comes_first() -> None:
+    """Taken from the origin amid the vectors their scores still differ."""
+    x, vectors = torch.randn(40, 3), close_together(500, 3, 1, 300.0, 1.0)
+    products = (x.double() @ vectors.double().T).float()
+    expected = products.argsort(dim=1, descending=True, stable=True)[:, :20]
+    assert torch.equal(search(x, vectors, 20, "ip")[0], expected)
+
+
+def test_products_of_denormal_vectors_are_told_apart() -> None:
+    vectors = (torch.randint(1, 30_000, (3000, 1)) * 2.0**-149).expand(-1, 2).float()
+    x = (1 + torch.rand(40, 1)) * (1 + torch.randint(-8, 9, (40, 2)) * 2.0**-22) * torch.tensor([1.0, -1]) * 5e14
+    check(x.float(), vectors, 3, "ip")
+
+
+def test_of_distances_that_float32_cannot_hold_the_lowest_index_comes_first() -> None:
+    x, vectors = torch.full((2, 2), 1e20), (1 + torch.rand(60, 2)) * 1e20
+    labels, distance = search(x, vectors, 9, "ip")
+    assert torch.equal(labels, torch.arange(9).expand(2, -1))
+    assert distance.isinf().all()
+
+
+def test_more_candidates_than_a_chunk_of_rows_may_hold(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("its chunks are small already")
+    x, vectors = torch.randn(100, 3), torch.randn(16_000, 3)
+    assert torch.equal(search(x, vectors, 15_000)[0][:, :9], search(x, vectors, 9)[0])
 
 
 @pytest.mark.parametrize("metric", ["l2", "ip"])
@@ -121,9 +169,14 @@ def test_nan_and_infinity_harm_no_others() -> None:
     assert distance[others].isfinite().all()
     assert not distance[~others].isfinite().any()
     assert ((labels >= 0) & (labels < 200)).all()
+    # A vector of NaN is farther than all others, which may be ties.
+    vectors[100:] = vectors[:100]
+    expected, _ = search(x[others], vectors, 60)
     vectors[7] = torch.nan
-    labels, _ = search(x, vectors, 5)
-    assert ((labels >= 0) & (labels < 200)).all()
+    labels, _ = search(x[others], vectors, 60)
+    for row, other in zip(labels.tolist(), expected.tolist(), strict=True):
+        assert row[:59] == [label for label in other if label != 7][:59]
+    assert search(x[others], vectors, 200)[0][:, -1].eq(7).all()
 
 
 def test_no_gradient_and_no_autocast() -> None:
@@ -144,8 +197,8 @@ def test_bad_input() -> None:
         search(x, vectors[:0], 1)
     with pytest.raises(ValueError, match='search: metric expected "l2" or "ip", got cosine'):
         search(x, vectors, 1, "cosine")
-    for count in (0, 3):
-        with pytest.raises(ValueError, match=f"search: count expected 1 to the 2 vectors, got int {count}"):
+    for count in (0, 3, 1.0, "1", True, None):
+        with pytest.raises(ValueError, match="search: count expected 1 to the 2 vectors, got "):
             search(x, vectors, count)
 
 

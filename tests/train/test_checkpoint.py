@@ -87,7 +87,6 @@ def test_the_last_checkpoints_are_kept(tmp_path: Path, tiny_config: Config, tiny
     mine[0].parent.mkdir()
     for path in mine:
         path.write_text("mine")
-    (tmp_path / "checkpoints" / ".epoch-0007.pt.9.part").write_text("of a killed process")
     for epoch in (0, 9998, 9999, 10000):
         state.epoch = epoch
         state.save(tmp_path)
@@ -172,7 +171,8 @@ def test_starting_anew_leaves_a_users_files_among_the_runs(
         checkpoint.start_folder(run, tiny_config)
         checkpoint.keep_best(stepped(tiny_config, tiny_data).save(run))
         (run / "export").mkdir(exist_ok=True)
-        written = ["checkpoints/best.part", "checkpoints/.epoch-0004.pt.9.part", "export/.timm.safetensors.9.part"]
+        part = "0123abcd.part"
+        written = ["checkpoints/best.part", f"checkpoints/.epoch-0004.pt.{part}", f"export/.timm.safetensors.{part}"]
         for name in [*names, *written, f"export/{CARD}", *(f"export/{file}" for file, _ in WRITERS.values())]:
             (run / name).write_text(checkpoint.CARD_HEAD if name.endswith(CARD) else "old")
         checkpoint.start_folder(run, tiny_config)
@@ -279,6 +279,18 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     refused = pytest.raises(ValueError, match=rf"checkpoint: {older} is damaged$")
     with pytest.warns(UserWarning, match="damaged"), refused:
         checkpoint.check_folder(tmp_path, tiny_config, resume=True, overwrite=False)
+
+
+def test_a_link_to_no_checkpoint_gives_way_to_the_one_before(
+    tmp_path: Path, tiny_config: Config, tiny_data: Dataset
+) -> None:
+    checkpoint.start_folder(tmp_path, tiny_config)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "epoch-0009.pt").symlink_to(tmp_path / "unmounted" / "epoch-0009.pt")
+    with pytest.raises(ValueError, match=r"folder expected a run with a checkpoint, got .*, which has none"):
+        checkpoint.latest_checkpoint(tmp_path)
+    older = stepped(tiny_config, tiny_data).save(tmp_path)
+    assert checkpoint.latest_checkpoint(tmp_path) == older
 
 
 def test_a_checkpoint_that_cannot_be_opened_is_not_called_damaged(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_what_a_killed_run_left_is_no_run_and_a_link_to_nothing_no_folder(
     assert cli.main(["train", recipe(tmp_path, images), "--out", str(link)]) == 2
     assert one_line(capsys).endswith(f"--out expected a new or empty folder, got {link}, which holds something else")
     run.mkdir()
-    (run / ".config.yaml.12345.part").write_text("epochs")
+    (run / ".config.yaml.0123abcd.part").write_text("epochs")
     assert cli.main(["train", recipe(tmp_path, images), "--out", str(run), "--epochs", "1"]) == 0
     assert not list(run.glob(".*"))
 

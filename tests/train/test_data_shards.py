@@ -120,11 +120,12 @@ def test_a_tar_of_a_folder_is_read(tmp_path: Path) -> None:
 
 
 def test_patterns(tmp_path: Path) -> None:
-    for number, name in enumerate(("a-08", "a-09", "a-10", "b-09")):
+    for number, name in enumerate(("a-08", "a-09", "a-10", "b-09", "c-8", "c-9", "c-10")):
         write_tar(tmp_path / f"{name}.tar", members([number] * 5, 10 * number)[1])
     for pattern, labels in (
         ("a-{08..10}.tar", [0, 1, 2]),
         ("a-{10..08}.tar", [2, 1, 0]),
+        ("c-{10..8}.tar", [6, 5, 4]),
         ("{b,a}-09.tar", [3, 1]),
         ("a-*.tar", [0, 1, 2]),
         ("?-{09,08}.tar", [1, 3, 0]),

@@ -196,7 +196,7 @@ def test_evaluations_have_a_row_each(run: SimpleNamespace) -> None:
         "/other/<run>/best.pt": {"labels 1": {"linear_sgd": 0.75, "linear_sgd/0.1": 0.7}},
     }
     (run.path / "evaluation.json").write_text(json.dumps(known))
-    (run.path / "checkpoints").mkdir(exist_ok=True)
+    (run.path / "config.yaml").touch()
     add_evaluation(run.path, "epoch-0050", 0.1, {"linear": 0.5})
     html = report.page(run).split("<h2>Evaluations</h2>")[1].split("</section>")[0]
     rows = [re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", row) for row in html.split("<tr>")[1:]]

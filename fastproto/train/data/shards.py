@@ -134,7 +134,10 @@ def _braces(pattern: str) -> Iterator[str]:
     if numbers is not None:
         first, last = int(numbers[1]), int(numbers[2])
         step = 1 if first <= last else -1
-        choices = [str(n).zfill(len(numbers[1])) for n in range(first, last + step, step)]
+        # As the shell does it: all are as long as the longer end where one begins with a 0 too many.
+        padded = any(len(end) > 1 and end.startswith("0") for end in numbers.groups())
+        width = max(map(len, numbers.groups())) if padded else 0
+        choices = [str(n).zfill(width) for n in range(first, last + step, step)]
     for choice in choices:
         yield from _braces(pattern[: brace.start()] + choice + pattern[brace.end() :])
 
