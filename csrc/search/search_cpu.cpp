@@ -39,16 +39,21 @@ constexpr float TOO_LONG = 1e15f;     // products of longer rows might leave flo
 constexpr float UNIT = 0x1p-24f;
 constexpr float LEAST = 1e-36f;  // below normal numbers there is no relative error
 
-// What is subtracted from vectors and, but for the inner product, from rows.
+// A point amid the vectors.
 struct Origin {
-  std::vector<float> at;  // (D,)
+  std::vector<float> at, shift;  // (D,) subtracted from vectors, and from rows: for the inner product nothing
   float length;
 
-  explicit Origin(const Search& args) : at(choose_origin(args.vectors, args.K, args.D)), length(0) {
-    const std::vector<float> zeros(args.D, 0.f);
-    length = static_cast<float>(std::sqrt(exact_gap(at.data(), zeros.data(), args.D, false)));
-  }
+  explicit Origin(const Search& args)
+      : at(choose_origin(args.vectors, args.K, args.D)), shift(args.inner ? std::vector<float>(args.D, 0.f) : at),
+        length(static_cast<float>(std::sqrt(-exact_gap(at.data(), at.data(), args.D, true)))) {}
 };
+
+inline void subtract(const float* row, const float* shift, int64_t D, float* out) {
+  int64_t d = 0;
+  for (; d + LANES <= D; d += LANES) store(out + d, load(row + d) - load(shift + d));
+  for (; d < D; ++d) out[d] = row[d] - shift[d];
+}
 
 // A chunk of rows and their candidates.
 struct Chunk {
@@ -69,8 +74,6 @@ int64_t row_bytes(const Search& args) {
 
 void load_chunk(const Search& args, const Origin& origin, Chunk& chunk) {
   const int64_t D = args.D, size = chunk.panels * NR;
-  const std::vector<float> zeros(args.inner ? D : 0, 0.f);
-  const float* shift = args.inner ? zeros.data() : origin.at.data();
   float* shifted = chunk.shifted.take(size * D);
   chunk.certain.assign(size, INF);
   chunk.length.assign(size, 0.f);
@@ -82,8 +85,8 @@ void load_chunk(const Search& args, const Origin& origin, Chunk& chunk) {
   chunk.label.resize(chunk.count * chunk.room);
   for (int64_t i = 0; i < chunk.count; ++i) {
     const float* row = args.x + (chunk.begin + i) * args.stride_x;
-    for (int64_t d = 0; d < D; ++d) shifted[i * D + d] = row[d] - shift[d];
-    const double square = exact_gap(row, shift, D, false);
+    subtract(row, origin.shift.data(), D, shifted + i * D);
+    const double square = exact_gap(row, origin.shift.data(), D, false);
     chunk.base[i] = args.inner ? exact_gap(row, origin.at.data(), D, true) : square;
     chunk.length[i] = static_cast<float>(std::sqrt(square));
     chunk.certain[i] = -INF;
@@ -188,10 +191,7 @@ void load_tile(const Search& args, const Origin& origin, int64_t label, Tile& ti
     tile.bias[m] = INF;
     if (m >= tile.count) continue;
     const float* vector = args.vectors + (label + m) * D;
-    float* to = shifted + m * D;
-    int64_t d = 0;
-    for (; d + LANES <= D; d += LANES) store(to + d, load(vector + d) - load(at + d));
-    for (; d < D; ++d) to[d] = vector[d] - at[d];
+    subtract(vector, at, D, shifted + m * D);
     const double square = exact_gap(vector, at, D, false);
     tile.bias[m] = args.inner ? 0.f : static_cast<float>(square / 2);
     longest = std::max(longest, square);
