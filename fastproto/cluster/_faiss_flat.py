@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fastproto._check import describe, expect, expect_positive_ints
 from fastproto.cluster._rows import Rows, check_rows
-from fastproto.ops.search import search
 
 
 class Vector:
@@ -103,15 +103,10 @@ class FlatIndex:
         if k == 1:
             labels, distance = rows.nearest(self.vectors, self.metric, op)
             return distance.numpy()[:, None], labels.numpy()[:, None]
-        found = min(int(k), self.ntotal)
-        worst = np.finfo(np.float32).max * (1 if self.metric == "l2" else -1)
-        distances, several = np.full((len(x), k), worst, np.float32), np.full((len(x), k), -1)
-        for here, part, _ in rows.chunks():
-            nearest, distance = search(part, self.vectors, found, self.metric)
-            distances[here, :found], several[here, :found] = distance.cpu(), nearest.cpu()
-        if not np.isfinite(distances).all():
-            rows.refuse(op)
-        return distances, several
+        labels, distance = rows.nearest_few(self.vectors, min(int(k), self.ntotal), self.metric, op)
+        missing = (0, max(0, int(k) - self.ntotal))
+        worst = torch.finfo(torch.float32).max * (1 if self.metric == "l2" else -1)
+        return pad(distance, missing, value=worst).numpy(), pad(labels, missing, value=-1).numpy()
 
 
 METRIC_INNER_PRODUCT, METRIC_L2 = 0, 1  # faiss's numbers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from fastproto._check import describe, expect, expect_tensor, expect_type, reads_data
 from fastproto.cluster._stream import Array, Stream, as_tensor
 from fastproto.ops.assign import assign
+from fastproto.ops.search import search
 from fastproto.ops.update import largest, round_to_grid, rounder, two_rounders
 
 # Rows that have to be copied (from a file, from another device, to another type) come in pieces of about this size.
@@ -127,11 +128,21 @@ class Rows:
 
         Raises ValueError for rows of NaN or infinity where data on that device is read.
         """
-        labels = torch.zeros(self.local, dtype=torch.int64, device=self.device)
-        distance = torch.zeros(self.local, dtype=torch.float32, device=self.device)
         centers = centers.to(self.device)
+        return self._find(lambda x: assign(x, centers, metric), (), op)
+
+    def nearest_few(self, vectors: Tensor, count: int, metric: str, op: str) -> tuple[Tensor, Tensor]:
+        """As ``nearest``, of each row the ``count`` nearest, nearest first: (N, count)."""
+        vectors = vectors.to(self.device)
+        return self._find(lambda x: search(x, vectors, count, metric), (count,), op)
+
+    def _find(
+        self, find: Callable[[Tensor], tuple[Tensor, Tensor]], shape: tuple[int, ...], op: str
+    ) -> tuple[Tensor, Tensor]:
+        labels = torch.zeros(self.local, *shape, dtype=torch.int64, device=self.device)
+        distance = torch.zeros(self.local, *shape, dtype=torch.float32, device=self.device)
         for here, x, _ in self.chunks():
-            labels[here], distance[here] = assign(x, centers, metric)
+            labels[here], distance[here] = find(x)
         labels, distance = labels.to(self.home), distance.to(self.home)
         # What is not finite in a row shows in its distance, so the rows need no pass of their own.
         if reads_data(distance) and not distance.isfinite().all():
