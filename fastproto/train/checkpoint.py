@@ -236,7 +236,7 @@ def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool)
 
 def start_folder(folder: Path, config: Config) -> None:
     """Removes the run that the folder holds, if any, and nothing else, and writes the new run's configuration."""
-    remove_parts(folder)
+    _remove_parts(folder)
     if is_run(folder):
         for path in (path for pattern in FILES for path in folder.glob(pattern)):
             if path.name in INSIDE and path.is_dir():
@@ -246,11 +246,19 @@ def start_folder(folder: Path, config: Config) -> None:
             else:
                 path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    write_config(folder, config)
+    _write_config(folder, config)
 
 
-def write_config(folder: Path, config: Config) -> None:
-    """Also where a run goes on: its data may lie elsewhere by then, and what reads the run looks for them there."""
+def continue_folder(folder: Path, config: Config) -> None:
+    """Removes what killed processes left of the run's files, and writes its configuration anew.
+
+    Its data may lie elsewhere by then, and what reads the run looks for them there.
+    """
+    _remove_parts(folder)
+    _write_config(folder, config)
+
+
+def _write_config(folder: Path, config: Config) -> None:
     write_text(folder / "config.yaml", f"{MARK}\n{to_yaml(config)}")
 
 
@@ -268,7 +276,7 @@ def _empty(folder: Path, names: str) -> None:
         folder.rmdir()
 
 
-def remove_parts(folder: Path) -> None:
+def _remove_parts(folder: Path) -> None:
     """Removes what killed processes left of the run's files."""
     for path in (path for place in (folder, *(folder / name for name in INSIDE)) for path in place.glob(".*.part")):
         if _is_part(path):
@@ -276,11 +284,10 @@ def remove_parts(folder: Path) -> None:
 
 
 def _is_part(path: Path) -> bool:
+    """Whether it has the name of a part of one of the run's files."""
     named = PART.fullmatch(path.name)
-    inside = INSIDE.get(path.parent.name)
-    if named is None:
-        return False
-    return named[1] in FILES or (inside is not None and re.fullmatch(inside, named[1]) is not None)
+    inside = INSIDE.get(path.parent.name, "")
+    return named is not None and (named[1] in FILES or re.fullmatch(inside, named[1]) is not None)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

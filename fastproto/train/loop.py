@@ -27,7 +27,7 @@ import fastproto
 from fastproto import _settings
 from fastproto.losses._gather import from_first_rank, gather_dealt_rows, rank_and_world, sum_over_ranks
 from fastproto.train.build import build_state, build_views
-from fastproto.train.checkpoint import State, keep_best, remove_parts, resume_point, start_folder, write_config
+from fastproto.train.checkpoint import State, continue_folder, keep_best, resume_point, start_folder
 from fastproto.train.clock import PHASES, Clock
 from fastproto.train.config import Config, OptimizerConfig, plain
 from fastproto.train.data import Dataset, batches
@@ -104,8 +104,7 @@ def run_epochs(
     if path is not None:
         state.load(path)
     if rank == 0:
-        remove_parts(folder)
-        (write_config if resume else start_folder)(folder, config)
+        (continue_folder if resume else start_folder)(folder, config)
         if path is None:
             state.save(folder, config.keep)
         else:
