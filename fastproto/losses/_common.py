@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastproto._check import FLOATS, NUMBERS, expect, expect_tensor, expect_type
+from fastproto._check import FLOATS, NUMBERS, expect, expect_tensor, expect_type, reads_data
 
 
 def widen(x: Tensor) -> Tensor:
@@ -46,11 +46,23 @@ def expect_reduction(reduction: str, op: str) -> None:
     expect(reduction in ("mean", "sum", "none"), op, "reduction", '"mean", "sum" or "none"', repr(reduction))
 
 
-def expect_temperature(temperature: float, op: str, *, signed: bool = False) -> None:
-    """At least 1e-8; with ``signed`` its magnitude, as lightly wants it."""
-    expect_type(temperature, NUMBERS, op, "temperature", "a number")
+def expect_temperature(
+    temperature: float | Tensor, op: str, *, signed: bool = False, device: torch.device | None = None
+) -> None:
+    """A number or a tensor () of at least 1e-8; with ``signed`` its magnitude, as lightly wants it."""
+    if isinstance(temperature, Tensor):
+        expect_tensor(temperature, op, "temperature", (), FLOATS, device)
+        if not reads_data(temperature):
+            return
+        temperature = temperature.item()
+    expect_type(temperature, NUMBERS, op, "temperature", "a number or a tensor ()")
     size, expected = (abs(temperature), "a magnitude of at least 1e-8") if signed else (temperature, "at least 1e-8")
     expect(1e-8 <= size < math.inf, op, "temperature", f"{expected}, finite", temperature)
+
+
+def inverse_temperature(temperature: float | Tensor, keys: int) -> float | Tensor:
+    """1 / τ as the scale of so many keys: one number for all, or of a tensor, whose value none waits for, of each."""
+    return (1 / widen(temperature)).expand(keys) if isinstance(temperature, Tensor) else 1 / float(temperature)
 
 
 def expect_weights(op: str, **weights: Any) -> None:

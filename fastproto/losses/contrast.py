@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastproto._check import FLOATS, INTEGERS, INTS, expect, expect_index, expect_tensor, expect_type, is_integer
-from fastproto.losses._common import expect_reduction, expect_temperature, expect_views, join_rows, reduce_rows, unit
+from fastproto.losses._common import (
+    expect_reduction,
+    expect_temperature,
+    expect_views,
+    inverse_temperature,
+    join_rows,
+    reduce_rows,
+    unit,
+)
 from fastproto.losses._gather import from_first_rank, gather_rows, rank_and_world
 from fastproto.ops.contrast import contrast_unchecked
 
@@ -20,7 +28,7 @@ def nt_xent(
     out1: Tensor,  # (N, D) float
     assignments: Tensor | None = None,  # (N,) int
     *,
-    temperature: float = 0.5,
+    temperature: float | Tensor = 0.5,
     gather_distributed: bool = False,
     reduction: str = "mean",
     ignore_index: int = -1,
@@ -35,7 +43,7 @@ def nt_xent(
     Args:
         out0, out1: embeddings of the two views (N, D), float16, bfloat16, float32 or float64, not normalised.
         assignments: prototype of each sample (N,) int64 or int32, or ``ignore_index`` for a sample that shares none.
-        temperature: τ.
+        temperature: τ, a number or a tensor (), with a gradient where it asks for one: learnt, it costs twice as much.
         gather_distributed: candidates are the views of all ranks, anchors the local ones; DDP's mean of the gradients
             equals one process on the whole batch. Every rank has the same N.
         reduction: "mean" or "sum" over the 2N local rows, or "none" for the rows (2N,), view 0 first.
@@ -61,9 +69,9 @@ def nt_xent(
     Source: SimCLR, arXiv 2002.05709, Eq. 1.
     """
     expect_views(out0, out1, "nt_xent", ("out0", "out1"))
-    expect_temperature(temperature, "nt_xent", signed=True)
-    expect_reduction(reduction, "nt_xent")
     n, device = out0.shape[0], out0.device
+    expect_temperature(temperature, "nt_xent", signed=True, device=device)
+    expect_reduction(reduction, "nt_xent")
     if assignments is not None:
         expect_tensor(assignments, "nt_xent", "assignments", (n,), INTEGERS, device)
         expect_index(assignments, "nt_xent", "assignments", None, ignore_index)
@@ -82,11 +90,13 @@ def nt_xent(
     rows, groups = index, key_groups
     if keys is not features:
         rows, groups = index[first : first + 2 * n], key_groups[first : first + 2 * n]
+    scale = inverse_temperature(temperature, len(keys))
+    symmetric = keys is features and not isinstance(scale, Tensor)
     (loss,) = contrast_unchecked(
         features,
-        None if keys is features else keys,
+        None if symmetric else keys,
         rows.roll(n),
-        1 / float(temperature),
+        scale,
         groups=groups,
         key_groups=key_groups,
         normalize=True,
@@ -100,7 +110,7 @@ def info_nce(
     key: Tensor,  # (N, D) float
     queue: Tensor | None = None,  # (M, D) float
     *,
-    temperature: float = 0.2,
+    temperature: float | Tensor = 0.2,
     reduction: str = "mean",
 ) -> Tensor:
     """Contrasts every query with its own key against a queue of other keys.
@@ -112,7 +122,7 @@ def info_nce(
     Args:
         query, key: embeddings of the two views (N, D), float16, bfloat16, float32 or float64, not normalised.
         queue: earlier keys (M, D), not normalised; M may be 0.
-        temperature: τ.
+        temperature: τ, a number or a tensor (), with a gradient where it asks for one: learnt, it costs twice as much.
         reduction: "mean", "sum", or "none" for the rows (N,).
 
     Returns:
@@ -124,8 +134,9 @@ def info_nce(
 
     Distributed: nothing has to be gathered; with one queue and N on every rank DDP's mean equals one process.
 
-    Memory: grows with N · D. With (N + M) · D where own keys and queue are joined, on a GPU or if their dtypes differ,
-    and where the rows of the queue are not contiguous. The (N, M) logits exist in the reference backend only.
+    Memory: grows with N · D. With (N + M) · D where own keys and queue are joined, on a GPU, if their dtypes differ or
+    τ is a tensor, and where the rows of the queue are not contiguous. The (N, M) logits exist in the reference backend
+    only.
 
     Example:
         >>> query, queue = torch.eye(2), torch.tensor([[0.0, -1.0]])
@@ -135,37 +146,42 @@ def info_nce(
     Source: MoCo, arXiv 1911.05722, Eq. 1.
     """
     expect_views(query, key, "info_nce", ("query", "key"))
-    expect_temperature(temperature, "info_nce")
+    expect_temperature(temperature, "info_nce", device=query.device)
     expect_reduction(reduction, "info_nce")
     n = query.shape[0]
     divisor = max(n, 1) if reduction == "mean" else None
     if queue is None:
         rows = torch.arange(n, device=query.device)
-        (loss,) = contrast_unchecked(query, key.detach(), rows, 1 / float(temperature), normalize=True, divisor=divisor)
+        scale = inverse_temperature(temperature, n)
+        (loss,) = contrast_unchecked(query, key.detach(), rows, scale, normalize=True, divisor=divisor)
     else:
         expect_tensor(queue, "info_nce", "queue", ("M", query.shape[1]), FLOATS, query.device)
         loss = _against_queue(query, key.detach(), queue.detach(), temperature, divisor)
     return loss.sum() if reduction == "sum" else loss
 
 
-def _against_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: float, divisor: int | None = None) -> Tensor:
+def _against_queue(
+    query: Tensor, key: Tensor, queue: Tensor, temperature: float | Tensor, divisor: int | None = None
+) -> Tensor:
     """Row losses (N,) of queries that see their own key and the queue (M, D), but not each other's keys.
 
     With a divisor, their sum by it; then the keys are constants.
     """
     n, device = query.shape[0], query.device
-    one_dtype = key.dtype == queue.dtype
-    keys, more = (key.detach(), queue) if one_dtype else (join_rows(key.detach(), queue), None)
+    scale = inverse_temperature(temperature, n + queue.shape[0])
+    apart = key.dtype == queue.dtype and not isinstance(scale, Tensor)
+    keys, more = (key.detach(), queue) if apart else (join_rows(key.detach(), queue), None)
     in_queue = (torch.arange(n + queue.shape[0], device=device) >= n).long()
     rows = torch.arange(n, device=device)
     (loss,) = contrast_unchecked(
-        query, keys, rows, 1 / float(temperature), groups=torch.zeros_like(rows), key_groups=in_queue, normalize=True,
+        query, keys, rows, scale, groups=torch.zeros_like(rows), key_groups=in_queue, normalize=True,
         divisor=divisor, more_keys=more,
     )  # fmt: skip
     if key.requires_grad:
         # Of all keys only the N own ones take a gradient, p_ii - 1 = exp(-L_i) - 1 per logit: a term of value 0 brings
         # it.
-        logit = (unit(query.detach()) * unit(key)).sum(1) / temperature
+        constant = temperature.detach() if isinstance(temperature, Tensor) else temperature
+        logit = (unit(query.detach()) * unit(key)).sum(1) / constant
         loss = loss + (logit - logit.detach()) * torch.expm1(-loss.detach())
     return loss
 
@@ -182,7 +198,7 @@ class NTXentLoss(nn.Module):
     the front, as in lightly.
 
     Args:
-        temperature: τ.
+        temperature: τ, a number or a tensor (); a parameter is learnt.
         memory_bank_size: 0 for none, (M, D) for a bank of M rows, or M alone: D is then taken from the first batch.
         gather_distributed: contrast with the views of all ranks; with a bank, enqueue those of all ranks.
 
@@ -222,7 +238,10 @@ class NTXentLoss(nn.Module):
     bank_ptr: Tensor | None
 
     def __init__(
-        self, temperature: float = 0.5, memory_bank_size: int | Sequence[int] = 0, gather_distributed: bool = False
+        self,
+        temperature: float | Tensor = 0.5,
+        memory_bank_size: int | Sequence[int] = 0,
+        gather_distributed: bool = False,
     ) -> None:
         super().__init__()
         expect_temperature(temperature, "NTXentLoss", signed=True)
@@ -258,6 +277,7 @@ class NTXentLoss(nn.Module):
         assert self.bank is not None
         assert self.bank_ptr is not None
         expect_tensor(out0, "NTXentLoss", "out0", ("N", self.bank.shape[1]))
+        expect_temperature(self.temperature, "NTXentLoss", signed=True, device=out0.device)
         if self.bank.device != out0.device:
             self.bank, self.bank_ptr = self.bank.to(out0.device), self.bank_ptr.to(out0.device)
         training = torch.is_grad_enabled() and out0.requires_grad
@@ -339,7 +359,7 @@ class InfoNCELoss(nn.Module):
     Keys and queue get no gradient.
 
     Args:
-        temperature: τ.
+        temperature: τ, a number or a tensor (); a parameter is learnt.
 
     Shape:
         query, key: (N, D), queue: (M, D), float16, bfloat16, float32 or float64, none of them normalised. Output:
@@ -362,7 +382,7 @@ class InfoNCELoss(nn.Module):
     Source: MoCo, arXiv 1911.05722, Eq. 1; MoCo v2, arXiv 2003.04297 (τ 0.2).
     """
 
-    def __init__(self, temperature: float = 0.2) -> None:
+    def __init__(self, temperature: float | Tensor = 0.2) -> None:
         super().__init__()
         expect_temperature(temperature, "InfoNCELoss")
         self.temperature = temperature

@@ -87,7 +87,7 @@ class PAUCLoss(nn.Module):
 
     def __init__(
         self,
-        temperature: float = 0.2,
+        temperature: float | Tensor = 0.2,
         align_weight: float = 1.0,
         uniform_weight: float = 1.0,
         correlation_weight: float = 0.01,

@@ -76,7 +76,7 @@ class SPCLLoss(nn.Module):
         self,
         feature_dim: int,
         num_prototypes: int,
-        temperature: float = 0.5,
+        temperature: float | Tensor = 0.5,
         contrast_weight: float = 1.0,
         metric_weight: float = 1.0,
         prototype_weight: float = 1.0,

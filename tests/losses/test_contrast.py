@@ -74,6 +74,55 @@ def test_nt_xent_gradient(grouped: bool) -> None:
     assert torch.autograd.gradcheck(lambda a, b: nt_xent(a, b, assignments, reduction="none"), (out0, out1))
 
 
+@pytest.mark.parametrize("name", ["nt_xent", "nt_xent grouped", "info_nce", "info_nce queue", "bank"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_temperature_is_learnt(name: str, sign: int) -> None:
+    out0, out1 = views(4, 3)
+    temperature = torch.tensor(0.4 * sign, dtype=torch.float64, requires_grad=True)
+    queue = torch.randn(5, 3, dtype=torch.float64)
+    bank = NTXentLoss(memory_bank_size=(5, 3)).double().eval()
+
+    def with_bank(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
+        bank.temperature, bank.bank = t, queue.clone()
+        return bank(a, b)
+
+    call, wanted = {
+        "nt_xent": (lambda a, b, t: nt_xent(a, b, temperature=t, reduction="none"), (out0, out1, temperature)),
+        "nt_xent grouped": (
+            lambda a, b, t: nt_xent(a, b, torch.tensor([0, -1, 0, 2]), temperature=t), (out0, out1, temperature)
+        ),
+        "info_nce": (lambda a, b, t: info_nce(a, b.detach(), temperature=t), (out0, temperature)),
+        "info_nce queue": (lambda a, b, t: info_nce(a, b.detach(), queue, temperature=t), (out0, temperature)),
+        "bank": (with_bank, (out0, out1, temperature)),
+    }[name]  # fmt: skip
+    if sign < 0 and name.startswith("info"):
+        with pytest.raises(ValueError, match="temperature expected at least"):
+            call(out0, out1, temperature)
+        return
+    torch.testing.assert_close(call(out0, out1, temperature), call(out0, out1, 0.4 * sign))
+    if len(wanted) == 2:
+        assert torch.autograd.gradcheck(lambda a, t: call(a, out1, t), wanted)
+    else:
+        assert torch.autograd.gradcheck(call, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bank", [0, (40, 16)])
+def test_a_learnt_temperature_takes_lightlys_steps(dtype: torch.dtype, bank: int | tuple[int, int]) -> None:
+    lightlys = pytest.importorskip("lightly.loss").NTXentLoss
+    out0, out1 = views(12, 16, dtype)
+    torch.manual_seed(3)
+    theirs = lightlys(torch.nn.Parameter(torch.tensor(0.2)), memory_bank_size=bank)
+    torch.manual_seed(3)
+    ours = NTXentLoss(torch.nn.Parameter(torch.tensor(0.2)), memory_bank_size=bank)
+    assert dict(ours.named_parameters()).keys() == {"temperature"}
+    losses = ours(out0, out1), theirs(out0.float(), out1.float())
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(x, (out0, y.temperature)) for x, y in zip(losses, (ours, theirs), strict=True)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
 @pytest.mark.parametrize("queue_rows", [None, 0, 1, 507])
 def test_info_nce_is_its_formula(queue_rows: int | None) -> None:
     query, key = views(33, 24)
@@ -227,6 +276,8 @@ def test_autocast_does_not_lower_the_loss() -> None:
         (NTXentLoss(memory_bank_size=6), ()),
         (InfoNCELoss(), ()),
         (InfoNCELoss(), (torch.randn(7, 3),)),
+        (NTXentLoss(torch.nn.Parameter(torch.tensor(0.3))), ()),
+        (InfoNCELoss(torch.nn.Parameter(torch.tensor(0.3))), (torch.randn(7, 3),)),
     ],
 )
 def test_compiles_as_one_graph(loss_fn: torch.nn.Module, extra: tuple[Tensor, ...]) -> None:
@@ -250,7 +301,11 @@ def test_compiles_as_one_graph(loss_fn: torch.nn.Module, extra: tuple[Tensor, ..
         (lambda x: nt_xent(x, x, x[:, 0]), TypeError, r"nt_xent: assignments expected an int64 or int32 tensor"),
         (lambda x: nt_xent(x, x, torch.tensor([0, 1, -2, 0])), ValueError, "expected -1 or at least 0, got .*-2 to 1"),
         (lambda x: nt_xent(x, x, temperature=1e-9), ValueError, "nt_xent: temperature expected a magnitude"),
-        (lambda x: nt_xent(x, x, temperature="a"), TypeError, "nt_xent: temperature expected a number, got str 'a'"),
+        (lambda x: nt_xent(x, x, temperature="a"), TypeError, r"temperature expected a number .*, got str 'a'"),
+        (lambda x: nt_xent(x, x, temperature=x[0]), ValueError, r"temperature expected \(\) on cpu, got float32"),
+        (lambda x: nt_xent(x, x, temperature=torch.tensor(1)), TypeError, "temperature expected .*, got int64"),
+        (lambda x: nt_xent(x, x, temperature=torch.tensor(0.0)), ValueError, "temperature expected a magnitude"),
+        (lambda x: info_nce(x, x, temperature=torch.tensor(-1.0)), ValueError, "temperature expected at least 1e-8"),
         (lambda x: nt_xent(x, x, reduction="max"), ValueError, "nt_xent: reduction expected .*, got 'max'"),
         (lambda x: info_nce(x, x, x[:, :2]), ValueError, r"info_nce: queue expected \(M, 3\) on cpu, got"),
         (lambda x: info_nce(x, x[:, :2]), ValueError, r"info_nce: key expected \(4, 3\) on cpu, got float32 \(4, 2\)"),
