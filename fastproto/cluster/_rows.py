@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from fastproto.ops.assign import assign
 from fastproto.ops.search import search
 from fastproto.ops.update import largest, round_to_grid, rounder, two_rounders
 
+T = TypeVar("T")
 # Rows that have to be copied (from a file, from another device, to another type) come in pieces of about this size.
 CHUNK_BYTES = 1 << 26
 
@@ -243,6 +245,14 @@ def expect_alike(
     for (name, value), least, most in zip(options.items(), low[4:], high[4:], strict=True):
         expect(least == most, op, name, "the same on every rank", f"{describe(value)}, and another elsewhere")
     return bool(high[1])
+
+
+def deep_copy(of: T, memo: dict[int, Any], group: dist.ProcessGroup | None) -> T:
+    """What ``copy.deepcopy`` makes of an object with a process group, which has no copies: both share it."""
+    memo[id(group)] = group
+    copied = memo[id(of)] = type(of).__new__(type(of))
+    copied.__dict__.update(copy.deepcopy(of.__dict__, memo))
+    return copied
 
 
 def _digest(value: Any) -> int:

@@ -20,7 +20,7 @@ from fastproto._check import (
     expect_type,
     is_integer,
 )
-from fastproto.cluster._rows import Rows, expect_alike
+from fastproto.cluster._rows import Rows, deep_copy, expect_alike
 from fastproto.cluster.concentration import TEMPERATURE, expect_temperature
 from fastproto.cluster.init import given_centers
 from fastproto.cluster.kmeans import KMeans
@@ -104,6 +104,9 @@ class PrototypeBank(nn.Module):
             self.register_buffer(f"centers_{index}", torch.zeros(size, dim) if warm_start else None)
             self.register_buffer(f"assignments_{index}", torch.full((num_samples,), -1))
             self.register_buffer(f"concentration_{index}", torch.full((size,), float(temperature)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrototypeBank:
+        return deep_copy(self, memo, self.kmeans_options.get("process_group"))
 
     @property
     def ready(self) -> bool:

@@ -17,7 +17,7 @@ from fastproto.cluster._faiss import faiss_lloyd
 from fastproto.cluster._fit import Report, fit_centers
 from fastproto.cluster._lloyd import Assignment, assign_all, lloyd, unit
 from fastproto.cluster._progress import progress
-from fastproto.cluster._rows import Rows, check_rows, check_weights, expect_alike
+from fastproto.cluster._rows import Rows, check_rows, check_weights, deep_copy, expect_alike
 from fastproto.cluster._stream import Array
 from fastproto.cluster.bounds import Search
 from fastproto.cluster.concentration import EXACT
@@ -205,6 +205,9 @@ class KMeans:
         self.spherical, self.tol, self.max_points_per_cluster = spherical, tol, max_points_per_cluster
         self.empty, self.seed, self.precision, self.engine = empty, seed, precision, engine
         self.chunk_rows, self.device, self.process_group, self.progress = chunk_rows, device, process_group, progress
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KMeans:
+        return deep_copy(self, memo, self.process_group)
 
     def fit(self, x: Array, y: object = None, *, sample_weight: Array | None = None) -> KMeans:
         """Finds the centres of ``x`` (N, D), then assigns all rows to them.

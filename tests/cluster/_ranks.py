@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import sys
@@ -100,8 +101,10 @@ def fit_all(folder: Path, rank: int, bounds: list[int]) -> None:
     for case in cases["kmeans"]:
         weights = cases["weights"][mine] if case.pop("weighted", False) else None
         rows = cases["x"][mine].to(case.pop("dtype", torch.float32))
-        found.append(attributes(KMeans(**case, process_group=group).fit(rows, sample_weight=weights)))
-    bank = PrototypeBank(len(cases["x"]), cases["x"].shape[1], **cases["bank"], process_group=group)
+        # A copy, as others make of a model that holds one, shares its group.
+        kmeans = copy.deepcopy(KMeans(**case, process_group=group))
+        found.append(attributes(kmeans.fit(rows, sample_weight=weights)))
+    bank = copy.deepcopy(PrototypeBank(len(cases["x"]), cases["x"].shape[1], **cases["bank"], process_group=group))
     bank.update(cases["x"][mine])
     bank.update(-cases["x"][mine])
     x, last = cases["x"][mine], rank == world - 1
