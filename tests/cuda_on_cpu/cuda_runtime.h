@@ -1,7 +1,7 @@
 // CUDA kernels on a CPU, for tests: the blocks of a grid one after the other, the threads of a block as coroutines that
 // take turns at barriers. build.py turns launches into calls of launch(), and dynamic shared memory into a pointer to it.
-// Threads and blocks run in ascending order or, where CUDA_ON_CPU_ORDER says "descends", in descending order: a result that
-// depends on it lacks a barrier.
+// Blocks run in a drawn order, and the threads of a block from one barrier to the next in another: a result that depends on
+// them lacks a barrier.
 #pragma once
 
 #include <ucontext.h>
@@ -13,6 +13,8 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <stdexcept>
 #include <vector>
 
@@ -57,7 +59,7 @@ struct Thread {
   unsigned mask = 0;  // of the threads of its warp that it waits for
 };
 
-inline bool descends = false;
+inline std::minstd_rand draw;
 inline std::vector<Thread> threads;
 inline ucontext_t scheduler;
 inline std::function<void()> body;
@@ -103,6 +105,13 @@ inline bool release_warp(unsigned thread) {
   return true;
 }
 
+inline std::vector<unsigned> any_order(unsigned count) {
+  std::vector<unsigned> order(count);
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), draw);
+  return order;
+}
+
 inline void run_block() {
   const unsigned count = blockDim.x;
   for (unsigned t = 0; t < count; ++t) {
@@ -115,8 +124,7 @@ inline void run_block() {
     makecontext(&thread.context, run_thread, 0);
   }
   for (bool running = true; running;) {
-    for (unsigned i = 0; i < count; ++i) {
-      const unsigned t = descends ? count - 1 - i : i;
+    for (const unsigned t : any_order(count)) {
       threadIdx.x = t;
       if (threads[t].waits == Waits::for_nothing) swapcontext(&scheduler, &threads[t].context);
     }
@@ -132,12 +140,10 @@ inline void run_block() {
 inline void launch(dim3 grid, dim3 block, size_t dynamic_shared_bytes, cudaStream_t, std::function<void()> kernel) {
   if (!grid.x || !block.x || block.x > 1024 || block.x % kWarp) throw std::runtime_error("a launch that a GPU refuses");
   if (dynamic_shared_bytes > kShared) throw std::runtime_error("more shared memory than a block has");
-  const char* order = std::getenv("CUDA_ON_CPU_ORDER");
-  descends = order && std::strcmp(order, "descends") == 0;
   gridDim = grid, blockDim = block, body = std::move(kernel);
   if (threads.size() < block.x) threads = std::vector<Thread>(block.x);
-  for (unsigned b = 0; b < grid.x; ++b) {
-    blockIdx.x = descends ? grid.x - 1 - b : b;
+  for (const unsigned b : any_order(grid.x)) {
+    blockIdx.x = b;
     std::memset(shared, 0xff, kShared);
     run_block();
   }
