@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,17 @@ from fastproto._check import expect
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+# Names of Pillow's, by the EXIF orientation of an image that they bring upright.
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 
 
 def read_image(path: str | os.PathLike[str]) -> Tensor:  # (3, H, W) uint8
@@ -82,12 +93,14 @@ def to_rgb(image: Image) -> Tensor:  # (3, H, W) uint8
     Raises:
         ValueError: "I" or "F" with values outside that range, which nothing says how to scale.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    # Two copies of the pixels that are not needed take as long as decoding them. Some formats have EXIF behind them.
+    # Some formats have EXIF behind the pixels. ImageOps.exif_transpose copies an image that is upright, and writes the
+    # EXIF of others anew, which fails on tags of a kind that it does not expect.
     image.load()
-    if not is_upright(image):
-        image = ImageOps.exif_transpose(image)
+    turn = TURNS.get(_orientation(image))
+    if turn is not None:
+        image = image.transpose(Image.Transpose[turn])
     if image.mode.startswith("I") or image.mode == "F":
         values, transparent = np.asarray(image), image.info.get("transparency")
         image = Image.fromarray(_to_bytes(values, image.mode))
@@ -106,9 +119,14 @@ def to_rgb(image: Image) -> Tensor:  # (3, H, W) uint8
 
 def is_upright(image: Image) -> bool:
     """Whether its EXIF says nothing of an orientation, or that it stands as it is."""
+    return bool(_orientation(image) == 1)
+
+
+def _orientation(image: Image) -> Any:
+    """What its EXIF says of it, 1 where it says nothing."""
     from PIL import ExifTags
 
-    return bool(image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def _to_bytes(values: np.ndarray, mode: str) -> np.ndarray:

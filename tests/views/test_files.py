@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,7 +50,6 @@ def test_sixteen_bits_are_scaled(tmp_path: Path, suffix: str) -> None:
 
 def test_gray_and_colour_of_sixteen_bits_agree(tmp_path: Path) -> None:
     """A PNG of 16-bit colour, which Pillow reads and cannot write, and its gray twin."""
-    import struct
     import zlib
 
     values = (RAMP * 270 + 200).astype(">u2")
@@ -185,6 +185,20 @@ def test_exif_orientation_is_honoured(tmp_path: Path, orientation: int, mode: st
     exif[0x0112] = orientation
     image.save(tmp_path / f"x{suffix}", exif=exif, **({"lossless": True} if suffix == ".webp" else {}))
     np.testing.assert_array_equal(pixels(tmp_path / f"x{suffix}"), gray(upright))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [(0x10F, 11, 1, struct.pack("<f", 1.5)), (0x100, 2, 4, b"abc\0"), (0x103, 8, 1, struct.pack("<hH", -1, 0))],
+    ids=["a maker that is a number", "a width that is a text", "a negative compression"],
+)
+def test_an_image_is_turned_whatever_else_its_exif_says(tmp_path: Path, other: tuple[int, int, int, bytes]) -> None:
+    """Pillow reads such entries, and fails to write them anew."""
+    entries = sorted([other, (0x112, 3, 1, struct.pack("<HH", 6, 0))])
+    table = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + table + bytes(4)
+    Image.fromarray(COLOUR).save(tmp_path / "x.png", exif=exif)
+    np.testing.assert_array_equal(pixels(tmp_path / "x.png"), np.rot90(COLOUR, -1))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4000), (4000, 1)])
