@@ -18,6 +18,7 @@ and the data is taken, where there is one. Options override it: fastproto train 
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import shlex
@@ -55,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # an idle machine is 1.6 times slower; with libgomp's own 300 000 turns two runs on two cores are 6 times slower.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    # The name of a file may hold what a terminal cannot show: it is escaped, as in errors.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     command, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
     commands = {
         "train": train,

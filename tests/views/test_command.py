@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import signal
 import subprocess
@@ -73,6 +74,18 @@ def test_images_of_any_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     with Image.open(out) as picture:
         assert picture.width < 2000
         assert picture.height < 4000
+
+
+@pytest.mark.parametrize("name", ["日本.png", "\udcff.png"])
+def test_a_name_that_the_terminal_cannot_show_is_escaped(
+    tmp_path: Path, drawn: list[Row], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    photograph(tmp_path / "x.png").rename(tmp_path / name)
+    assert views(tmp_path / name, "--out", tmp_path / "out.png") == 0
+    escaped = name.encode("ascii", "backslashreplace")
+    assert escaped + b": 80 x 60, box 0.000 0.000 1.000 1.000\n" in shown.getvalue()
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".pdf", ".svg", ".PNG"])
