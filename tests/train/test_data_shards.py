@@ -103,6 +103,14 @@ def test_every_kind_of_tar_is_read(tmp_path: Path, style: int) -> None:
         assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels[label])
 
 
+def test_labels_are_known_in_capitals_too(tmp_path: Path) -> None:
+    """As images are, and as WebDataset reads them."""
+    content = [member for seed in range(5) for member in ((f"{seed}.PNG", png(seed)[1]), (f"{seed}.CLS", b"%d" % seed))]
+    write_tar(tmp_path / "x.tar", content)
+    data = load(f"shards:{tmp_path}/x.tar", image_size=8)
+    assert [*data.train_labels.tolist(), *data.test_labels.tolist()] == [0, 1, 2, 3, 4]
+
+
 def test_a_tar_of_a_folder_is_read(tmp_path: Path) -> None:
     (tmp_path / "set" / "sub").mkdir(parents=True)
     pixels = []

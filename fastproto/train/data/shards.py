@@ -178,7 +178,8 @@ def _index(file: BinaryIO) -> Index:
     for name, start, size in members:
         folder, _, base = name.rpartition("/")
         key, _, suffix = base.partition(".")
-        if f".{suffix.lower()}" in IMAGE_SUFFIXES:
+        suffix = suffix.lower()
+        if f".{suffix}" in IMAGE_SUFFIXES:
             images[f"{folder}/{key}"] = start, size
         elif suffix == "cls":
             file.seek(start)
