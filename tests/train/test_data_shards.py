@@ -103,6 +103,23 @@ def test_every_kind_of_tar_is_read(tmp_path: Path, style: int) -> None:
         assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels[label])
 
 
+@pytest.mark.parametrize("kind", [tarfile.DIRTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE], ids=["folder", "link", "symlink"])
+@pytest.mark.parametrize("size", [5, 2048])
+def test_folders_and_links_have_no_content_whatever_their_size(tmp_path: Path, kind: bytes, size: int) -> None:
+    """As the standard library reads them. Two kilobytes are an image and its label, which were passed over."""
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for seed in range(5):
+            empty = tarfile.TarInfo(f"other{seed}")
+            empty.type, empty.size, empty.linkname = kind, size, "0.png"
+            tar.addfile(empty)
+            for name, content in ((f"{seed}.png", png(seed)[1]), (f"{seed}.cls", b"%d" % seed)):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    data = load(f"shards:{tmp_path}/x.tar", image_size=8)
+    assert [*data.train_labels.tolist(), *data.test_labels.tolist()] == [0, 1, 2, 3, 4]
+
+
 def test_labels_are_known_in_capitals_too(tmp_path: Path) -> None:
     """As images are, and as WebDataset reads them."""
     content = [member for seed in range(5) for member in ((f"{seed}.PNG", png(seed)[1]), (f"{seed}.CLS", b"%d" % seed))]

@@ -25,8 +25,9 @@ from fastproto.train.data.streamed import as_many_workers_as_asked, ignore_signa
 BLOCK = 512
 # A number above is no class: so many would fill the memory.
 MAX_LABEL = 10**6
-# Types of headers: a file, and what says more of the one that follows.
-FILE, PAX, LONG_NAME, MORE = (b"0", b"\0"), b"x", b"L", (b"g", b"K")
+# Types of headers: a file, what says more of the one that follows, and links, devices and folders: no content follows,
+# whatever size their header gives.
+FILE, PAX, LONG_NAME, MORE, BARE = (b"0", b"\0"), b"x", b"L", (b"g", b"K"), (b"1", b"2", b"3", b"4", b"5", b"6")
 
 log = logging.getLogger("fastproto")
 
@@ -214,6 +215,8 @@ def _members(file: BinaryIO) -> tuple[list[tuple[str, int, int]], int | None]:
         checksum = sum(header) - sum(header[148:156]) + 8 * 32
         if len(header) == BLOCK and (size < 0 or checksum != _number(header[148:156])):
             raise ValueError(f"no header at byte {position}")
+        if kind in BARE:
+            size = 0
         if start + size > length:
             raise ValueError(f"cut short at byte {length}")
         if kind == PAX:
