@@ -30,14 +30,19 @@ from torch import Tensor
 
 # What the largest gradient of a float16 batch is brought to: small ones stay above float16's 6e-8, sums are float32.
 FLOAT16_PEAK = 1024.0
+# So many times the largest weight, which powers() brings below 2^15, is still a float16.
+MOST = tl.constexpr(1.96875)
 
 
 @triton.jit
 def probability(exponents, HALVES: tl.constexpr):
-    """2^exponents, at most 1 where float16 is to hold them: rounding may put a logit of millions above its sum."""
+    """2^exponents, below 2 where float16 is to hold them: rounding may put a logit of millions far above its sum.
+
+    Not below 1: that of a row that is sure of its key may lie above 1 by the rounding of lse, which its weight undoes.
+    """
     p = tl.exp2(exponents)
     if HALVES:
-        p = tl.minimum(p, 1.0, propagate_nan=tl.PropagateNan.ALL)
+        p = tl.minimum(p, MOST, propagate_nan=tl.PropagateNan.ALL)
     return p
 
 
@@ -145,7 +150,7 @@ def _contrast_bwd_keys_kernel(
             x_nv = load_factor(block_ptr, stride_x, here_n, mask_n, offs_v, D, EVEN_V, HALVES)
         largest = 0.0
         if HALVES:
-            # p ≤ 1, so no q is larger than the weights that it is made of, or than the target's.
+            # No q is larger than MOST of the weights that it is made of, or than the target's.
             q_kn *= unit_n[None, :]
             largest = tl.max(tl.maximum(tl.abs(weight_n), tl.abs(target_q_n)) * unit_n)
             if SYMMETRIC:

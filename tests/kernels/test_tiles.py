@@ -30,3 +30,15 @@ def test_sets_share_a_part_length() -> None:
     sizes = (25_000, 50_000, 100_000)
     assert sum(-(-k // (21 * 128)) for k in sizes) == 67
     assert tiles.common_part(sizes, 66, 128) == 22 * 128
+
+
+@pytest.mark.parametrize("arch", list(tiles.TILES))
+@pytest.mark.parametrize("d", [16, 64, 128, 144, 2048])
+def test_float32_scores_are_sums_of_the_same_columns_in_both_passes(
+    arch: str, d: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else they differ by a rounding, and exp(s - lse) of sharp rows by more than float32 PyTorch's error."""
+    monkeypatch.setattr(tiles, "_architecture", lambda _: arch)
+    kernels = ("contrast_fwd", "contrast_bwd_keys")
+    chosen = [tiles.tile_for(kernel, torch.float32, d, torch.device("cuda")) for kernel in kernels]
+    assert len({tile.block_d for tile in chosen}) == 1

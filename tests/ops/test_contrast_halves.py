@@ -91,6 +91,20 @@ def test_logits_of_millions_have_finite_gradients() -> None:
 
 
 @on_gpu
+def test_rows_sure_of_another_key_keep_their_digits() -> None:
+    """p = 1, while exp(s - lse) lies above or below 1 by the rounding of lse: the keys' gradient is the sum of rows."""
+    lengths = torch.linspace(65, 88, 64, device=DEVICE) / 14.3
+    keys = torch.eye(2, 16, device=DEVICE).requires_grad_()
+    features = lengths[:, None] * keys[:1].detach()
+    with fastproto.backend("triton"):
+        loss = contrast(features, keys, torch.ones(64, dtype=torch.int64, device=DEVICE), scale=14.3).loss
+        gradient = torch.autograd.grad(loss.sum(), keys)[0]
+    expected = 14.3 * float(lengths.double().sum())
+    assert gradient[0, 0].item() == pytest.approx(expected, rel=3e-7)
+    assert gradient[1, 0].item() == pytest.approx(-expected, rel=3e-7)
+
+
+@on_gpu
 def test_gradients_of_any_size() -> None:
     """Upstream gradients down to 1e-30, and rows of which one counts a million times the others."""
     arguments = problem(40, 300, 32, grouped=False, device=DEVICE)
