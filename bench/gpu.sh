@@ -3,14 +3,15 @@
 # tests hypothesis, scipy, matplotlib and what the extra [train] brings; needs no network, and no virtual environment
 # where pip installs without one:
 #   bench/gpu.sh build    compiles for the GPUs that are there, or those of FASTPROTO_CUDA_ARCHS, and installs
-#   bench/gpu.sh test [options]     the tests marked gpu, on eight processes where pytest-xdist is installed; options
-#                                   of pytest, as -k contrast
+#   bench/gpu.sh test [options]     the tests marked gpu, on twelve processes where pytest-xdist is installed, as some
+#                                   400 kernels are compiled; options of pytest, as -k contrast
 #   bench/gpu.sh bench [options]    the benchmarks of the GPU; JSON goes to bench/results/GPU-NAME/
 #   bench/gpu.sh train DATA [options]    bench/table.py: every method with every crop; goes on when repeated; wants the
 #                                        packages of the extra [train] too, of which jsonargparse is seldom there
-# Each part takes minutes, and is interrupted after nine: what was measured until then is kept. PYTHON names the
-# interpreter that holds torch, FASTPROTO_COMMIT the commit of a tree without .git. Where OUT names a folder, test,
-# bench and train copy bench/results/GPU-NAME to $OUT/GPU-NAME, and what they print is in $OUT/PART.log too.
+# Each part takes minutes, and is interrupted after LIMIT seconds, or nine minutes: what was measured until then is
+# kept. PYTHON names the interpreter that holds torch, FASTPROTO_COMMIT the commit of a tree without .git. Where OUT
+# names a folder, test, bench and train copy bench/results/GPU-NAME to $OUT/GPU-NAME, and what they print is in
+# $OUT/PART.log too.
 set -euo pipefail
 if [ -n "${OUT:-}" ]; then
   mkdir -p "$OUT"
@@ -21,7 +22,7 @@ export PYTHONUNBUFFERED=1
 PYTHON=${PYTHON:-python3}
 part=${1:-}
 
-limited() { timeout --foreground --signal INT --kill-after 20 540 "$PYTHON" "$@"; }
+limited() { timeout --foreground --signal INT --kill-after 20 "${LIMIT:-540}" "$PYTHON" "$@"; }
 installed() { "$PYTHON" -c "import $1" 2> /dev/null; }
 
 archs() {  # "90" of "9.0"; several as "80;90"
@@ -43,7 +44,10 @@ run() {
     test)
       if installed pytest_timeout; then options+=(--timeout 120); fi
       if installed xdist; then
-        options+=(--numprocesses 8 --dist loadfile)
+        # Most kernels belong to two files, so files are divided. What waits for a kernel that never ends hears no
+        # signal: the thread of pytest-timeout ends its process, and another takes over the tests that are left.
+        options+=(--numprocesses 12 --dist worksteal)
+        if installed pytest_timeout; then options+=(--timeout-method thread); fi
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
       fi
       limited -m pytest tests -q -m gpu --continue-on-collection-errors --durations 10 "${options[@]}" "$@"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from gpu_marker import pytest_collection_modifyitems as pytest_collection_modifyitems
+from gpu_marker import pytest_runtest_protocol as pytest_runtest_protocol
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would every process of theirs.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

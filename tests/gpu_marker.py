@@ -5,6 +5,9 @@ Imported by the conftest of tests/ and of bench/.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Generator
+
 import pytest
 import torch
 
@@ -16,3 +19,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Ends a process of pytest-xdist where a kernel's bad address has left CUDA unusable: another goes on in its place.
+
+    In the same process every later test would fail for it.
+    """
+    result = yield
+    if torch.cuda.is_initialized() and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+    return result

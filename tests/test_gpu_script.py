@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,51 @@ def test_options_are_of_the_packages_that_are_there(tmp_path: Path) -> None:
     assert "--timeout" not in run(tmp_path, "test").stdout
     assert "--numprocesses" not in run(tmp_path, "test").stdout
     found = run(tmp_path, "test", HAS="xdist|pytest_timeout").stdout
-    assert "--timeout 120 --numprocesses 8 --dist loadfile" in found
+    assert "--timeout 120 --numprocesses 12 --dist worksteal --timeout-method thread" in found
+    assert "thread" not in run(tmp_path, "test", HAS="pytest_timeout").stdout
+
+
+def test_a_part_ends_after_its_limit(tmp_path: Path) -> None:
+    (tmp_path / "timeout").write_text('#!/bin/sh\necho "$@"')
+    (tmp_path / "timeout").chmod(0o755)
+    assert "--kill-after 20 540 " in run(tmp_path, "bench").stdout
+    assert "--kill-after 20 300 " in run(tmp_path, "bench", LIMIT="300").stdout
+
+
+# A GPU on which the first test leaves CUDA unusable, and the second needs it.
+BROKEN = """
+import pytest, torch
+from gpu_marker import pytest_runtest_protocol
+
+broken = False
+
+def synchronize():
+    if broken:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+torch.cuda.is_initialized = lambda: True
+torch.cuda.synchronize = synchronize
+
+@pytest.fixture
+def use(request):
+    global broken
+    synchronize()
+    broken = "first" in request.node.name
+"""
+TWO = "def test_first(use): assert False\ndef test_second(use): pass"
+
+
+def test_a_broken_gpu_fails_one_test(tmp_path: Path) -> None:
+    """The process ends, and another runs the tests that are left."""
+    (tmp_path / "conftest.py").write_text(BROKEN)
+    (tmp_path / "test_two.py").write_text(TWO)
+    command = [sys.executable, "-m", "pytest", "-q", "--numprocesses", "1", "--dist", "worksteal"]
+    env = {name: os.environ[name] for name in os.environ if not name.startswith("PYTEST_")}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    # The first test's own failure, and what pytest-xdist says of its process.
+    assert "crashed while running 'test_two.py::test_first'" in done.stdout
+    assert "2 failed, 1 passed" in done.stdout, done.stdout
 
 
 def test_results_and_output_are_kept_whatever_comes(tmp_path: Path) -> None:
