@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastproto._check import INTEGERS, NUMBERS, expect, expect_index, expect_tensor, expect_type
 from fastproto.losses._common import expect_reduction, expect_views, reduce_rows, unit, widen
-from fastproto.ops.contrast import contrast_unchecked
+from fastproto.ops.uniformity import uniformity as uniformity_of_rows
 
 # Barlow Twins' weight of the off-diagonal entries, arXiv 2103.03230.
 OFF_DIAGONAL = 0.0051
@@ -148,30 +148,7 @@ def uniformity(x: Tensor, *, t: float = 2, mask: Tensor | None = None) -> Tensor
     expect_tensor(x, "uniformity", "x", ("N", "D"))
     expect_t(t, "uniformity")
     mask = _mask_of(x, mask, "uniformity")
-    x_nd = unit(_masked(x, mask))
-    # Distances do not change with the origin. Seen from their mean, points close together have small coordinates, and
-    # their scores are not differences of large numbers.
-    x_nd = _masked(x_nd - x_nd.detach().sum(0) / mask.sum().clamp(min=1), mask)
-    n, rows = len(x_nd), torch.arange(len(x_nd), device=x.device)
-    pairs = mask.sum() * (mask.sum() - 1)
-    # -t ||x_i - x_j||² = s_ij - t |x_i|², with the scale 2t and the bias -t |x_j|² in the contrast of all rows with all
-    # others. Its rows are lse_i - s_i,t(i), so each takes a row that counts as target, and s_i,t(i) is added again.
-    square_n = x_nd.square().sum(1)
-    bias = torch.where(mask, -t * square_n, -math.inf)
-    is_first = mask & (mask.cumsum(0) == 1)
-    is_second = mask & (mask.cumsum(0) == 2)
-    first, second = (rows * is_first).sum(), (rows * is_second).sum()
-    targets = torch.where(mask & (pairs > 0), torch.where(is_first, second, first), -1)
-    (contrasted,) = contrast_unchecked(x_nd, x_nd, targets, 2 * t, bias, rows, rows)
-    with torch.autocast(x.device.type, enabled=False):
-        first_d, second_d = is_first.to(x_nd.dtype) @ x_nd, is_second.to(x_nd.dtype) @ x_nd
-        partner_n = torch.where(is_first, (first_d * second_d).sum(), x_nd @ first_d)
-    partner_square_n = torch.where(is_first, (square_n * is_second).sum(), (square_n * is_first).sum())
-    lse_n = contrasted + 2 * t * partner_n - t * (partner_square_n + square_n)
-    # A log-sum-exp over nothing has no gradient: without a pair it is over zeros, and dropped.
-    lse_n = torch.where(mask | (pairs == 0), lse_n, -math.inf)
-    lse = lse_n.logsumexp(0) if n else lse_n.sum()
-    return torch.where(pairs > 0, lse - pairs.clamp(min=1).to(x_nd.dtype).log(), 0)
+    return uniformity_of_rows(unit(_masked(x, mask)), mask, t)
 
 
 def cross_correlation(x0: Tensor, x1: Tensor, *, mask: Tensor | None = None) -> Tensor:

@@ -219,7 +219,7 @@ _ARGUMENTS = (
     "Tensor features, Tensor keys, Tensor targets, Tensor? scale, float scale_all, Tensor? bias, Tensor? groups, "
     "Tensor? key_groups, bool normalize, float? divisor, bool symmetric, "
 )
-_fwd = Op(
+contrast_fwd = Op(
     "contrast_fwd",
     f"({_ARGUMENTS} Tensor? more_keys, bool need_dx, bool need_stats) -> Tensor[]",
     reference=reference.contrast_fwd,
@@ -235,7 +235,7 @@ _bwd_keys = Op(
 )
 
 
-@_fwd.fake
+@contrast_fwd.fake
 def _fake_fwd(features: Tensor, keys: Tensor, *rest: Any) -> list[Tensor]:
     *_, divisor, _, _, need_dx, need_stats = rest
     wide = features.to(torch.promote_types(features.dtype, keys.dtype))
@@ -280,7 +280,7 @@ class _Contrast(torch.autograd.Function):
         ctx.normalize, ctx.dtype = normalize, features.dtype
         vectors, numbers = (bias, groups, key_groups), (normalize, ctx.divisor, symmetric)
         options = (*vectors, *numbers, more_keys, need_dx, need_stats)
-        loss, saved, *rest = _fwd(features, y, targets, a, ctx.scale_all, *options)
+        loss, saved, *rest = contrast_fwd(features, y, targets, a, ctx.scale_all, *options)
         dx, *stats = rest if need_dx else (None, *rest)
         loss = loss if count is None else loss.sum() / count
         for_keys = (saved, features, keys, targets, a, *vectors) if need_backward else ()

@@ -216,6 +216,25 @@ def test_uniformity_of_points_close_together_keeps_its_digits(spread: float) -> 
     assert (ours[1] - right[1]).abs().max() <= allowed
 
 
+@pytest.mark.parametrize("t", [0.5, 2.0])
+def test_uniformity_s_gradient_is_as_exact_as_plain_pytorch_s(t: float) -> None:
+    """Of rows all around, whose gradient is a tenth of the rows that it is a difference of."""
+    x = torch.randn(300, 64)
+
+    def plain(x: Tensor) -> Tensor:
+        z = F.normalize(x, dim=1)
+        scores = (2 * t * (z @ z.T - 1)).masked_fill(torch.eye(len(z), dtype=torch.bool), -math.inf)
+        return scores.flatten().logsumexp(0)
+
+    def gradient(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        return torch.autograd.grad(function(leaf), leaf)[0].double()
+
+    right = gradient(plain, torch.float64)
+    ours = gradient(lambda x: uniformity(x, t=t), torch.float32) - right
+    assert ours.norm() <= 1.5 * (gradient(plain, torch.float32) - right).norm()
+
+
 def test_compiles_as_one_graph() -> None:
     a, b, labels = torch.randn(6, 3), torch.randn(6, 3), torch.tensor([0, 1, 0, -1, 2, 1])
 
