@@ -8,7 +8,7 @@
 #   bench/gpu.sh bench [options]    the benchmarks of the GPU; JSON goes to bench/results/GPU-NAME/
 #   bench/gpu.sh train DATA [options]    bench/table.py: every method with every crop; goes on when repeated; wants the
 #                                        packages of the extra [train] too, of which jsonargparse is seldom there
-# Each part takes minutes, and is interrupted after LIMIT seconds, or nine minutes: what was measured until then is
+# Each part takes minutes, and is interrupted after LIMIT_S seconds, or nine minutes: what was measured until then is
 # kept. PYTHON names the interpreter that holds torch, FASTPROTO_COMMIT the commit of a tree without .git. Where OUT
 # names a folder, test, bench and train copy bench/results/GPU-NAME to $OUT/GPU-NAME, and what they print is in
 # $OUT/PART.log too.
@@ -22,7 +22,7 @@ export PYTHONUNBUFFERED=1
 PYTHON=${PYTHON:-python3}
 part=${1:-}
 
-limited() { timeout --foreground --signal INT --kill-after 20 "${LIMIT:-540}" "$PYTHON" "$@"; }
+limited() { timeout --foreground --signal INT --kill-after 20 "${LIMIT_S:-540}" "$PYTHON" "$@"; }
 installed() { "$PYTHON" -c "import $1" 2> /dev/null; }
 
 archs() {  # "90" of "9.0"; several as "80;90"
@@ -44,7 +44,7 @@ run() {
     test)
       if installed pytest_timeout; then options+=(--timeout 120); fi
       if installed xdist; then
-        # Most kernels belong to two files, so files are divided. What waits for a kernel that never ends hears no
+        # Two files have most of the kernels: tests, not files, are shared out. What waits for a kernel that never ends hears no
         # signal: the thread of pytest-timeout ends its process, and another takes over the tests that are left.
         options+=(--numprocesses 12 --dist worksteal)
         if installed pytest_timeout; then options+=(--timeout-method thread); fi

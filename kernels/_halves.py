@@ -68,7 +68,7 @@ def scores(x, y, HALVES: tl.constexpr):
 def add_product(acc, weights, largest, y, HALVES: tl.constexpr):
     """acc + weights · y in float32.
 
-    As halves, no |weight| may exceed ``largest``, or float16 overflows; else the weights are rounded to y's dtype.
+    As halves, no |weight| may exceed 1.99 of ``largest``, or float16 overflows; else they are rounded to y's dtype.
     """
     if HALVES:
         up, down = powers(largest)

@@ -1,6 +1,6 @@
 """Skips what is marked gpu where there is none; where there is one, puts Triton last, whose kernels it compiles first.
 
-Imported by the conftest of tests/ and of bench/.
+Imported by the conftest of tests/ and of bench/; that of tests/ also ends a worker whose CUDA is unusable.
 """
 
 from __future__ import annotations

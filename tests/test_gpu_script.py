@@ -54,7 +54,7 @@ def test_a_part_ends_after_its_limit(tmp_path: Path) -> None:
     (tmp_path / "timeout").write_text('#!/bin/sh\necho "$@"')
     (tmp_path / "timeout").chmod(0o755)
     assert "--kill-after 20 540 " in run(tmp_path, "bench").stdout
-    assert "--kill-after 20 300 " in run(tmp_path, "bench", LIMIT="300").stdout
+    assert "--kill-after 20 300 " in run(tmp_path, "bench", LIMIT_S="300").stdout
 
 
 # A GPU on which the first test leaves CUDA unusable, and the second needs it.

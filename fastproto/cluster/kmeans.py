@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from typing import Any
@@ -296,6 +297,10 @@ class KMeans:
             expect(name in known, "KMeans.set_params", "parameters", f"some of {', '.join(known)}", name)
         type(self).__init__(self, **known | params)
         return self
+
+    def __sklearn_clone__(self) -> KMeans:
+        group = self.process_group  # has no copies
+        return type(self)(**copy.deepcopy(self.get_params(), {id(group): group}))
 
     def __sklearn_tags__(self) -> Any:
         # scikit-learn alone asks, so that it is there.

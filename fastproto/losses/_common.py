@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastproto._check import FLOATS, NUMBERS, expect, expect_tensor, expect_type, reads_data
 
@@ -49,8 +49,13 @@ def expect_reduction(reduction: str, op: str) -> None:
 def expect_temperature(
     temperature: float | Tensor, op: str, *, signed: bool = False, device: torch.device | None = None
 ) -> None:
-    """A number or a tensor () of at least 1e-8; with ``signed`` its magnitude, as lightly wants it."""
+    """A number or a tensor () of at least 1e-8; with ``signed`` its magnitude, as lightly wants it.
+
+    Without a device it is a module's, whose tensor has to be a parameter, to go where the module goes.
+    """
     if isinstance(temperature, Tensor):
+        if device is None:
+            expect_type(temperature, nn.Parameter, op, "temperature", "a number or a parameter ()")
         expect_tensor(temperature, op, "temperature", (), FLOATS, device)
         if not reads_data(temperature):
             return
@@ -63,6 +68,10 @@ def expect_temperature(
 def inverse_temperature(temperature: float | Tensor, keys: int) -> float | Tensor:
     """1 / τ as the scale of so many keys: one number for all, or of a tensor, whose value none waits for, of each."""
     return (1 / widen(temperature)).expand(keys) if isinstance(temperature, Tensor) else 1 / float(temperature)
+
+
+def shown_temperature(temperature: float | Tensor) -> str:
+    return "learnt" if isinstance(temperature, Tensor) else str(temperature)
 
 
 def expect_weights(op: str, **weights: Any) -> None:

@@ -17,6 +17,7 @@ from fastproto.losses._common import (
     inverse_temperature,
     join_rows,
     reduce_rows,
+    shown_temperature,
     unit,
 )
 from fastproto.losses._gather import from_first_rank, gather_rows, rank_and_world
@@ -43,7 +44,8 @@ def nt_xent(
     Args:
         out0, out1: embeddings of the two views (N, D), float16, bfloat16, float32 or float64, not normalised.
         assignments: prototype of each sample (N,) int64 or int32, or ``ignore_index`` for a sample that shares none.
-        temperature: τ, a number or a tensor (), with a gradient where it asks for one: learnt, it costs twice as much.
+        temperature: τ, a number or a tensor (), with a gradient where it asks for one. A tensor costs four products of
+            all pairs, as ranks gathered do; a number two.
         gather_distributed: candidates are the views of all ranks, anchors the local ones; DDP's mean of the gradients
             equals one process on the whole batch. Every rank has the same N.
         reduction: "mean" or "sum" over the 2N local rows, or "none" for the rows (2N,), view 0 first.
@@ -130,7 +132,8 @@ def info_nce(
 
     Raises:
         TypeError: an argument is not a tensor, or of another dtype.
-        ValueError: shapes or devices do not fit, τ < 1e-8, or an unknown reduction.
+        ValueError: shapes or devices do not fit, τ < 1e-8 (a tensor's is read on the CPU, on CUDA with
+            ``fastproto.set_debug(True)``), or an unknown reduction.
 
     Distributed: nothing has to be gathered; with one queue and N on every rank DDP's mean equals one process.
 
@@ -198,7 +201,7 @@ class NTXentLoss(nn.Module):
     the front, as in lightly.
 
     Args:
-        temperature: τ, a number or a tensor (); a parameter is learnt.
+        temperature: τ, a number, or a parameter () that is learnt.
         memory_bank_size: 0 for none, (M, D) for a bank of M rows, or M alone: D is then taken from the first batch.
         gather_distributed: contrast with the views of all ranks; with a bank, enqueue those of all ranks.
 
@@ -239,7 +242,7 @@ class NTXentLoss(nn.Module):
 
     def __init__(
         self,
-        temperature: float | Tensor = 0.5,
+        temperature: float | nn.Parameter = 0.5,
         memory_bank_size: int | Sequence[int] = 0,
         gather_distributed: bool = False,
     ) -> None:
@@ -290,7 +293,7 @@ class NTXentLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"temperature={self.temperature}, memory_bank_size={self.memory_bank_size}, "
+            f"temperature={shown_temperature(self.temperature)}, memory_bank_size={self.memory_bank_size}, "
             f"gather_distributed={self.gather_distributed}"
         )
 
@@ -359,14 +362,15 @@ class InfoNCELoss(nn.Module):
     Keys and queue get no gradient.
 
     Args:
-        temperature: τ, a number or a tensor (); a parameter is learnt.
+        temperature: τ, a number, or a parameter () that is learnt.
 
     Shape:
         query, key: (N, D), queue: (M, D), float16, bfloat16, float32 or float64, none of them normalised. Output:
         scalar of at least float32.
 
     Raises:
-        ValueError: τ < 1e-8, or shapes or devices that do not fit.
+        ValueError: τ < 1e-8 (a parameter's is read on the CPU, on CUDA with ``fastproto.set_debug(True)``), or shapes
+            or devices that do not fit.
         TypeError: an argument is not a tensor, or of another dtype.
 
     Example:
@@ -382,7 +386,7 @@ class InfoNCELoss(nn.Module):
     Source: MoCo, arXiv 1911.05722, Eq. 1; MoCo v2, arXiv 2003.04297 (τ 0.2).
     """
 
-    def __init__(self, temperature: float | Tensor = 0.2) -> None:
+    def __init__(self, temperature: float | nn.Parameter = 0.2) -> None:
         super().__init__()
         expect_temperature(temperature, "InfoNCELoss")
         self.temperature = temperature
@@ -391,4 +395,4 @@ class InfoNCELoss(nn.Module):
         return info_nce(query, key, queue, temperature=self.temperature)
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}"
+        return f"temperature={shown_temperature(self.temperature)}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastproto._check import INTEGERS, NUMBERS, expect, expect_index, expect_tensor, expect_type
 from fastproto.losses._common import expect_reduction, expect_views, reduce_rows, unit, widen
-from fastproto.ops.uniformity import uniformity as uniformity_of_rows
+from fastproto.ops.uniformity import uniformity_unchecked
 
 # Barlow Twins' weight of the off-diagonal entries, arXiv 2103.03230.
 OFF_DIAGONAL = 0.0051
@@ -137,7 +137,7 @@ def uniformity(x: Tensor, *, t: float = 2, mask: Tensor | None = None) -> Tensor
 
     Distributed: pairs are those of a rank's own batch.
 
-    Memory: grows with N · D; with N² on the reference backend.
+    Memory: grows with N · D; with N² on the reference backend, which float64 takes everywhere.
 
     Example:
         >>> uniformity(torch.tensor([[1.0, 0.0], [-3.0, 0.0]]))
@@ -148,7 +148,7 @@ def uniformity(x: Tensor, *, t: float = 2, mask: Tensor | None = None) -> Tensor
     expect_tensor(x, "uniformity", "x", ("N", "D"))
     expect_t(t, "uniformity")
     mask = _mask_of(x, mask, "uniformity")
-    return uniformity_of_rows(unit(_masked(x, mask)), mask, t)
+    return uniformity_unchecked(unit(_masked(x, mask)), mask, t)
 
 
 def cross_correlation(x0: Tensor, x1: Tensor, *, mask: Tensor | None = None) -> Tensor:

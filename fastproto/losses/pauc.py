@@ -49,7 +49,7 @@ class PAUCLoss(nn.Module):
     Only the abstract of the paper is public to us: the terms are our reading of it, the weights no tuned ones.
 
     Args:
-        temperature: τ of InfoNCE.
+        temperature: τ of InfoNCE, a number, or a parameter () that is learnt.
         align_weight, uniform_weight, correlation_weight: λ_a, λ_u, λ_c. "cross" is a sum over dimensions: at 1 it
             drowns the others, and an encoder learns less than nothing (bench/notes.md). "covariance" is a mean.
         uniform_t: t.
@@ -87,7 +87,7 @@ class PAUCLoss(nn.Module):
 
     def __init__(
         self,
-        temperature: float | Tensor = 0.2,
+        temperature: float | nn.Parameter = 0.2,
         align_weight: float = 1.0,
         uniform_weight: float = 1.0,
         correlation_weight: float = 0.01,

@@ -34,7 +34,7 @@ class SPCLLoss(nn.Module):
     Args:
         feature_dim: C.
         num_prototypes: K.
-        temperature: τ of NT-Xent.
+        temperature: τ of NT-Xent, a number, or a parameter () that is learnt.
         contrast_weight, metric_weight, prototype_weight: λ_c, λ_m, λ_p.
         gather_distributed: all three terms are over the images of all ranks, see below.
 
@@ -76,7 +76,7 @@ class SPCLLoss(nn.Module):
         self,
         feature_dim: int,
         num_prototypes: int,
-        temperature: float | Tensor = 0.5,
+        temperature: float | nn.Parameter = 0.5,
         contrast_weight: float = 1.0,
         metric_weight: float = 1.0,
         prototype_weight: float = 1.0,

@@ -118,8 +118,8 @@ def to_rgb(image: Image) -> Tensor:  # (3, H, W) uint8
 
 
 def is_upright(image: Image) -> bool:
-    """Whether its EXIF says nothing of an orientation, or that it stands as it is."""
-    return bool(_orientation(image) == 1)
+    """Whether its EXIF asks for no turn."""
+    return _orientation(image) not in TURNS
 
 
 def _orientation(image: Image) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from sklearn.base import clone
 
 from fastproto.cluster import KMeans, PrototypeBank
 
@@ -101,8 +102,8 @@ def fit_all(folder: Path, rank: int, bounds: list[int]) -> None:
     for case in cases["kmeans"]:
         weights = cases["weights"][mine] if case.pop("weighted", False) else None
         rows = cases["x"][mine].to(case.pop("dtype", torch.float32))
-        # A copy, as others make of a model that holds one, shares its group.
-        kmeans = copy.deepcopy(KMeans(**case, process_group=group))
+        # Copies, as others make of a model that holds one, share its group.
+        kmeans = clone(copy.deepcopy(KMeans(**case, process_group=group)))
         found.append(attributes(kmeans.fit(rows, sample_weight=weights)))
     bank = copy.deepcopy(PrototypeBank(len(cases["x"]), cases["x"].shape[1], **cases["bank"], process_group=group))
     bank.update(cases["x"][mine])

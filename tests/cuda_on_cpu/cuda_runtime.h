@@ -1,7 +1,7 @@
 // CUDA kernels on a CPU, for tests: the blocks of a grid one after the other, the threads of a block as coroutines that
 // take turns at barriers. build.py turns launches into calls of launch(), and dynamic shared memory into a pointer to it.
-// Blocks run in a drawn order, and the threads of a block from one barrier to the next in another: a result that depends on
-// them lacks a barrier.
+// Blocks run in a drawn order, and the threads of a block from one barrier to the next in another: results that depend on
+// them, as where a barrier is missing, are mostly wrong.
 #pragma once
 
 #include <ucontext.h>
@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>

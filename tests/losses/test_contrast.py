@@ -116,6 +116,7 @@ def test_a_learnt_temperature_takes_lightlys_steps(dtype: torch.dtype, bank: int
     torch.manual_seed(3)
     ours = NTXentLoss(torch.nn.Parameter(torch.tensor(0.2)), memory_bank_size=bank)
     assert dict(ours.named_parameters()).keys() == {"temperature"}
+    assert "temperature=learnt, " in repr(ours)
     losses = ours(out0, out1), theirs(out0.float(), out1.float())
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
     gradients = [torch.autograd.grad(x, (out0, y.temperature)) for x, y in zip(losses, (ours, theirs), strict=True)]
@@ -312,6 +313,7 @@ def test_compiles_as_one_graph(loss_fn: torch.nn.Module, extra: tuple[Tensor, ..
         (lambda x: info_nce(x, x, reduction=""), ValueError, "info_nce: reduction expected"),
         (lambda x: NTXentLoss(0.0), ValueError, "NTXentLoss: temperature expected a magnitude"),
         (lambda x: InfoNCELoss(0.0), ValueError, "InfoNCELoss: temperature expected at least 1e-8"),
+        (lambda x: InfoNCELoss(torch.tensor(0.5)), TypeError, "temperature expected a number or a parameter"),
         (lambda x: NTXentLoss(memory_bank_size=-1), ValueError, r"expected 0, M or \(M, D\), got int -1"),
         (lambda x: NTXentLoss(memory_bank_size=1.5), TypeError, r"expected 0, M or \(M, D\), got float 1.5"),
         (lambda x: NTXentLoss(memory_bank_size=(4, 0)), ValueError, r"memory_bank_size expected 0, M or \(M, D\)"),

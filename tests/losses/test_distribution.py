@@ -202,15 +202,12 @@ def test_uniformity_of_points_close_together_keeps_its_digits(spread: float) -> 
     """Near collapse, which it is there to show, distances are differences of nearly equal numbers."""
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) * spread + 1
 
-    def plain(x: Tensor) -> Tensor:
-        return torch.pdist(F.normalize(x, dim=1)).square().mul(-2).exp().mean().log()
-
     def run(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]:
         leaf = x.to(dtype, copy=True).requires_grad_()
         loss = function(leaf)
         return [loss.detach().double(), *torch.autograd.grad(loss, leaf)]
 
-    ours, plains, right = run(uniformity, x.dtype), run(plain, x.dtype), run(plain, torch.float64)
+    ours, plains, right = run(uniformity, x.dtype), run(plain_pairs, x.dtype), run(plain_pairs, torch.float64)
     assert abs(ours[0] - right[0]) < 1e-6  # log-sum-exps of some 63 · 64 numbers near 1
     allowed = 2 * (plains[1] - right[1]).abs().max() + 4e-6 * right[1].abs().max()
     assert (ours[1] - right[1]).abs().max() <= allowed
@@ -233,6 +230,36 @@ def test_uniformity_s_gradient_is_as_exact_as_plain_pytorch_s(t: float) -> None:
     right = gradient(plain, torch.float64)
     ours = gradient(lambda x: uniformity(x, t=t), torch.float32) - right
     assert ours.norm() <= 1.5 * (gradient(plain, torch.float32) - right).norm()
+
+
+def plain_pairs(x: Tensor) -> Tensor:
+    return torch.pdist(F.normalize(x, dim=1)).square().mul(-2).exp().mean().log()
+
+
+def test_uniformity_of_a_row_too_short_to_be_scaled_has_its_whole_gradient() -> None:
+    """F.normalize divides it by 1e-12, so the part along the row stays."""
+    for seed in range(20):
+        x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        x[0] *= 5e-13 / x[0].norm()
+        ours, right = (
+            torch.autograd.grad(function(leaf), leaf)[0]
+            for function, leaf in ((uniformity, x.clone().requires_grad_()), (plain_pairs, x.clone().requires_grad_()))
+        )
+        torch.testing.assert_close(ours, right)
+
+
+def test_uniformity_of_a_crowd_and_an_outlier_is_as_exact_as_plain_pytorch() -> None:
+    """The outlier comes first: gradients are not relative to it."""
+    x = torch.randn(1, 32) + 1e-3 * torch.randn(200, 32)
+    x[0] = torch.randn(32)
+
+    def gradient(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        return torch.autograd.grad(function(leaf), leaf)[0].double()
+
+    right = gradient(plain_pairs, torch.float64)
+    plains = (gradient(plain_pairs, torch.float32) - right).norm()
+    assert (gradient(uniformity, torch.float32) - right).norm() <= 1.3 * plains
 
 
 def test_compiles_as_one_graph() -> None:
