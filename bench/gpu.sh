@@ -44,8 +44,8 @@ run() {
     test)
       if installed pytest_timeout; then options+=(--timeout 120); fi
       if installed xdist; then
-        # Two files have most of the kernels: tests, not files, are shared out. What waits for a kernel that never ends hears no
-        # signal: the thread of pytest-timeout ends its process, and another takes over the tests that are left.
+        # Two files have most of the kernels: tests, not files, are shared out. What waits for a kernel that never ends
+        # hears no signal: the thread of pytest-timeout ends its process, and another takes over the tests that are left.
         options+=(--numprocesses 12 --dist worksteal)
         if installed pytest_timeout; then options+=(--timeout-method thread); fi
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}

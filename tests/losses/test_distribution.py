@@ -213,6 +213,11 @@ def test_uniformity_of_points_close_together_keeps_its_digits(spread: float) -> 
     assert (ours[1] - right[1]).abs().max() <= allowed
 
 
+def gradient(function: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
+    leaf = x.to(dtype, copy=True).requires_grad_()
+    return torch.autograd.grad(function(leaf), leaf)[0].double()
+
+
 @pytest.mark.parametrize("t", [0.5, 2.0])
 def test_uniformity_s_gradient_is_as_exact_as_plain_pytorch_s(t: float) -> None:
     """Of rows all around, whose gradient is a tenth of the rows that it is a difference of."""
@@ -223,13 +228,9 @@ def test_uniformity_s_gradient_is_as_exact_as_plain_pytorch_s(t: float) -> None:
         scores = (2 * t * (z @ z.T - 1)).masked_fill(torch.eye(len(z), dtype=torch.bool), -math.inf)
         return scores.flatten().logsumexp(0)
 
-    def gradient(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
-        leaf = x.to(dtype, copy=True).requires_grad_()
-        return torch.autograd.grad(function(leaf), leaf)[0].double()
-
-    right = gradient(plain, torch.float64)
-    ours = gradient(lambda x: uniformity(x, t=t), torch.float32) - right
-    assert ours.norm() <= 1.5 * (gradient(plain, torch.float32) - right).norm()
+    right = gradient(plain, x, torch.float64)
+    ours = gradient(lambda x: uniformity(x, t=t), x, torch.float32) - right
+    assert ours.norm() <= 1.5 * (gradient(plain, x, torch.float32) - right).norm()
 
 
 def plain_pairs(x: Tensor) -> Tensor:
@@ -241,11 +242,7 @@ def test_uniformity_of_a_row_too_short_to_be_scaled_has_its_whole_gradient() -> 
     for seed in range(20):
         x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         x[0] *= 5e-13 / x[0].norm()
-        ours, right = (
-            torch.autograd.grad(function(leaf), leaf)[0]
-            for function, leaf in ((uniformity, x.clone().requires_grad_()), (plain_pairs, x.clone().requires_grad_()))
-        )
-        torch.testing.assert_close(ours, right)
+        torch.testing.assert_close(gradient(uniformity, x, x.dtype), gradient(plain_pairs, x, x.dtype))
 
 
 def test_uniformity_of_a_crowd_and_an_outlier_is_as_exact_as_plain_pytorch() -> None:
@@ -253,13 +250,9 @@ def test_uniformity_of_a_crowd_and_an_outlier_is_as_exact_as_plain_pytorch() -> 
     x = torch.randn(1, 32) + 1e-3 * torch.randn(200, 32)
     x[0] = torch.randn(32)
 
-    def gradient(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
-        leaf = x.to(dtype, copy=True).requires_grad_()
-        return torch.autograd.grad(function(leaf), leaf)[0].double()
-
-    right = gradient(plain_pairs, torch.float64)
-    plains = (gradient(plain_pairs, torch.float32) - right).norm()
-    assert (gradient(uniformity, torch.float32) - right).norm() <= 1.3 * plains
+    right = gradient(plain_pairs, x, torch.float64)
+    plains = (gradient(plain_pairs, x, torch.float32) - right).norm()
+    assert (gradient(uniformity, x, torch.float32) - right).norm() <= 1.3 * plains
 
 
 def test_compiles_as_one_graph() -> None:
