@@ -65,7 +65,8 @@ def expect_size(value: Any, op: str, argument: str, expected: str = "a positive 
     """Height and width from two positive ints, or from one for both; raises ValueError for anything else."""
     sides = value if isinstance(value, (tuple, list)) else (value, value)
     good = len(sides) == 2 and all(is_integer(side) and side > 0 for side in sides)
-    expect(good, op, argument, expected, value)
+    # Of a string one would not see that it is one.
+    expect(good, op, argument, expected, describe(value) if isinstance(value, str) else value)
     expect(max(sides) <= MAX_SIDE, op, argument, f"sides below {MAX_SIDE + 1}", value)
     return int(sides[0]), int(sides[1])
 

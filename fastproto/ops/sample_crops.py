@@ -190,7 +190,7 @@ def sample_crops_and_flips(
         # A tensor that wants a gradient would make the compiler look for one.
         boxes = boxes.detach()
     elif boxes is not None:
-        box, boxes = _one_box(boxes), None
+        box, boxes = expect_box("sample_crops", boxes), None
     return _op(sample_ids, sizes, size, boxes, box, scale, ratio, alpha, views, seed, epoch)
 
 
@@ -224,14 +224,14 @@ def expect_boxes(op: str, boxes: Tensor, rows: int, device: torch.device) -> Non
             expect(False, op, "boxes", ORDERED, f"{boxes[good.int().argmin()].tolist()}")
 
 
-def _one_box(box: tuple[float, float, float, float]) -> tuple[float, ...]:
+def expect_box(op: str, box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
     """A box that all samples share."""
-    expect_type(box, (tuple, list), "sample_crops", "boxes", "a tensor (N, 4), four numbers or None")
-    sides = expect_numbers(box, "sample_crops", "boxes", "four numbers (h0, w0, h1, w1)")
-    expect(len(sides) == 4, "sample_crops", "boxes", "four numbers (h0, w0, h1, w1)", box)
+    expect_type(box, (tuple, list), op, "boxes", "a tensor (N, 4), four numbers or None")
+    sides = expect_numbers(box, op, "boxes", "four numbers (h0, w0, h1, w1)")
+    expect(len(sides) == 4, op, "boxes", "four numbers (h0, w0, h1, w1)", box)
     h0, w0, h1, w1 = sides
-    expect(0 <= h0 <= h1 <= 1 and 0 <= w0 <= w1 <= 1, "sample_crops", "boxes", ORDERED, f"{list(sides)}")
-    return sides
+    expect(0 <= h0 <= h1 <= 1 and 0 <= w0 <= w1 <= 1, op, "boxes", ORDERED, f"{list(sides)}")
+    return h0, w0, h1, w1
 
 
 def _sizes(image_size: int | tuple[int, int] | Tensor, sample_ids: Tensor) -> tuple[Tensor | None, tuple[int, int]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastproto._check import INTEGERS, INTS, describe, expect, expect_tensor, expect_type
 from fastproto._random import expect_key
+from fastproto.ops.sample_crops import expect_box
 from fastproto.views.boxes import BoxBank
 from fastproto.views.contrastive_crop import ContrastiveCrop
 from fastproto.views.files import to_rgb
@@ -26,7 +27,8 @@ class ContrastiveCropTransform(nn.Module):
 
     Args:
         size: height and width of the views, or one number for both.
-        boxes: a ``BoxBank`` on the CPU, moved into shared memory here; None crops from the whole image.
+        boxes: a ``BoxBank`` on the CPU, moved into shared memory here; one box (h0, w0, h1, w1) for all images, e.g.
+            ``SIMC_BOX``; None crops from the whole image.
         options: those of ``ContrastiveCrop``.
 
     Shape:
@@ -65,10 +67,19 @@ class ContrastiveCropTransform(nn.Module):
 
     epoch: Tensor
 
-    def __init__(self, size: int | tuple[int, int], *, boxes: BoxBank | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        size: int | tuple[int, int],
+        *,
+        boxes: BoxBank | tuple[float, float, float, float] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__()
-        expect_type(boxes, (BoxBank, type(None)), "ContrastiveCropTransform", "boxes", "a BoxBank or None")
-        if boxes is not None:
+        kinds = (BoxBank, tuple, list, type(None))
+        expect_type(boxes, kinds, "ContrastiveCropTransform", "boxes", "a BoxBank, four numbers or None")
+        if isinstance(boxes, (tuple, list)):
+            boxes = expect_box("ContrastiveCropTransform", boxes)
+        elif boxes is not None:
             on_cpu = boxes.boxes.device.type == "cpu"
             expect(on_cpu, "ContrastiveCropTransform", "boxes", "a BoxBank on the CPU", boxes.boxes)
         self.crop = ContrastiveCrop(size, **options)
@@ -111,7 +122,7 @@ class ContrastiveCropTransform(nn.Module):
         number = int(sample_id)
         expect(-(2**63) <= number < 2**63, "ContrastiveCropTransform", "sample_id", "an int of 64 bits", sample_id)
         ids = torch.tensor([number], device="cpu")
-        boxes = None if self.boxes is None else self.boxes.lookup(ids)
+        boxes = self.boxes.lookup(ids) if isinstance(self.boxes, BoxBank) else self.boxes
         views = self.crop(_to_tensor(image)[None], ids, boxes, int(self.epoch))
         return tuple(view[0] for view in views)
 

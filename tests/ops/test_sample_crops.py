@@ -294,7 +294,7 @@ BOXES = torch.tensor([FULL] * 3)
         (ValueError, "image_size expected a positive int", {"image_size": (32,)}),
         (ValueError, "image_size expected a positive int", {"image_size": (32.0, 32.0)}),
         (ValueError, "image_size expected a positive int, two", {"image_size": (True, True)}),
-        (ValueError, r"image_size expected .* or an integer tensor \(N, 2\), got 32", {"image_size": "32"}),
+        (ValueError, r"image_size expected .* or an integer tensor \(N, 2\), got str '32'", {"image_size": "32"}),
         (ValueError, r"scale expected high of at least 2\^-24, got tuple", {"scale": (1e-8, 2e-8)}),
         (ValueError, r"image_size expected \(3, 2\) on cpu, got int64 \(2, 2\)", {"image_size": IDS.new_ones(2, 2)}),
         (TypeError, "image_size expected an int64 or int32 tensor", {"image_size": torch.ones(3, 2)}),

@@ -211,7 +211,7 @@ def test_bad_boxes_do_not_reach_the_workers(box: tuple[float, ...]) -> None:
 
 
 def test_bad_options() -> None:
-    with pytest.raises(TypeError, match="ContrastiveCropTransform: boxes expected a BoxBank or None, got float32"):
+    with pytest.raises(TypeError, match="Transform: boxes expected a BoxBank, four numbers or None, got float32"):
         ContrastiveCropTransform(8, boxes=torch.zeros(3, 4))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"Transform: boxes expected a BoxBank on the CPU, got .* on meta"):
         ContrastiveCropTransform(8, boxes=BoxBank(3).to("meta"))
@@ -235,3 +235,17 @@ def test_takes_the_index_of_a_subset_of_a_tensor_under_any_default_device() -> N
     assert all(map(torch.equal, transform(images[4], 4), expected))
     with pytest.raises(TypeError, match=r"sample_id expected an int64 or int32 tensor \(\), got float32 \(\) on cpu"):
         transform(images[4], torch.tensor(4.0))
+
+
+def test_one_box_for_all_images() -> None:
+    """SimCCrop in the workers of a DataLoader."""
+    images = images_of(4)
+    transform = ContrastiveCropTransform(20, boxes=SIMC_BOX, **OPTIONS)
+    transform.set_epoch(3)
+    expected = ContrastiveCrop(20, **OPTIONS)(images, torch.arange(4), SIMC_BOX, epoch=3)
+    for i, image in enumerate(images):
+        for view, batch in zip(pickle.loads(pickle.dumps(transform))(image, i), expected, strict=True):
+            torch.testing.assert_close(view, batch[i], rtol=0, atol=1e-5)
+    message = "^ContrastiveCropTransform: boxes expected 0 <= h0 <= h1 <= 1 and .*, got .0.5, 0.0, 0.25, 1.0.$"
+    with pytest.raises(ValueError, match=message):
+        ContrastiveCropTransform(20, boxes=(0.5, 0, 0.25, 1))
