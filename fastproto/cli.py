@@ -350,20 +350,19 @@ def views(arguments: Sequence[str]) -> int:
 
 def views_of_run(folder: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """How a run finds boxes and makes views, as options of ``preview`` beside those that are given."""
-    from fastproto.train.run import load_run
+    from fastproto.train.build import view_options
+    from fastproto.train.run import load_trained
     from fastproto.views.command import Locator
 
-    run = load_run(folder)
-    made = run.views
-    options = {name: getattr(made, name) for name in ("size", "scale", "ratio", "alpha", "augment", "jitter", "seed")}
-    chosen, count = run.config.views, given.get("views", made.views)
+    run = load_trained(folder)  # its data may be gone
+    options = view_options(run.config, run.size[0])
+    chosen, count = run.config.views, given.get("views", 2)
     # Without colours there is neither; of other views than the run's two, each second one is like the first.
     for name in ("blur", "solarize") if given.get("augment") != "none" else ():
         p = getattr(chosen, name)
         options[name] = (tuple(p) * count)[:count] if isinstance(p, Sequence) else p
-    height, width = run.dataset.train_images.shape[2:]
-    encode, threshold = run.method.encoder.feature_map, chosen.box_threshold
-    return options | {"locate": Locator(encode, (height, width), run.dataset.mean, run.dataset.std, threshold)}
+    locate = Locator(run.encoder.feature_map, run.size, run.mean, run.std, chosen.box_threshold)
+    return options | {"locate": locate}
 
 
 def info(arguments: Sequence[str]) -> int:

@@ -64,20 +64,27 @@ def default_workers(devices: int) -> int:
 
 def build_views(config: Config, dataset: data.Dataset) -> ContrastiveCrop:
     """What makes the two views of every image."""
-    views = config.views
     return ContrastiveCrop(
-        views.size or dataset.train_images.shape[2],
-        scale=views.scale,
-        ratio=views.ratio,
-        alpha=1.0 if config.crop == "random" else views.alpha,
-        augment=views.augment,
-        jitter=views.jitter,
-        blur=views.blur,
-        solarize=views.solarize,
+        **view_options(config, dataset.train_images.shape[2]),
+        blur=config.views.blur,
+        solarize=config.views.solarize,
         mean=dataset.mean,
         std=dataset.std,
-        seed=config.seed,
     )
+
+
+def view_options(config: Config, side: int) -> dict[str, Any]:
+    """How they are made of images of that side, but for what only one of them may have."""
+    views = config.views
+    return {
+        "size": views.size or side,
+        "scale": views.scale,
+        "ratio": views.ratio,
+        "alpha": 1.0 if config.crop == "random" else views.alpha,
+        "augment": views.augment,
+        "jitter": views.jitter,
+        "seed": config.seed,
+    }
 
 
 def build_state(config: Config, dataset: data.Dataset, device: torch.device) -> State:

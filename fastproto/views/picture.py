@@ -6,6 +6,7 @@ of its crop, then maps of the centres of many crops for several alpha.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -91,7 +92,10 @@ def draw(file: BinaryIO, kind: str, rows: Sequence[Row], alpha: float) -> None:
             x = maps_at + column * (MAP[0] + GAP)
             text_at(x, top - 0.05, f"α = {other:g}")
             _draw_map(axes_at(x, top, MAP), row, centres)
-    figure.savefig(file, format=kind)
+    with warnings.catch_warnings():
+        # Of names in other scripts than the font has: boxes stand for their letters.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        figure.savefig(file, format=kind)
 
 
 def _draw_crops(axes: Axes, row: Row) -> None:

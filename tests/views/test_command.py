@@ -63,7 +63,7 @@ def test_images_of_any_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     paths.append(tmp_path / "deep.png")
     Image.fromarray(np.arange(4800, dtype=np.uint16).reshape(60, 80) * 13).save(paths[-1])
     colour.close()
-    for name, height, width in (("dot.png", 1, 1), ("strip.png", 1, 4000), ("tall.png", 4000, 1)):
+    for name, height, width in (("点.png", 1, 1), ("strip.png", 1, 4000), ("tall.png", 4000, 1)):
         paths.append(photograph(tmp_path / name, height, width))
     out = tmp_path / "out.png"
     assert views(*paths, "--out", out, "--size", 32) == 0
@@ -158,7 +158,8 @@ def test_boxes_are_found_as_the_trainer_finds_them(tmp_path: Path, drawn: list[R
     run = load_run(tmp_path / "run")
     boxes = loop.find_boxes(run.config, run.method, run.dataset, torch.device("cpu"))
     assert len({tuple(box) for box in boxes[:4].tolist()}) > 1
-    paths = [images / "dark" / f"{number}.png" for number in range(4)]
+    images.rename(tmp_path / "moved")  # the run's data are not needed
+    paths = [tmp_path / "moved" / "dark" / f"{number}.png" for number in range(4)]
     assert views(*paths, "--out", tmp_path / "out.png", "--run", tmp_path / "run", "--size", 10) == 0
     for row, box in zip(drawn, boxes.tolist(), strict=False):
         assert list(row.box) == box
