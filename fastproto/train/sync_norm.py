@@ -25,17 +25,19 @@ class SumBatchNorm(_BatchNorm):
         world = rank_and_world()[1]
         if world == 1 or not self.training:
             return super().forward(input)
+        # Autocast hands over half precision: too coarse for sums, and not what the running statistics are of.
+        wide = input.to(torch.promote_types(input.dtype, torch.float32))
         dims = [dim for dim in range(input.ndim) if dim != 1]
         count = world * input.numel() // input.shape[1]
-        mean = _SumOverRanks.apply(input.sum(dims, keepdim=True)) / count
-        centred = input - mean
+        mean = _SumOverRanks.apply(wide.sum(dims, keepdim=True)) / count
+        centred = wide - mean
         variance = _SumOverRanks.apply(centred.square().sum(dims, keepdim=True)) / count
         self._follow(mean.detach().flatten(), variance.detach().flatten() * count / (count - 1))
         out = centred * (variance + self.eps).rsqrt()
-        if self.weight is None:
-            return out
-        columns = (1, -1, *(1 for _ in dims[1:]))
-        return out * self.weight.view(columns) + self.bias.view(columns)
+        if self.weight is not None:
+            columns = (1, -1, *(1 for _ in dims[1:]))
+            out = out * self.weight.view(columns) + self.bias.view(columns)
+        return out.to(input.dtype)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Takes any."""
@@ -51,15 +53,27 @@ class SumBatchNorm(_BatchNorm):
 
 
 def synchronise(module: Module, device: torch.device) -> Module:
-    """The module with every batch normalisation in it over all processes; on a CPU torch's own classes only."""
-    if device.type != "cpu":
-        from timm.layers import convert_sync_batchnorm
+    """The module with every batch normalisation in it over all processes; on a CPU torch's classes and timm's."""
+    from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 
+    if device.type != "cpu":
         return convert_sync_batchnorm(module)
     for norm in module.modules():
         if type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d):
             norm.__class__ = SumBatchNorm
+        elif type(norm) is BatchNormAct2d:
+            norm.__class__ = SumBatchNormAct  # type: ignore[assignment]
     return module
+
+
+class SumBatchNormAct(SumBatchNorm):
+    """timm's, which an activation follows."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(input)))
 
 
 class _SumOverRanks(torch.autograd.Function):
