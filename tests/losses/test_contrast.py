@@ -121,7 +121,7 @@ def test_a_learnt_temperature_takes_lightlys_steps(dtype: torch.dtype, bank: int
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
     gradients = [torch.autograd.grad(x, (out0, y.temperature)) for x, y in zip(losses, (ours, theirs), strict=True)]
     for a, b in zip(*gradients, strict=True):
-        # Half precision's products are of rounded weights (on AMX): their error is of the largest gradient, not of each.
+        # Products in half precision round the weights: their error is of the largest gradient, not of each.
         atol = 1e-6 if dtype == torch.float32 else 5e-3 * b.abs().max().item()
         torch.testing.assert_close(a, b, rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=atol)
 
