@@ -339,6 +339,8 @@ def parse(parser: ArgumentParser, arguments: Sequence[str], defaults: Path | Non
         message = re.sub(r"\s*\n\s*", " ", str(error)).replace("Parser key ", "").replace("a typing.Literal", "one of ")
         message = re.sub(r"a <class '(\w+)'>", r"\1", message).replace("Expected tuple", "Expected a list, [A, ...]")
         raise ValueError(f"{defaults}: {message}" if defaults else message) from error
+    except UnicodeDecodeError as error:  # it is a ValueError that names no file
+        raise ValueError(f"{defaults}: expected YAML in UTF-8, got another file: {error}") from error
 
 
 def resolve(parser: ArgumentParser, parsed: Namespace) -> Config:

@@ -233,6 +233,19 @@ def test_a_recipe_with_an_unknown_key_is_refused(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "run").exists()
 
 
+def test_a_file_that_is_not_utf_8_is_named(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes("# réglages\nmethod: simclr\n".encode("latin-1"))
+    out = ["--out", str(tmp_path / "run")]
+    assert cli.main(["train", str(latin), *out]) == 2
+    assert f"{latin}: expected YAML in UTF-8" in one_line(capsys)
+    assert cli.main(["train", recipe(tmp_path, images), "--class_list", str(latin), *out]) == 2
+    assert f"class_list expected text in UTF-8, got {latin}" in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
 def test_strict_refuses_an_image_that_does_not_decode(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -107,7 +107,11 @@ def _files_by_class(folder: Path, class_list: Path | None) -> dict[str, list[str
 
 def _read_class_list(file: Path) -> set[str]:
     expect(file.is_file(), "load", "class_list", "a file of class folders, one a line", f"{file}, which is not one")
-    classes = {line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()} - {""}
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"load: class_list expected text in UTF-8, got {file}: {error}") from error
+    classes = {line.strip() for line in lines} - {""}
     expect(bool(classes), "load", "class_list", "a file of class folders, one a line", f"{file}, which is empty")
     return classes
 
