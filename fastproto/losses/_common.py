@@ -65,9 +65,17 @@ def expect_temperature(
     expect(1e-8 <= size < math.inf, op, "temperature", f"{expected}, finite", temperature)
 
 
-def inverse_temperature(temperature: float | Tensor, keys: int) -> float | Tensor:
+def inverse(divisor: float | Tensor, *beside: Tensor) -> float | Tensor:
+    """1 / τ or 1 / φ. That of a tensor is at least float32, and float64 where rows or keys beside it are."""
+    if not isinstance(divisor, Tensor):
+        return 1 / float(divisor)
+    return (divisor.double() if any(x.dtype == torch.float64 for x in beside) else widen(divisor)).reciprocal()
+
+
+def inverse_temperature(temperature: float | Tensor, keys: int, *beside: Tensor) -> float | Tensor:
     """1 / τ as the scale of so many keys: one number for all, or of a tensor, whose value none waits for, of each."""
-    return (1 / widen(temperature)).expand(keys) if isinstance(temperature, Tensor) else 1 / float(temperature)
+    scale = inverse(temperature, *beside)
+    return scale.expand(keys) if isinstance(scale, Tensor) else scale
 
 
 def shown_temperature(temperature: float | Tensor) -> str:

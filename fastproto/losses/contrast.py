@@ -92,7 +92,7 @@ def nt_xent(
     rows, groups = index, key_groups
     if keys is not features:
         rows, groups = index[first : first + 2 * n], key_groups[first : first + 2 * n]
-    scale = inverse_temperature(temperature, len(keys))
+    scale = inverse_temperature(temperature, len(keys), keys)
     symmetric = keys is features and not isinstance(scale, Tensor)
     (loss,) = contrast_unchecked(
         features,
@@ -155,7 +155,7 @@ def info_nce(
     divisor = max(n, 1) if reduction == "mean" else None
     if queue is None:
         rows = torch.arange(n, device=query.device)
-        scale = inverse_temperature(temperature, n)
+        scale = inverse_temperature(temperature, n, query, key)
         (loss,) = contrast_unchecked(query, key.detach(), rows, scale, normalize=True, divisor=divisor)
     else:
         expect_tensor(queue, "info_nce", "queue", ("M", query.shape[1]), FLOATS, query.device)
@@ -171,7 +171,7 @@ def _against_queue(
     With a divisor, their sum by it; then the keys are constants.
     """
     n, device = query.shape[0], query.device
-    scale = inverse_temperature(temperature, n + queue.shape[0])
+    scale = inverse_temperature(temperature, n + queue.shape[0], query, key, queue)
     apart = key.dtype == queue.dtype and not isinstance(scale, Tensor)
     keys, more = (key.detach(), queue) if apart else (join_rows(key.detach(), queue), None)
     in_queue = (torch.arange(n + queue.shape[0], device=device) >= n).long()

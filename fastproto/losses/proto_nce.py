@@ -20,7 +20,7 @@ from fastproto._check import (
     is_integer,
     reads_data,
 )
-from fastproto.losses._common import expect_reduction, widen
+from fastproto.losses._common import expect_reduction, inverse, widen
 from fastproto.losses._gather import from_first_rank, gather_rows, rank_and_world, sum_over_ranks
 from fastproto.ops.contrast import Contrast, contrast_unchecked
 from fastproto.ops.contrast_sets import contrast_sets
@@ -118,8 +118,9 @@ def proto_nce(
         elif reduction == "mean":
             divisor = _divisor(targets, gather_distributed)
         if num_negatives is None:
+            scale = inverse(phi, features, keys)
             loss, *rest = contrast_unchecked(
-                features, keys, targets, _inverse(phi), b, normalize=normalize, divisor=divisor, stats=return_stats
+                features, keys, targets, scale, b, normalize=normalize, divisor=divisor, stats=return_stats
             )
         else:
             batch = gather_rows(targets) if gather_distributed else targets
@@ -195,26 +196,22 @@ def _contrast_of_sets(
     targets = torch.stack([one.long() for one in labels])
     targets = targets if ignore_index == -1 else torch.where(targets == ignore_index, -1, targets)
     divisor = _divisor(targets, gather_distributed) if reduction == "mean" else None
-    scale = _concatenated(concentrations, prototypes).reciprocal()
+    scale = _concatenated(concentrations, features, prototypes).reciprocal()
     has_bias = any(b is not None for b in biases)
-    bias = _concatenated([0.0 if b is None else b for b in biases], prototypes) if has_bias else None
+    bias = _concatenated([0.0 if b is None else b for b in biases], features, prototypes) if has_bias else None
     loss = contrast_sets(features, prototypes, targets, scale, bias, normalize=normalize, divisor=divisor)
     return (loss.sum(1) if reduction == "sum" else loss).mean(0)
 
 
-def _concatenated(values: Sequence[float | Tensor], prototypes: Sequence[Tensor]) -> Tensor:
-    """(ΣK,) from a number or (K,) for each set, in at least float32."""
-    parts = []
+def _concatenated(values: Sequence[float | Tensor], features: Tensor, prototypes: Sequence[Tensor]) -> Tensor:
+    """(ΣK,) from a number or (K,) for each set, in at least float32, in float64 where features or prototypes are."""
+    is_double = any(x.dtype == torch.float64 for x in (features, *prototypes))
+    dtype, parts = torch.float64 if is_double else torch.float32, []
     for value, keys in zip(values, prototypes, strict=True):
         if not isinstance(value, Tensor):
-            dtype = torch.promote_types(keys.dtype, torch.float32)
             value = torch.full((len(keys),), float(value), dtype=dtype, device=keys.device)
-        parts.append(widen(value))
+        parts.append(value.double() if is_double else widen(value))
     return torch.cat(parts)
-
-
-def _inverse(phi: float | Tensor) -> float | Tensor:
-    return widen(phi).reciprocal() if isinstance(phi, Tensor) else 1 / float(phi)
 
 
 def _sample_keys(
@@ -256,7 +253,7 @@ def _contrast_sample(
     position = torch.zeros(keys.shape[0], dtype=torch.int64, device=kept.device)
     position = position.scatter(0, kept, torch.arange(kept.shape[0], device=kept.device))
     kept_targets = torch.where(targets < 0, -1, position[targets.clamp(min=0)])
-    scale = _inverse(phi[kept] if isinstance(phi, Tensor) else phi)
+    scale = inverse(phi[kept] if isinstance(phi, Tensor) else phi, features, keys)
     bias = kept_bias if bias is None else bias[kept] + kept_bias
     out = contrast_unchecked(
         features, keys[kept], kept_targets, scale, bias, normalize=normalize, divisor=divisor, stats=stats

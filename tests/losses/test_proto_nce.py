@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -355,3 +356,15 @@ def test_a_trace_holds_no_number_of_rows() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = [mode.from_tensor(x) for x in (features, prototypes, all_count)]
         assert proto_nce(*fake).shape == ()
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+@pytest.mark.parametrize("as_number", [False, True])
+def test_float64_rows_keep_their_digits_beside_narrower_options(sets: int, as_number: bool) -> None:
+    """1 / φ is taken in float64 where rows are, whatever dtype φ and the prototypes have."""
+    torch.manual_seed(0)
+    x, y, t = torch.randn(9, 4).double(), torch.randn(5, 4), torch.randint(5, (9,))
+    phi = 0.07 if as_number else torch.rand(5) + 0.05
+    args = (y, t, phi) if sets == 1 else ([y] * 2, [t] * 2, [phi] * 2)
+    logits = F.normalize(x, dim=1) @ F.normalize(y.double(), dim=1).T / phi
+    torch.testing.assert_close(proto_nce(x, *args), F.cross_entropy(logits, t), rtol=1e-13, atol=0)
