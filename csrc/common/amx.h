@@ -24,12 +24,8 @@ namespace FASTPROTO_ISA {
 
 #if FASTPROTO_AMX && defined(__AVX512F__)
 
-// v rounded to bfloat16's 8 bits, ties away from 0: the first of its pieces. The next are those of what is left.
-inline Vec leading_bits(Vec v) {
-  return (Vec)(((IntVec)v + 0x8000) & ~0xffff);
-}
-
-// A word of two numbers for every lane, of each piece: those of `low`, then those of `high`.
+// A word of two numbers for every lane, of each piece: those of `low`, then those of `high`. A piece is the leading bits of
+// what those before it have left.
 template <int PIECES> inline void store_pieces(Vec low, Vec high, float* out, int64_t piece_stride) {
   for (int p = 0; p < PIECES; ++p) {
     const bool last = p + 1 == PIECES;

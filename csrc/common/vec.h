@@ -97,6 +97,9 @@ inline Vec exp(Vec x) {
   return x < splat(-87.33f) ? Vec{} : p * (Vec)power;
 }
 
+// v rounded to bfloat16's 8 bits, ties away from 0.
+inline Vec leading_bits(Vec v) { return (Vec)(((IntVec)v + 0x8000) & ~0xffff); }
+
 // Two vectors of floats as one of bfloat16, first `low`, then `high`; ties to even.
 inline Vec narrow(Vec low, Vec high) {
 #if defined(__AVX512F__)

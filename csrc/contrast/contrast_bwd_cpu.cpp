@@ -175,7 +175,7 @@ void task(const Contrast& args, int64_t begin, int64_t end) {
       block.scale[i] = counted ? load_factor_x<Product::SCALE_SCORES>(args, first + i, row) : 0.f;
       if (!counted && i < block.count) std::fill(row, row + args.D, 0.f);
     }
-    product.pack_right(loaded, block.count, block.padded, args.D, across, along);
+    product.pack_block(loaded, block.count, block.padded, args.D, across, along);
     block.across = across;
     block.along = along;
     Product::for_tiles(keys, [&](auto M, int64_t j) {

@@ -175,7 +175,7 @@ void task(const Contrast& args, int64_t row_begin, int64_t row_end, int64_t key_
       const auto [low, high] = std::minmax_element(args.key_group + first, args.key_group + first + block.count);
       block.lowest_group = *low, block.highest_group = *high;
     }
-    product.pack_right(loaded, block.count, block.padded, args.D, across, along);
+    product.pack_block(loaded, block.count, block.padded, args.D, across, along);
     block.across = across;
     block.along = along;
     Product::for_tiles(rows, [&](auto M, int64_t i) {

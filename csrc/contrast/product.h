@@ -6,8 +6,7 @@
 
 #include <algorithm>
 
-#include "../common/amx.h"
-#include "../common/float_rows.h"
+#include "../common/factors.h"
 #include "../common/isa.h"
 #include "../common/pack.h"
 #include "../common/tile.h"
@@ -19,39 +18,28 @@ namespace FASTPROTO_ISA {
 
 constexpr int64_t MAX_BLOCK = 256 / NR * NR;  // right rows at a time
 
-// Number: bfloat16 stands two to a word, and its factors as they came: the scores are scaled instead.
-template <typename Number> struct VectorProduct {
-  static constexpr int ROWS = MR;             // of a tile
+// Factors in bfloat16 are multiplied as they came: the scores are scaled instead.
+template <typename Number> struct VectorProduct : VectorFactors<Number> {
+  typedef VectorFactors<Number> Factors;
   static constexpr int64_t BLOCK = MAX_BLOCK;
   static constexpr int64_t LD = BLOCK;        // of the scores
-  static constexpr bool SCALE_SCORES = sizeof(Number) == 2;
+  static constexpr bool SCALE_SCORES = Factors::ROUNDED;
 
-  // Words that a left row, the right block across and the right block along take.
-  static int64_t left_size(int64_t D) { return words_of<Number>(D); }
-  static int64_t across_size(int64_t D) { return BLOCK * words_of<Number>(D); }
+  // Words that the right block across and the right block along take.
+  static int64_t across_size(int64_t D) { return BLOCK * Factors::words(D); }
   static int64_t along_size(int64_t D) { return words_of<Number>(BLOCK) * round_up(D, NR); }
-  static constexpr int64_t SCORES_SIZE = ROWS * LD;
+  static constexpr int64_t SCORES_SIZE = Factors::ROWS * LD;
   static float* scores_in(float* buffer) { return buffer; }
 
-  // Calls run(M, first) for tiles of left rows.
-  template <typename Run> static void for_tiles(int64_t count, Run run) { FASTPROTO_ISA::for_tiles(count, run); }
-
-  // Packs rows of floats, which it may overwrite.
-  void pack_left(float* rows, int64_t count, int64_t D, float* left) const {
-    to_words<Number>(rows, count, D);
-    pack_tall(rows, count, words_of<Number>(D), left);
-  }
-  // `along` may be null.
-  void pack_right(float* rows, int64_t count, int64_t padded, int64_t D, float* across, float* along) const {
-    to_words<Number>(rows, count, D);
-    pack_across(rows, count, words_of<Number>(D), across);
+  // Packs rows of floats, which it may overwrite; `along` may be null.
+  static void pack_block(float* rows, int64_t count, int64_t padded, int64_t D, float* across, float* along) {
+    Factors::pack_right(rows, count, padded, D, across);
     if (along) pack_pairs_along<Number>(rows, count, D, padded, along);
   }
 
   template <int M> void scores(const float* left, const float* across, int64_t padded, int64_t D, float* scores) {
-    const int64_t depth = words_of<Number>(D);
     for (int64_t j = 0; j < padded; j += NR)
-      tile_product<M, 1, MR, Number>(left, across + j * depth, depth, scores + j, LD, nullptr);
+      this->template product<M>(left, across + j * Factors::words(D), padded, D, scores + j, LD);
   }
   // A row of scores has become one of weights: as the left factor takes it, times scale[j] where scores were scaled.
   void finish_weights(float* row, const float* scale, int64_t padded) const {
@@ -69,47 +57,31 @@ template <typename Number> struct VectorProduct {
 
 #if FASTPROTO_AMX && defined(__AVX512F__)
 
-// PIECES 1: bfloat16, as it came. PIECES 3: float32 in three pieces of bfloat16.
-template <int PIECES> struct AmxProduct {
-  static constexpr int ROWS = 2 * TILE_ROWS;
+template <int PIECES> struct AmxProduct : AmxFactors<PIECES> {
+  typedef AmxFactors<PIECES> Factors;
   // Of three pieces 128 keys: so 32 rows of weights, 24 KB, stay in the L1 while as much passes by of a panel.
   static constexpr int64_t BLOCK = PIECES == 3 ? 128 : MAX_BLOCK;
   // Weights take half a word for each piece, in place: scores of three pieces stand half a row further on, so that no weight
   // is written where a score has not been read.
   static constexpr int64_t AHEAD = PIECES == 3 ? BLOCK / 2 : 0;
   static constexpr int64_t LD = BLOCK + AHEAD;
-  static constexpr bool SCALE_SCORES = PIECES == 1;
+  static constexpr bool SCALE_SCORES = Factors::ROUNDED;
 
-  static int64_t words(int64_t D) { return round_up(D, NR) / 2; }
-  static int64_t left_size(int64_t D) { return PIECES * words(D); }
-  static int64_t across_size(int64_t D) { return PIECES * BLOCK * words(D); }
-  static int64_t along_size(int64_t D) { return PIECES * BLOCK * words(D); }
-  static constexpr int64_t SCORES_SIZE = ROWS * LD;
+  static int64_t across_size(int64_t D) { return PIECES * BLOCK * Factors::words(D); }
+  static int64_t along_size(int64_t D) { return PIECES * BLOCK * Factors::words(D); }
+  static constexpr int64_t SCORES_SIZE = Factors::ROWS * LD;
   static float* scores_in(float* buffer) { return buffer + AHEAD; }
 
-  template <typename Run> static void for_tiles(int64_t count, Run run) {
-    FASTPROTO_ISA::for_tiles<ROWS, true>(count, run);
-  }
-
-  void pack_left(const float* rows, int64_t count, int64_t D, float* left) const {
-    to_pieces<PIECES>(rows, count, D, words(D), left, left_size(D), PIECES * LANES, LANES);
-  }
-  void pack_right(const float* rows, int64_t count, int64_t padded, int64_t D, float* across, float* along) const {
-    thread_local Buffer buffer;
-    const int64_t size = count * words(D);
-    float* pieces = buffer.take(PIECES * size);
-    to_pieces<PIECES>(rows, count, D, words(D), pieces, words(D), LANES, size);
-    for (int p = 0; p < PIECES; ++p) {
-      pack_across(pieces + p * size, count, words(D), across + p * padded * words(D));
-      if (along)
-        pack_pairs_along<BFloat16>(pieces + p * size, count, 2 * words(D), padded, along + p * padded * words(D));
-    }
+  static void pack_block(const float* rows, int64_t count, int64_t padded, int64_t D, float* across, float* along) {
+    const int64_t words = Factors::words(D);
+    const float* pieces = Factors::pack_right(rows, count, padded, D, across);
+    for (int p = 0; along && p < PIECES; ++p)
+      pack_pairs_along<BFloat16>(pieces + p * count * words, count, 2 * words, padded, along + p * padded * words);
   }
 
   template <int M> void scores(const float* left, const float* across, int64_t padded, int64_t D, float* scores) {
-    const int64_t depth = words(D);
     for (int64_t j = 0; j < padded; j += NR)
-      amx_product<M, PIECES>(tiles_, left, left_size(D), across + j * depth, padded * depth, depth, scores + j, LD);
+      this->template product<M>(left, across + j * Factors::words(D), padded, D, scores + j, LD);
   }
   void finish_weights(float* row, const float* scale, int64_t padded) const {
     for (int64_t j = 0; j < padded; j += NR) {
@@ -123,7 +95,7 @@ template <int PIECES> struct AmxProduct {
     const int64_t width = round_up(D, NR), depth = padded / 2;
     alignas(64) float some[M * NR];
     for (int64_t d = 0; d < width; d += NR) {
-      amx_product<M, PIECES>(tiles_, weights - AHEAD, LD, along + d * depth, width * depth, depth, some, NR);
+      amx_product<M, PIECES>(this->tiles_, weights - AHEAD, LD, along + d * depth, width * depth, depth, some, NR);
       for (int m = 0; m < M; ++m)
         for (int v = 0; v < NR; v += LANES) {
           float* to = sums + m * width + d + v;
@@ -131,9 +103,6 @@ template <int PIECES> struct AmxProduct {
         }
     }
   }
-
- private:
-  Tiles tiles_;
 };
 
 #endif

@@ -273,11 +273,10 @@ template <int C, typename Out> void launch(const CropResize& args, cudaStream_t 
   const int64_t segments = (args.w + kColumns - 1) / kColumns, bands = (args.h + kBand - 1) / kBand;
   const int64_t units = args.R * segments * bands, blocks = (units + kThreads / kHalf - 1) / (kThreads / kHalf);
   if (units > UINT32_MAX - kThreads) throw std::invalid_argument("crop_resize: too many crops for one call");
-  const int64_t views = !args.index && args.R % args.images.count == 0 ? args.R / args.images.count : 1;
   const auto kernel = args.images.first.stride_w == 1 && !args.images.table ? crop_resize_kernel<C, true, Out>
                                                                             : crop_resize_kernel<C, false, Out>;
   kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
-      args, static_cast<unsigned>(units), static_cast<unsigned>(views), static_cast<unsigned>(segments),
+      args, static_cast<unsigned>(units), static_cast<unsigned>(args.views()), static_cast<unsigned>(segments),
       static_cast<unsigned>(bands));
 }
 

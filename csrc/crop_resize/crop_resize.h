@@ -52,6 +52,9 @@ struct CropResize {
   int64_t stride_r, stride_c, stride_h, stride_w;
 
   FASTPROTO_HD int64_t image_of(int64_t r) const { return index ? index[r] : r % images.count; }
+  // How many crops there are of each image, as far as one can tell. Kernels take them one after the other, so that an image
+  // is read once.
+  int64_t views() const { return !index && R % images.count == 0 ? R / images.count : 1; }
 };
 
 // Pixels first … first + count − 1 of a crop's side carry the weight of output position i.

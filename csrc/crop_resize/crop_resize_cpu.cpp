@@ -189,6 +189,7 @@ void expect_inside(const CropResize& args) {
 }  // namespace
 
 void crop_resize(const CropResize& args, int threads) {
+  if (args.R == 0) return;
   expect_inside(args);
   with_dtype(args.out_dtype, [&](auto zero) {
     using Out = decltype(zero);
@@ -196,7 +197,10 @@ void crop_resize(const CropResize& args, int threads) {
       throw std::invalid_argument("float64 is for the reference");
     } else {
       huge_pages(args.out, bytes<Out>(args));
-      parallel_for(args.R, threads, [&](int64_t r) { one_crop<Out>(args, r); });
+      const int64_t views = args.views();
+      parallel_for(args.R, threads, [&](int64_t order) {
+        one_crop<Out>(args, order % views * (args.R / views) + order / views);
+      });
     }
   });
 }

@@ -1,15 +1,18 @@
-// The nearest few of many vectors for every row: a screen in float32, and an exact look at what it cannot exclude.
+// The nearest few of many vectors for every row: a screen, and an exact look at what it cannot exclude.
 //
-// A task is a chunk of rows, in panels of NR along the lanes. It takes the vectors MR at a time, packs them and multiplies
+// A task is a chunk of rows, in panels of NR along the lanes. It takes the vectors a tile at a time, packs them and multiplies
 // them with all its panels: nothing of size K is held. With an origin o amid the vectors
 //   l2      s = <x − o, v − o> − |v − o|² / 2      (|x − o|² − ||x − v||²) / 2 but for rounding
 //   inner   s = <x, v − o>
 // is larger for a nearer vector, and a bound e on its error is known. A vector can be among the nearest if s + e reaches what
-// `count` vectors surely reach. Those that can are a row's candidates, of which there is room for half as many again as are
+// `count` vectors surely reach. Those that can are a row's candidates, of which there is room for twice as many as are
 // wanted; they are ranked by their distances in float64 at the end, or where rounding hides so many that the room is full.
+//
+// Where the CPU multiplies bfloat16 faster, the screen is in it first, as long as that excludes enough of the vectors.
 #include "search.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -17,10 +20,9 @@
 
 #include "../common/bits.h"
 #include "../common/distance.h"
+#include "../common/factors.h"
 #include "../common/float_rows.h"
-#include "../common/pack.h"
 #include "../common/parallel.h"
-#include "../common/tile.h"
 #include "../common/vec.h"
 
 namespace fastproto {
@@ -28,7 +30,7 @@ namespace FASTPROTO_ISA {
 namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr int64_t ROWS = 512;         // of a chunk: to pack a tile takes 0.25 µs where its products take 16 · 0.43
+constexpr int64_t ROWS = 1024;        // of a chunk: to pack a tile on AMX takes 0.6 µs where its products take 32 · 0.13
 constexpr int64_t BYTES = 32 << 20;   // of a chunk that is more than a panel: many neighbours for fewer rows at a time
 constexpr float TOO_LONG = 1e15f;     // products of longer rows might leave float32
 
@@ -36,6 +38,9 @@ constexpr float TOO_LONG = 1e15f;     // products of longer rows might leave flo
 // roundings each, without multiply-adds), rounding x − o and v − o adds 2 u |x| |v|, rounding |v|² / 2 and the score
 // 2 u (|x| |v| + |v|² / 2). To tell distances that float32 makes equal from farther ones takes 2^-24 ||x − v||² ≤
 // 2 u (|x|² + |v|²), or 2 u |<x, v>|. Twice the rounding leaves room for that of the bound itself.
+//
+// Rows and vectors that are rounded to bfloat16, x' and v', add by Cauchy and Schwarz |x − o − x'| |v| + |x'| |v − o − v'|,
+// where the residuals are measured: some 0.0016 of a length.
 constexpr float UNIT = 0x1p-24f;
 constexpr float LEAST = 1e-36f;  // below normal numbers there is no relative error
 
@@ -49,6 +54,24 @@ struct Origin {
         length(static_cast<float>(std::sqrt(-exact_gap(at.data(), at.data(), args.D, true)))) {}
 };
 
+// |v − v'| of a vector rounded to bfloat16, or a little more. Of numbers below 1e-17 the squares vanish, of denormal ones
+// products do: each is off by 2^-8 of itself or 2^-126.
+inline float residual(const float* v, int64_t D, float length) {
+  Vec squares{};
+  float rest = 0;
+  int64_t d = 0;
+  for (; d + LANES <= D; d += LANES) {
+    const Vec off = load(v + d) - leading_bits(load(v + d));
+    squares += off * off;
+  }
+  for (; d < D; ++d) {
+    const float off = v[d] - to_float(from_float<BFloat16>(v[d]));
+    rest += off * off;
+  }
+  const float root = std::sqrt(static_cast<float>(D)), slack = 1 + (D / LANES + 2 * LANES) * UNIT;
+  return std::min(std::sqrt(sum(squares) + rest) * slack + root * 1e-18f, length * 0x1.01p-8f + root * 0x1p-126f);
+}
+
 inline void subtract(const float* row, const float* shift, int64_t D, float* out) {
   int64_t d = 0;
   for (; d + LANES <= D; d += LANES) store(out + d, load(row + d) - load(shift + d));
@@ -58,28 +81,32 @@ inline void subtract(const float* row, const float* shift, int64_t D, float* out
 // A chunk of rows and their candidates.
 struct Chunk {
   int64_t begin, count, panels, room;
-  Buffer shifted, packed;           // (rows, D); (panels, D, NR)
+  int64_t ranked;                   // how often rounding hid too many
+  Buffer shifted, packed;           // (rows, D); (panels, words, NR)
   std::vector<float> certain;       // (rows,) the score that `count` vectors surely reach; ∞ for the padding
   std::vector<float> length, doubt; // (rows,) |x − o|, and what the row itself adds to the error
+  std::vector<float> residual;      // (rows,) of the rounded rows
   std::vector<double> base;         // (rows,) |x − o|² or −<x, o>: a score is this less the gap, or half of that
   std::vector<int64_t> held;        // (rows,) candidates
   std::vector<float> low, hope;     // (rows, room) bounds of their scores
   std::vector<int64_t> label;       // (rows, room)
 };
 
-int64_t room_of(const Search& args) { return round_up(std::min(args.K, args.count + args.count / 2 + 64), LANES); }
+int64_t room_of(const Search& args) { return round_up(std::min(args.K, 2 * args.count + 64), LANES); }
 int64_t row_bytes(const Search& args) {
   return 2 * args.D * sizeof(float) + room_of(args) * (2 * sizeof(float) + sizeof(int64_t));
 }
 
-void load_chunk(const Search& args, const Origin& origin, Chunk& chunk) {
+template <typename Factors> void load_chunk(const Search& args, const Origin& origin, Chunk& chunk) {
   const int64_t D = args.D, size = chunk.panels * NR;
   float* shifted = chunk.shifted.take(size * D);
   chunk.certain.assign(size, INF);
   chunk.length.assign(size, 0.f);
   chunk.doubt.assign(size, 0.f);
+  chunk.residual.assign(size, 0.f);
   chunk.base.assign(size, 0.);
   chunk.held.assign(size, 0);
+  chunk.ranked = 0;
   chunk.low.resize(chunk.count * chunk.room);
   chunk.hope.resize(chunk.count * chunk.room);
   chunk.label.resize(chunk.count * chunk.room);
@@ -92,9 +119,12 @@ void load_chunk(const Search& args, const Origin& origin, Chunk& chunk) {
     chunk.certain[i] = -INF;
     // Where no score can be believed the error is infinite, and every vector is a candidate.
     chunk.doubt[i] = chunk.length[i] <= TOO_LONG ? LEAST + (args.inner ? 0.f : 2 * UNIT * static_cast<float>(square)) : INF;
+    if (!Factors::ROUNDED) continue;
+    chunk.residual[i] = residual(shifted + i * D, D, chunk.length[i]);
+    chunk.doubt[i] += D * 0x1p-125f;  // denormal products are 0
   }
   std::fill(shifted + chunk.count * D, shifted + size * D, 0.f);
-  pack_across(shifted, size, D, chunk.packed.take(size * D));
+  Factors::pack_right(shifted, size, size, D, chunk.packed.take(size * Factors::words(D)));
 }
 
 struct Found {
@@ -154,6 +184,7 @@ void make_room(const Search& args, Chunk& chunk, int64_t i) {
   chunk.held[i] = kept;
   if (4 * kept <= 3 * chunk.room) return;
   // Rounding hides too many of them.
+  ++chunk.ranked;
   const std::vector<Found>& found = rank(args, chunk, i);
   float least = INF;
   for (int64_t c = 0; c < args.count; ++c) {
@@ -168,38 +199,41 @@ void make_room(const Search& args, Chunk& chunk, int64_t i) {
   certain = std::max(certain, least);
 }
 
-// MR vectors or, of the last tile, fewer.
-struct Tile {
-  int64_t label;               // of the first
+// Vectors that are multiplied together; the last tile has fewer.
+template <typename Factors> struct Tile {
+  int64_t label;                // of the first
   int count;
-  Buffer shifted, words;       // (MR, D); (D, MR)
-  float bias[MR];              // of the padding ∞
-  float by_length, by_itself;  // what they add to the error, as a share of |x| and by themselves
+  Buffer shifted, words;        // (ROWS, D), and packed
+  float bias[Factors::ROWS];    // of the padding ∞
+  float by_length, by_residual, by_itself;  // what they add to the error: for every |x|, for every |x − x'|, by themselves
 };
 
-void load_tile(const Search& args, const Origin& origin, int64_t label, Tile& tile) {
+template <typename Factors> void load_tile(const Search& args, const Origin& origin, int64_t label, Tile<Factors>& tile) {
+  constexpr int ROWS = Factors::ROWS;
   const int64_t D = args.D;
   const float* at = origin.at.data();
   // The next tile's vectors, to arrive while this one is multiplied.
-  const int64_t next = (label + MR) * D, end = std::min(next + MR * D, args.K * D);
+  const int64_t next = (label + ROWS) * D, end = std::min(next + ROWS * D, args.K * D);
   for (int64_t n = next; n < end; n += 16) __builtin_prefetch(args.vectors + n);
   tile.label = label;
-  tile.count = static_cast<int>(std::min<int64_t>(MR, args.K - label));
-  float* shifted = tile.shifted.take(MR * D);
+  tile.count = static_cast<int>(std::min<int64_t>(ROWS, args.K - label));
+  float *shifted = tile.shifted.take(ROWS * D), rest = 0;
   double longest = 0;
-  for (int m = 0; m < MR; ++m) {
-    tile.bias[m] = INF;
-    if (m >= tile.count) continue;
+  for (int m = 0; m < tile.count; ++m) {
     const float* vector = args.vectors + (label + m) * D;
     subtract(vector, at, D, shifted + m * D);
     const double square = exact_gap(vector, at, D, false);
     tile.bias[m] = args.inner ? 0.f : static_cast<float>(square / 2);
     longest = std::max(longest, square);
+    if (Factors::ROUNDED) rest = std::max(rest, residual(shifted + m * D, D, static_cast<float>(std::sqrt(square))));
   }
-  pack_tall(shifted, tile.count, D, tile.words.take(MR * D));
+  std::fill(tile.bias + tile.count, tile.bias + ROWS, INF);
+  std::fill(shifted + tile.count * D, shifted + ROWS * D, 0.f);
+  Factors::pack_left(shifted, ROWS, D, tile.words.take(ROWS * Factors::left_size(D)));
   const float length = static_cast<float>(std::sqrt(longest));
-  const float by_length = 2 * UNIT * ((D + 5) * length + (args.inner ? length + origin.length : 0.f));
+  const float by_length = 2 * UNIT * ((D + 5) * length + (args.inner ? length + origin.length : 0.f)) + rest * 0x1.02p0f;
   tile.by_length = length <= TOO_LONG ? std::max(by_length, std::numeric_limits<float>::min()) : INF;  // not 0 of denormals
+  tile.by_residual = length * 0x1.000002p0f;
   tile.by_itself = args.inner ? 0.f : 4 * UNIT * length * length;
 }
 
@@ -221,40 +255,70 @@ __attribute__((noinline)) void keep(const Search& args, Chunk& chunk, int64_t fi
 }
 
 // The scores of a tile for one panel of rows; vectors that can be among the nearest become candidates.
-void screen(const Search& args, const Tile& tile, Chunk& chunk, int64_t panel) {
-  alignas(64) float products[MR * NR];
-  tile_product<MR, 1, MR>(tile.words.data(), chunk.packed.data() + panel * args.D * NR, args.D, products, NR, nullptr);
+template <typename Factors>
+void screen(const Search& args, Factors& factors, const Tile<Factors>& tile, Chunk& chunk, int64_t panel) {
+  constexpr int ROWS = Factors::ROWS;
+  alignas(64) float products[ROWS * NR];
+  const int64_t D = args.D;
+  const float* rows = chunk.packed.data() + panel * Factors::words(D) * NR;
+  factors.template product<ROWS>(tile.words.data(), rows, chunk.panels * NR, D, products, NR);
   for (int v = 0; v < NV; ++v) {
     const int64_t first = panel * NR + v * LANES;
     const auto score = [&](int m) { return load(products + m * NR + v * LANES) - tile.bias[m]; };
-    const Vec error = load(chunk.length.data() + first) * tile.by_length + (load(chunk.doubt.data() + first) + tile.by_itself);
+    Vec error = load(chunk.length.data() + first) * tile.by_length + (load(chunk.doubt.data() + first) + tile.by_itself);
+    if (Factors::ROUNDED) error += load(chunk.residual.data() + first) * tile.by_residual;
     const Vec least = load(chunk.certain.data() + first) - error;
     Vec best = score(0);
-#pragma GCC unroll 14
-    for (int m = 1; m < MR; ++m) best = larger(best, score(m));
+#pragma GCC unroll 32
+    for (int m = 1; m < ROWS; ++m) best = larger(best, score(m));
     if (!bits(~(best < least))) continue;
-    const unsigned rows = chunk.count - first >= LANES ? ~0u : (1u << std::max<int64_t>(0, chunk.count - first)) - 1;
+    const unsigned held = chunk.count - first >= LANES ? ~0u : (1u << std::max<int64_t>(0, chunk.count - first)) - 1;
     for (int m = 0; m < tile.count; ++m) {
-      const unsigned open = bits(~(score(m) < least)) & rows;
+      const unsigned open = bits(~(score(m) < least)) & held;
       if (open) keep(args, chunk, first, open, score(m), error, tile.label + m);
     }
   }
 }
 
-void task(const Search& args, const Origin& origin, int64_t begin, int64_t end) {
-  // By a pointer: the address of a thread's own variable would be asked for again and again.
+// All vectors beside the rows of a chunk. Of rounded ones it gives up once a quarter of the time that float32 would take has
+// gone into what rounding hides: a candidate's exact distance takes as long as some 64 products.
+template <typename Factors> bool find_candidates(const Search& args, const Origin& origin, Chunk& chunk) {
+  thread_local const std::unique_ptr<Tile<Factors>> owned = std::make_unique<Tile<Factors>>();
+  Tile<Factors>& tile = *owned;  // the address of a thread's own variable would be asked for again and again
+  Factors factors;
+  load_chunk<Factors>(args, origin, chunk);
+  for (int64_t label = 0; label < args.K; label += Factors::ROWS) {
+    load_tile<Factors>(args, origin, label, tile);
+    for (int64_t panel = 0; panel < chunk.panels; ++panel) screen(args, factors, tile, chunk, panel);
+    if (Factors::ROUNDED && 256 * chunk.ranked * chunk.room > chunk.count * args.K) return false;
+  }
+  return true;
+}
+
+constexpr int64_t ROUNDED_D = 32;  // fewer products are no longer most of the time
+
+// In bfloat16, if this CPU is faster in it; false where it is not, or where that excludes too few.
+bool find_rounded([[maybe_unused]] const Search& args, [[maybe_unused]] const Origin& origin, [[maybe_unused]] Chunk& chunk) {
+  if (args.D < ROUNDED_D) return false;
+#if FASTPROTO_AMX && defined(__AVX512F__)
+  if (has_amx()) return find_candidates<AmxFactors<1>>(args, origin, chunk);
+#endif
+#if defined(__AVX512F__)
+  if (has_bf16()) return find_candidates<VectorFactors<BFloat16>>(args, origin, chunk);
+#endif
+  return false;
+}
+
+void task(const Search& args, const Origin& origin, std::atomic<bool>& rounded, int64_t begin, int64_t end) {
   thread_local std::unique_ptr<Chunk> owned;
-  thread_local const std::unique_ptr<Tile> owned_tile = std::make_unique<Tile>();
   if (!owned) owned = std::make_unique<Chunk>();
   Chunk& chunk = *owned;
-  Tile& tile = *owned_tile;
   chunk.begin = begin, chunk.count = end - begin;
   chunk.panels = (chunk.count + NR - 1) / NR;
   chunk.room = room_of(args);
-  load_chunk(args, origin, chunk);
-  for (int64_t label = 0; label < args.K; label += MR) {
-    load_tile(args, origin, label, tile);
-    for (int64_t panel = 0; panel < chunk.panels; ++panel) screen(args, tile, chunk, panel);
+  if (!rounded || !find_rounded(args, origin, chunk)) {
+    rounded = false;  // nor for the chunks to come
+    find_candidates<VectorFactors<float>>(args, origin, chunk);
   }
   for (int64_t i = 0; i < chunk.count; ++i) {
     if (chunk.held[i] > args.count) make_room(args, chunk, i);
@@ -276,8 +340,9 @@ void search(const Search& args, int threads) {
   const int64_t most = std::max<int64_t>(NR, std::min(ROWS, BYTES / row_bytes(args))) * threads;
   const int64_t rounds = (args.N + most - 1) / most;
   const int64_t rows = round_up((args.N + rounds * threads - 1) / (rounds * threads), NR);
+  std::atomic<bool> rounded{true};
   parallel_for((args.N + rows - 1) / rows, threads, [&](int64_t t) {
-    task(args, origin, t * rows, std::min(args.N, (t + 1) * rows));
+    task(args, origin, rounded, t * rows, std::min(args.N, (t + 1) * rows));
   });
 }
 

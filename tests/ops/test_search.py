@@ -66,10 +66,10 @@ def test_hard_data(kind: str, metric: str) -> None:
     check(x, vectors, (2, 20), metric)
 
 
-def close_together(count: int, d: int, centers: int, offset: float, size: float) -> Tensor:
+def close_together(count: int, d: int, centers: int, offset: float, size: float, unit: float = 2.0**-22) -> Tensor:
     """Vectors that differ from a few by some units in their last places, so that products cannot tell them apart."""
     few = torch.randn(centers, d)[torch.randint(centers, (count,))]
-    return ((few + offset) * (1 + torch.randint(-2, 3, (count, d)) * 2.0**-22)).float() * size
+    return ((few + offset) * (1 + torch.randint(-2, 3, (count, d)) * unit)).float() * size
 
 
 @pytest.mark.parametrize("metric", ["l2", "ip"])
@@ -85,6 +85,43 @@ def test_what_products_cannot_tell_apart(offset: float, size: float, metric: str
     check(torch.randn(40, 257) * 1e-7 * size + vectors.median(0).values, vectors, 9, "l2")
 
 
+def behind_others(nearest: Tensor, others: Tensor) -> Tensor:
+    """The nearest, after the others as they grow, more than candidates have room for. Most are 0, and so their origin."""
+    used = others[0].nonzero()[:, 0]
+    growing = [others.index_fill(1, used[m:], 0) for m in range(len(used) + 1) for _ in range(3)]
+    return torch.cat([*growing, torch.zeros(100, 64), nearest, torch.zeros(1000, 64)])
+
+
+@pytest.mark.parametrize("size", [2.0**-70, 1.0, 2.0**46])
+def test_of_vectors_all_rounding_goes_one_way(size: float) -> None:
+    """As bfloat16 the nearest lose 0.244, 2^-8 of each number, which is their bound; the others are exact."""
+    x = torch.randn(4, 64).sign()
+    others = x * (1 + 2.0**-7 * (torch.arange(64) < 30))  # products of 64.234; the nearest have 64.244
+    check(x, behind_others(x * (1 + 0.977 * 2.0**-8), others) * size, 1, "ip")
+
+
+@pytest.mark.parametrize("size", [2.0**-70, 1.0, 2.0**46])
+def test_of_rows_all_rounding_goes_one_way(size: float) -> None:
+    """Rounded they lose 0.122 beside the nearest, nothing beside the others, where the bound is as large."""
+    signs, upper = torch.randn(4, 64).sign(), torch.arange(64) < 32
+    x = signs * (1 + 0.977 * 2.0**-8 * upper)
+    others = signs * ~upper * (1 + 2.0**-7 * (torch.arange(64) < 46))  # products of 32.109; the nearest have 32.122
+    check(x * size, behind_others(signs * upper, others), 1, "ip")
+
+
+def test_denormal_vectors_that_count_as_zeros() -> None:
+    signs = torch.randn(4, 64).sign()
+    others = signs * (torch.arange(64) < 40) * 2.0**-126
+    check(signs * 2.0**48, behind_others(signs * 2.0**-126 * 0.99, others), 1, "ip")
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("size", [1e-18, 1.0, 1e13])
+def test_what_bfloat16_cannot_tell_apart(size: float, metric: str) -> None:
+    vectors = close_together(3000, 64, 300, 0.0, 1.0, 2.0**-10)
+    check(torch.randn(40, 64) * size, vectors * size, (1, 5), metric)
+
+
 def test_of_products_that_float32_makes_equal_the_lowest_index_comes_first() -> None:
     """Taken from the origin amid the vectors their scores still differ."""
     x, vectors = torch.randn(40, 3), close_together(500, 3, 1, 300.0, 1.0)
@@ -96,7 +133,8 @@ def test_of_products_that_float32_makes_equal_the_lowest_index_comes_first() -> 
 def test_products_of_denormal_vectors_are_told_apart() -> None:
     vectors = (torch.randint(1, 30_000, (3000, 1)) * 2.0**-149).expand(-1, 2).float()
     x = (1 + torch.rand(40, 1)) * (1 + torch.randint(-8, 9, (40, 2)) * 2.0**-22) * torch.tensor([1.0, -1]) * 5e14
-    check(x.float(), vectors, 3, "ip")
+    for d in (2, 40):
+        check(x.float().repeat(1, d // 2), vectors[:, :1].expand(-1, d).contiguous(), 3, "ip")
 
 
 def test_of_distances_that_float32_cannot_hold_the_lowest_index_comes_first() -> None:
