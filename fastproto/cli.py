@@ -123,7 +123,8 @@ def train(arguments: Sequence[str]) -> int:
             code = SIGNALLED + stop.signal
             return fail("fastproto train", f"interrupted; {hint}", code) if first else code
         except BrokenImage as error:
-            return fail("fastproto train", error)
+            # Files are too many to decode them all before the run: this one was met on the way.
+            return fail("fastproto train", f"{error}; mend or remove it, then {hint}", FAILED)
         except FloatingPointError as error:
             return fail("fastproto train", f"{error}; try a smaller --optimizer.lr", FAILED)
         except BlockingIOError as error:
@@ -175,7 +176,7 @@ def prepare(arguments: Sequence[str]) -> Plan:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, by its own configuration")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     given = settings.parse(parser, arguments)
-    if given.out is None:
+    if not given.out:
         raise ValueError("--out is missing: the folder of the run")
     folder = Path(given.out)
     if given.recipe is not None:

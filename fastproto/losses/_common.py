@@ -53,14 +53,15 @@ def expect_temperature(
 
     Without a device it is a module's, whose tensor has to be a parameter, to go where the module goes.
     """
+    wanted = "a number or a parameter ()" if device is None else "a number or a tensor ()"
     if isinstance(temperature, Tensor):
         if device is None:
-            expect_type(temperature, nn.Parameter, op, "temperature", "a number or a parameter ()")
+            expect_type(temperature, nn.Parameter, op, "temperature", wanted)
         expect_tensor(temperature, op, "temperature", (), FLOATS, device)
         if not reads_data(temperature):
             return
         temperature = temperature.item()
-    expect_type(temperature, NUMBERS, op, "temperature", "a number or a tensor ()")
+    expect_type(temperature, NUMBERS, op, "temperature", wanted)
     size, expected = (abs(temperature), "a magnitude of at least 1e-8") if signed else (temperature, "at least 1e-8")
     expect(1e-8 <= size < math.inf, op, "temperature", f"{expected}, finite", temperature)
 

@@ -104,6 +104,7 @@ def build_state(config: Config, dataset: data.Dataset, device: torch.device) -> 
     prototypes = None
     if method.clusters:
         chosen = config.prototypes
+        expect(max(chosen.num) <= count, "config", "prototypes.num", f"at most the {count} training images", chosen.num)
         prototypes = PrototypeBank(
             count,
             method.cluster_dim,

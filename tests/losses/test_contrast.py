@@ -316,6 +316,7 @@ def test_compiles_as_one_graph(loss_fn: torch.nn.Module, extra: tuple[Tensor, ..
         (lambda x: NTXentLoss(0.0), ValueError, "NTXentLoss: temperature expected a magnitude"),
         (lambda x: InfoNCELoss(0.0), ValueError, "InfoNCELoss: temperature expected at least 1e-8"),
         (lambda x: InfoNCELoss(torch.tensor(0.5)), TypeError, "temperature expected a number or a parameter"),
+        (lambda x: InfoNCELoss("0.5"), TypeError, "temperature expected a number or a parameter"),
         (lambda x: NTXentLoss(memory_bank_size=-1), ValueError, r"expected 0, M or \(M, D\), got int -1"),
         (lambda x: NTXentLoss(memory_bank_size=1.5), TypeError, r"expected 0, M or \(M, D\), got float 1.5"),
         (lambda x: NTXentLoss(memory_bank_size=(4, 0)), ValueError, r"memory_bank_size expected 0, M or \(M, D\)"),

@@ -174,7 +174,7 @@ def test_more_than_there_are_images_is_refused(tiny_config: Config, made: Datase
         ),
         (
             {"prototypes": PrototypeConfig(num=(5, 41))},
-            r"PrototypeBank: num_prototypes expected 1 ... .* 40, got int 41",
+            r"config: prototypes.num expected at most the 40 training images, got tuple \(5, 41\)",
         ),
     ],
 )
