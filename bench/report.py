@@ -19,6 +19,8 @@ RUN_COLUMNS = {"minutes": "{:.1f}", "clustering_minutes": "{:.1f}", "loss_ms": "
 
 PARTS = ("draws cifar", "draws imagenet", "localize")  # of the views: the README shows the whole
 
+EPOCH = "an epoch of MoCo"  # what methods add to it, of try_overheads.py, stands in a sentence of its own
+
 LINE = ("suite", "work", "shape", "dtype")  # of one line of a table
 
 
@@ -44,7 +46,7 @@ def load() -> list[dict]:
 
 def whole(rows: list[dict]) -> list[dict]:
     """The rows without parts of what is there as a whole."""
-    return [row for row in rows if row["work"] not in PARTS]
+    return [row for row in rows if row["work"] not in (*PARTS, EPOCH)]
 
 
 def on_cpu(row: dict) -> bool:
@@ -100,6 +102,17 @@ def _short(value: float) -> str:
     return f"{value:.{max(0, 3 - len(str(int(value))))}f}"
 
 
+def overheads_markdown(rows: list[dict]) -> str:
+    """What prototypes and boxes add to an epoch of MoCo, on every device where it was measured."""
+    sentences = []
+    of_epoch = [row for row in rows if row["work"] == EPOCH]
+    for device, shape in dict.fromkeys((row["device"], row["shape"]) for row in of_epoch):
+        more = (row for row in of_epoch if (row["device"], row["shape"]) == (device, shape) and row["method"] != "moco")
+        parts = ", ".join(f"{row['method']} {row['ours_is_faster'] - 1:+.2%}" for row in more)
+        sentences.append(f"Beside {EPOCH} ({shape}, {device}): {parts}.")
+    return "\n\n".join(sentences)
+
+
 def runs_markdown() -> str:
     """One table for each data set on which the methods were trained: means and deviations over the seeds, by crop."""
     tables = []
@@ -146,7 +159,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     readme = parser.parse_args().readme
-    table = "\n\n".join(filter(None, [markdown(whole(load()) if readme else load()), runs_markdown()]))
+    rows = load()
+    parts = [markdown(whole(rows) if readme else rows), runs_markdown(), overheads_markdown(rows)]
+    table = "\n\n".join(filter(None, parts))
     if not readme:
         print(table)
         return

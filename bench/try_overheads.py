@@ -1,9 +1,9 @@
-"""What prototypes and boxes add to an epoch: PCL beside MoCo at several K, one search for boxes beside an epoch.
+"""What prototypes and boxes add to an epoch of MoCo: clustering and loss at several K, and the searches for boxes.
 
     python bench/try_overheads.py imagefolder:PATH --image_size 32 --limit 5120 --encoder.width 16
 
-trains one epoch of each with the prototypes' and the boxes' work in it, and prints their seconds and shares of it.
-Clustering includes the embedding of all training images.
+trains one epoch of each with the prototypes' and the boxes' work in it, and writes MoCo's epoch with what each adds to
+it, bench/results/MACHINE/overheads.json. Clustering includes the embedding of all training images.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from harness import Row, Suite, device_name
+
 from fastproto.train import loop
 from fastproto.train.build import load_data
 from fastproto.train.config import Config, PrototypeConfig, ViewConfig, config_parser, parse, resolve
 from fastproto.train.data import Dataset
 from fastproto.train.files import read_log
 
+WORK = "an epoch of MoCo"
 STEP = ("views", "forward", "loss", "backward")
 
 
@@ -34,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="as for fastproto train: digits, cifar10, imagefolder:PATH")
     parser.add_argument("--k", type=int, nargs="+", default=[250, 500, 1000], help="prototypes")
+    parser.add_argument("--methods", nargs="+", default=["pcl", "pauc", "spcl"], help="beside moco")
     options, rest = parser.parse_known_args()
     settings = config_parser()
     config = resolve(settings, parse(settings, ["--data", options.data, *rest]))
@@ -43,18 +47,28 @@ def main() -> None:
 
     moco = last_epoch(replace(config, method="moco"), dataset)
     epoch = sum(moco[name] for name in STEP)
-    print(f"moco, an epoch of {len(dataset.train_images)}: {epoch:.2f} s, of which loss {moco['loss']:.2f} s")
+    # Seconds an epoch, with more than MoCo's.
+    seconds = {"moco": epoch}
     boxes = last_epoch(replace(config, method="moco", crop="contrastive"), dataset)["clustering"]
     # CIFAR's schedule: boxes before epochs 100, 200, 300 and 400 of 500 (ContrastiveCrop, arXiv 2202.03278, section 4).
-    print(f"boxes of all images: {boxes:.2f} s; 4 times in 500 epochs {4 * boxes / (500 * epoch):.2%} of the run")
-    for k in options.k:
-        chosen = PrototypeConfig(num=(k,), warmup=1)
-        pcl = last_epoch(replace(config, method="pcl", prototypes=chosen), dataset)
-        more = pcl["clustering"] + pcl["loss"] - moco["loss"]
-        print(
-            f"pcl, K {k}: clustering {pcl['clustering']:.2f} s, loss {pcl['loss']:.2f} s, "
-            f"together {more / epoch:.1%} of moco's epoch more"
-        )
+    seconds["boxes 4 times in 500 epochs"] = epoch + 4 * boxes / 500
+    for method in options.methods:
+        for k in options.k:
+            chosen = PrototypeConfig(num=(k,), warmup=1)
+            of = last_epoch(replace(config, method=method, prototypes=chosen), dataset)
+            seconds[f"clustering and loss of {method}, K {k}"] = epoch - moco["loss"] + of["clustering"] + of["loss"]
+    suite = Suite("overheads")
+    encoder = f"{config.encoder.name} of width {config.encoder.width}"
+    shape = f"{len(dataset.train_images)} x 3 x {config.image_size}^2, {encoder}"
+    for name, value in seconds.items():
+        row = Row(
+            work=WORK, method=name, shape=shape, dtype=config.precision, device=device_name("cpu"),
+            median_ms=1e3 * value, spread_ms=0.0, rounds=1, ours_is_faster=value / epoch, floor_ms=0.0,
+            share_of_floor=0.0, peak_extra_mib=0.0,
+        )  # fmt: skip
+        suite.rows.append(row)
+        print(f"{name:<40}{value:8.2f} s   {value / epoch - 1:+.2%}")
+    suite.write()
 
 
 if __name__ == "__main__":

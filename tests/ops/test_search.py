@@ -86,7 +86,7 @@ def test_what_products_cannot_tell_apart(offset: float, size: float, metric: str
 
 
 def behind_others(nearest: Tensor, others: Tensor) -> Tensor:
-    """The nearest, after the others as they grow, more than candidates have room for. Most are 0, and so their origin."""
+    """The nearest after the others as they grow, more than candidates have room for. Most are 0, and so the origin."""
     used = others[0].nonzero()[:, 0]
     growing = [others.index_fill(1, used[m:], 0) for m in range(len(used) + 1) for _ in range(3)]
     return torch.cat([*growing, torch.zeros(100, 64), nearest, torch.zeros(1000, 64)])
