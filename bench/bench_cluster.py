@@ -27,9 +27,19 @@ def eager(x: Tensor, centers: Tensor) -> Tensor:
 
 def rows(kind: str, n: int, k: int) -> tuple[Tensor, Tensor]:
     """Rows and centres; clustered ones lie three standard deviations of their cluster apart."""
-    centers = torch.randn(k, D)
-    if kind == "gaussian":
-        return torch.randn(n, D), centers
+    x, centers = torch.randn(n, D), torch.randn(k, D)
+    match kind:
+        case "gaussian":
+            return x, centers
+        case "unit":
+            return normalize(x), normalize(centers)
+        case "offset":
+            return x + 100, centers + 100
+        case "heavy tails":
+            return x / torch.rand(n, 1), centers / torch.rand(k, 1)
+        case "near-duplicates":
+            centers = centers[: k // 64].repeat(64, 1) + 1e-4 * centers
+            return centers[torch.randint(k, (n,))] + 1e-4 * x, centers
     return centers[torch.randint(k, (n,))] + 0.33 * torch.randn(n, D), centers + 0.1 * torch.randn(k, D)
 
 
@@ -48,6 +58,16 @@ def test_assign(suite: Suite, benchmark, kind: str) -> None:
     work = Work(f"assign, {kind}", f"{n} x {D} to {k}", "float32", "cpu", bytes=4 * D * (n + k), flop=2 * n * k * D)
     suite.compare(work, methods, seconds=10)
     benchmark.pedantic(methods["fastproto"], rounds=3, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "clustered", "unit", "offset", "heavy tails", "near-duplicates"])
+def test_labels_are_those_of_float64(benchmark, kind: str) -> None:
+    """Of rows all over a large assignment; where two distances are one as float32, of the lower index."""
+    x, centers = rows(kind, 100_000, 4096)
+    labels = benchmark.pedantic(lambda: kmeans_assign(x, centers)[0], rounds=3, warmup_rounds=1)
+    wide = centers.double()
+    for row, label in zip(x[::101].double(), labels[::101], strict=True):
+        assert (row - wide).square().sum(1).float().argmin() == label
 
 
 @pytest.mark.parametrize("count", [5, 20, 200])

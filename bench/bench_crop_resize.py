@@ -1,4 +1,5 @@
-"""crop_resize: crops at random places, normalised, against torchvision's resized_crop one image at a time.
+"""crop_resize: crops at random places, normalised, against torchvision's resized_crop one image at a time, and kornia's
+of a batch, which does not antialias.
 
 Bytes that must move: the pixels of the crops read once (1 B each), the output written once.
 """
@@ -6,10 +7,11 @@ Bytes that must move: the pixels of the crops read once (1 B each), the output w
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from harness import Suite, Work
+from harness import Suite, Work, peer
 from torchvision.transforms.v2 import functional as tv
 
 import fastproto
@@ -32,6 +34,26 @@ def torchvision_per_image(images: torch.Tensor, crops: list[list[int]], size: in
         view = tv.resized_crop(images[r % len(images)], top, left, height, width, [size, size], antialias=True)
         out.append(tv.normalize(tv.to_dtype(view, dtype, scale=True), list(MEAN), list(STD)))
     return torch.stack(out)
+
+
+def kornia_batch(
+    images: torch.Tensor, crops: torch.Tensor, size: int, dtype: torch.dtype, layout: torch.memory_format
+) -> dict[str, Callable[[], object]]:
+    """Its crop_and_resize of all crops at once, where it is there; R / N crops of every image."""
+    crop_and_resize = peer("kornia.geometry.transform", "crop_and_resize")
+    if crop_and_resize is None:
+        return {}
+    top, left, height, width = crops.to(images.device, torch.float32).unbind(1)
+    low, high = (left, top), (left + width - 1, top + height - 1)
+    corners = [(low[0], low[1]), (high[0], low[1]), (high[0], high[1]), (low[0], high[1])]
+    boxes = torch.stack([torch.stack(corner, 1) for corner in corners], 1).to(dtype)
+    mean, std = (torch.tensor(of, dtype=dtype, device=images.device).view(3, 1, 1) for of in (MEAN, STD))
+
+    def theirs() -> torch.Tensor:
+        pixels = images.to(dtype).div_(255).repeat(len(crops) // len(images), 1, 1, 1)
+        return ((crop_and_resize(pixels, boxes, (size, size)) - mean) / std).contiguous(memory_format=layout)
+
+    return {"kornia": theirs}
 
 
 def work(name: str, images: torch.Tensor, crops: torch.Tensor, size: int, dtype: torch.dtype) -> Work:
@@ -59,6 +81,7 @@ def test_cpu(suite: Suite, benchmark, name: str, count: int, side: int, size: in
         "fastproto, out= reused": ours_reused,
         "torchvision per image": lambda: torchvision_per_image(images, listed, size, torch.float32),
         "fastproto reference": reference,
+        **kornia_batch(images, crops, size, torch.float32, torch.contiguous_format),
     }
     suite.compare(work(name, images, crops, size, torch.float32), methods)
     benchmark.pedantic(ours_reused, rounds=5, warmup_rounds=1)
@@ -78,6 +101,7 @@ def test_gpu(suite: Suite, benchmark) -> None:
     methods = {
         "fastproto": ours,
         "torchvision per image": lambda: torchvision_per_image(images, listed, 224, torch.float16),
+        **kornia_batch(images, on_gpu, 224, torch.float16, torch.channels_last),
     }
     suite.compare(work("two views", images, crops, 224, torch.float16), methods)
     benchmark.pedantic(ours, rounds=5, warmup_rounds=1)

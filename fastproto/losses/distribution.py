@@ -113,9 +113,10 @@ def alignment(
     expect_views(x0, x1, "alignment", ("x0", "x1"))
     expect_reduction(reduction, "alignment")
     expect_alpha(alpha, "alignment")
-    mask = _mask_of(x0, mask, "alignment")
+    expect_mask(mask, x0, "alignment")
     difference = unit(_masked(x0, mask)) - unit(_masked(x1, mask))
-    return reduce_rows(torch.linalg.vector_norm(difference, dim=1) ** alpha, reduction, mask.sum())
+    counted = None if mask is None else mask.sum()
+    return reduce_rows(torch.linalg.vector_norm(difference, dim=1) ** alpha, reduction, counted)
 
 
 def uniformity(x: Tensor, *, t: float = 2, mask: Tensor | None = None) -> Tensor:
@@ -147,8 +148,9 @@ def uniformity(x: Tensor, *, t: float = 2, mask: Tensor | None = None) -> Tensor
     """
     expect_tensor(x, "uniformity", "x", ("N", "D"))
     expect_t(t, "uniformity")
-    mask = _mask_of(x, mask, "uniformity")
-    return uniformity_unchecked(unit(_masked(x, mask)), mask, t)
+    expect_mask(mask, x, "uniformity")
+    counted = torch.ones(x.shape[0], dtype=torch.bool, device=x.device) if mask is None else mask
+    return uniformity_unchecked(unit(_masked(x, mask)), counted, t)
 
 
 def cross_correlation(x0: Tensor, x1: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -182,13 +184,14 @@ def cross_correlation(x0: Tensor, x1: Tensor, *, mask: Tensor | None = None) -> 
     Source: Barlow Twins, arXiv 2103.03230, Eq. 1.
     """
     expect_views(x0, x1, "cross_correlation", ("x0", "x1"))
-    mask = _mask_of(x0, mask, "cross_correlation")
-    count = mask.sum().clamp(min=1)
+    expect_mask(mask, x0, "cross_correlation")
     dtype = torch.promote_types(x0.dtype, x1.dtype)
-    z0, z1 = (_standardise(x.to(dtype), mask, count) for x in (x0, x1))
+    z0, z1 = (_standardise(x.to(dtype), mask) for x in (x0, x1))
     with torch.autocast(x0.device.type, enabled=False):
-        r_dd = z0.T @ z1 / count
+        r_dd = z0.T @ z1 / _count(x0, mask)
     loss = (1 - r_dd.diagonal()).square().sum() + OFF_DIAGONAL * _off_diagonal(r_dd).square().sum()
+    if mask is None:
+        return loss if x0.shape[0] > 1 else loss * 0
     return torch.where(mask.sum() > 1, loss, 0)
 
 
@@ -221,10 +224,10 @@ def covariance(x: Tensor, *, mask: Tensor | None = None) -> Tensor:
     Source: VICReg, arXiv 2105.04906, section 4.
     """
     expect_tensor(x, "covariance", "x", ("N", "D"))
-    mask = _mask_of(x, mask, "covariance")
-    centred = _centre(x, mask, mask.sum().clamp(min=1))
+    expect_mask(mask, x, "covariance")
+    centred = _centre(x, mask)
     with torch.autocast(x.device.type, enabled=False):
-        covariance_dd = centred.T @ centred / (mask.sum() - 1).clamp(min=1)
+        covariance_dd = centred.T @ centred / _count(x, mask, less=1)
     return _off_diagonal(covariance_dd).square().sum() / max(x.shape[1], 1)
 
 
@@ -243,22 +246,25 @@ def expect_kind(kind: str, op: str, argument: str = "kind") -> None:
     expect(kind in ("cross", "covariance"), op, argument, '"cross" or "covariance"', repr(kind))
 
 
-def _mask_of(x: Tensor, mask: Tensor | None, op: str) -> Tensor:
-    if mask is None:
-        return torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
-    expect_tensor(mask, op, "mask", (x.shape[0],), (torch.bool,), x.device)
-    return mask
+def expect_mask(mask: Tensor | None, x: Tensor, op: str) -> None:
+    if mask is not None:
+        expect_tensor(mask, op, "mask", (x.shape[0],), (torch.bool,), x.device)
 
 
-def _masked(x: Tensor, mask: Tensor) -> Tensor:
+def _count(x: Tensor, mask: Tensor | None, less: int = 0) -> Tensor | int:
+    """How many rows count, less so many; at least 1."""
+    return max(x.shape[0] - less, 1) if mask is None else (mask.sum() - less).clamp(min=1)
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     """Rows that do not count become 0, so that not even a NaN in them reaches the others."""
-    return torch.where(mask[:, None], x, 0)
+    return x if mask is None else torch.where(mask[:, None], x, 0)
 
 
-def _centre(x: Tensor, mask: Tensor, count: Tensor) -> Tensor:
+def _centre(x: Tensor, mask: Tensor | None) -> Tensor:
     """Rows that count minus their mean; the others are 0."""
     x = _masked(widen(x), mask)
-    return _masked(x - x.sum(0) / count, mask)
+    return _masked(x - x.sum(0) / _count(x, mask), mask)
 
 
 def _off_diagonal(square_dd: Tensor) -> Tensor:
@@ -267,9 +273,9 @@ def _off_diagonal(square_dd: Tensor) -> Tensor:
     return square_dd.flatten()[1:].view(max(size - 1, 0), size + 1)[:, :-1]
 
 
-def _standardise(x: Tensor, mask: Tensor, count: Tensor) -> Tensor:
-    centred = _centre(x, mask, count)
-    return centred / (centred.square().sum(0) / count + VARIANCE_EPS).sqrt()
+def _standardise(x: Tensor, mask: Tensor | None) -> Tensor:
+    centred = _centre(x, mask)
+    return centred / (centred.square().sum(0) / _count(x, mask) + VARIANCE_EPS).sqrt()
 
 
 class AlignmentLoss(nn.Module):
