@@ -110,7 +110,7 @@ def overheads_markdown(rows: list[dict]) -> str:
         more = (row for row in of_epoch if (row["device"], row["shape"]) == (device, shape) and row["method"] != "moco")
         parts = ", ".join(f"{row['method']} {row['ours_is_faster'] - 1:+.2%}" for row in more)
         sentences.append(f"Beside {EPOCH} ({shape}, {device}): {parts}.")
-    return "\n\n".join(sentences)
+    return " ".join(sentences)
 
 
 def runs_markdown() -> str:
@@ -160,8 +160,8 @@ def main() -> None:
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     readme = parser.parse_args().readme
     rows = load()
-    parts = [markdown(whole(rows) if readme else rows), runs_markdown(), overheads_markdown(rows)]
-    table = "\n\n".join(filter(None, parts))
+    trained = " ".join(filter(None, [runs_markdown(), overheads_markdown(rows)]))
+    table = "\n\n".join(filter(None, [markdown(whole(rows) if readme else rows), trained]))
     if not readme:
         print(table)
         return

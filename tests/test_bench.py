@@ -19,10 +19,17 @@ def test_results_load_and_stand_in_the_readme() -> None:
     rows = report.load()
     assert rows
     assert report.markdown(report.whole(rows)) in report.README.read_text()
-    assert report.runs_markdown() in report.README.read_text()
+    assert f"{report.runs_markdown()} {report.overheads_markdown(rows)}" in report.README.read_text()
 
 
-def row(device: str, method: str, ms: float, **options: str) -> dict:
+def test_what_methods_add_to_an_epoch_stands_in_a_sentence() -> None:
+    of = {"work": report.EPOCH, "shape": "9 x 3"}
+    rows = [row("x 2 threads avx2", name, ms, ours_is_faster=ms, **of) for name, ms in (("moco", 1), ("pcl", 1.25))]
+    assert report.overheads_markdown(rows) == "Beside an epoch of MoCo (9 x 3, x 2 threads avx2): pcl +25.00%."
+    assert report.whole(rows) == []
+
+
+def row(device: str, method: str, ms: float, **options: object) -> dict:
     made = {"suite": "s", "work": "w", "shape": "2 x 3", "dtype": "float32", "torch": "2", "commit": "abc"}
     return {**made, "device": device, "method": method, "median_ms": ms, "peak_extra_mib": ms, **options}
 
