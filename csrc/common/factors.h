@@ -25,6 +25,9 @@ template <typename Number> struct VectorFactors {
   static int64_t words(int64_t D) { return words_of<Number>(D); }
   static int64_t left_size(int64_t D) { return words(D); }
 
+  // Of so many rows on either side: all products of them have the same bits.
+  explicit VectorFactors(int64_t rows) : stretch_(stretch_words(rows)) {}
+
   // Calls run(M, first) for tiles of left rows.
   template <typename Run> static void for_tiles(int64_t count, Run run) { FASTPROTO_ISA::for_tiles(count, run); }
 
@@ -40,8 +43,11 @@ template <typename Number> struct VectorFactors {
   // `padded`: how many rows the right factor has room for.
   template <int M>
   void product(const float* left, const float* panel, int64_t /*padded*/, int64_t D, float* out, int64_t ld) {
-    tile_product<M, 1, MR, Number>(left, panel, words(D), out, ld, nullptr);
+    tile_product<M, 1, MR, Number>(left, panel, words(D), out, ld, nullptr, stretch_);
   }
+
+ private:
+  int64_t stretch_;
 };
 
 #if FASTPROTO_AMX && defined(__AVX512F__)
@@ -52,6 +58,8 @@ template <int PIECES> struct AmxFactors {
   static constexpr bool ROUNDED = PIECES == 1;
   static int64_t words(int64_t D) { return round_up(D, NR) / 2; }  // of a piece
   static int64_t left_size(int64_t D) { return PIECES * words(D); }
+
+  explicit AmxFactors(int64_t /*rows*/) {}
 
   template <typename Run> static void for_tiles(int64_t count, Run run) {
     FASTPROTO_ISA::for_tiles<ROWS, true>(count, run);

@@ -42,20 +42,22 @@ template <typename Number> inline Vec multiply_add(Vec acc, Vec a, Vec b) {
   return acc + a * b;
 }
 
-// Words that are added up by themselves: beside the sum of thousands every term would lose its digits.
-constexpr int64_t STRETCH_WORDS = 128;
+// Words that are added up by themselves: beside the sum of thousands every term would lose its digits. Of few rows shorter
+// ones: MKL, by which one judges, multiplies those in several accumulators.
+constexpr int64_t STRETCH_WORDS = 128, SHORT_STRETCH_WORDS = 32, FEW_ROWS = 8;
+inline int64_t stretch_words(int64_t rows) { return rows < FEW_ROWS ? SHORT_STRETCH_WORDS : STRETCH_WORDS; }
 
 // C[m, :] = C[m, :] · alpha[m] + Σ_k A[m, k] · B[k, :], m < M, A[m, k] at A[m · STRIDE_M + k · STRIDE_K], depth and strides in
 // words; alpha null: C is not read. Never inlined: what the caller keeps in registers would push accumulators out of them.
 template <int M, int STRIDE_M, int STRIDE_K, typename Number = float>
 __attribute__((noinline)) void tile_product(const float* A, const float* B, int64_t depth, float* C, int64_t ldc,
-                                            const float* alpha) {
+                                            const float* alpha, int64_t stretch = STRETCH_WORDS) {
   int64_t k = 0;
   do {
     // All loops over registers are unrolled by order: one that is not puts them into memory.
     Vec acc[M][NV] = {};
     const bool first = k == 0;
-    const int64_t end = std::min(depth, k + STRETCH_WORDS);
+    const int64_t end = std::min(depth, k + stretch);
 #pragma GCC unroll 1
     for (; k < end; ++k) {
       Vec b[NV];

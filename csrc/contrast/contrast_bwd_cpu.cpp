@@ -131,7 +131,7 @@ template <typename Product>
 void task(const Contrast& args, int64_t begin, int64_t end) {
   constexpr int64_t ROWS = Product::BLOCK;
   thread_local Scratch scratch;
-  Product product;
+  Product product(args.N);
   const int64_t width = round_up(args.D, NR), keys = end - begin;
   float* loaded = scratch.rows.take(std::max(ROWS, keys) * args.D);
   float* y = scratch.y.take(round_up(keys, Product::ROWS) * Product::left_size(args.D));

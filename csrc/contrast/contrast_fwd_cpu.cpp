@@ -148,7 +148,7 @@ void task(const Contrast& args, int64_t row_begin, int64_t row_end, int64_t key_
           Segment segment) {
   constexpr int64_t KEYS = Product::BLOCK;
   thread_local Scratch scratch;
-  Product product;
+  Product product(args.N);
   const int64_t rows = row_end - row_begin;
   float* loaded = scratch.rows.take(std::max(KEYS, rows) * args.D);
   float* x = scratch.x.take(round_up(rows, Product::ROWS) * Product::left_size(args.D));

@@ -21,6 +21,7 @@ constexpr int64_t MAX_BLOCK = 256 / NR * NR;  // right rows at a time
 // Factors in bfloat16 are multiplied as they came: the scores are scaled instead.
 template <typename Number> struct VectorProduct : VectorFactors<Number> {
   typedef VectorFactors<Number> Factors;
+  using Factors::Factors;
   static constexpr int64_t BLOCK = MAX_BLOCK;
   static constexpr int64_t LD = BLOCK;        // of the scores
   static constexpr bool SCALE_SCORES = Factors::ROUNDED;
@@ -59,6 +60,7 @@ template <typename Number> struct VectorProduct : VectorFactors<Number> {
 
 template <int PIECES> struct AmxProduct : AmxFactors<PIECES> {
   typedef AmxFactors<PIECES> Factors;
+  using Factors::Factors;
   // Of three pieces 128 keys: so 32 rows of weights, 24 KB, stay in the L1 while as much passes by of a panel.
   static constexpr int64_t BLOCK = PIECES == 3 ? 128 : MAX_BLOCK;
   // Weights take half a word for each piece, in place: scores of three pieces stand half a row further on, so that no weight

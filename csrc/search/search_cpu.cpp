@@ -285,7 +285,7 @@ void screen(const Search& args, Factors& factors, const Tile<Factors>& tile, Chu
 template <typename Factors> bool find_candidates(const Search& args, const Origin& origin, Chunk& chunk) {
   thread_local const std::unique_ptr<Tile<Factors>> owned = std::make_unique<Tile<Factors>>();
   Tile<Factors>& tile = *owned;  // the address of a thread's own variable would be asked for again and again
-  Factors factors;
+  Factors factors(args.K);
   load_chunk<Factors>(args, origin, chunk);
   for (int64_t label = 0; label < args.K; label += Factors::ROWS) {
     load_tile<Factors>(args, origin, label, tile);
