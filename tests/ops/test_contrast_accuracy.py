@@ -58,7 +58,7 @@ def test_as_exact_as_plain_float32(n: int, d: int, temperature: float) -> None:
 @pytest.mark.usefixtures("settings")
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_few_rows_are_exact(n: int) -> None:
-    """In the mean over many, as few are by chance. Of plain PyTorch the errors are 1e-7 and, of gradients, 3 to 4e-7."""
+    """In the mean over many, as few are by chance. Plain PyTorch errs by 1e-7 and, in gradients, by 3 to 4e-7."""
     for isa in _native.cpp.supported_isas():
         _native.cpp.set_isa(isa)
         squares = torch.zeros(3, 2, dtype=torch.float64)
