@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastproto._check import FLOATS, INTEGERS, expect, expect_index, expect_positive_ints, expect_tensor
 from fastproto.losses._common import expect_reduction, expect_views, reduce_rows
-from fastproto.ops.siamese import result_dtype, siamese_all_pairs, siamese_pairs
+from fastproto.ops.siamese import checked_pairs, result_dtype, siamese_all_pairs
 
 
 def siamese_metric(
@@ -51,7 +51,7 @@ def siamese_metric(
     Source: SPCL, arXiv 2208.08819.
     """
     expect_reduction(reduction, "siamese_metric")
-    loss = siamese_pairs(a, b, same, weight, bias, ignore_index=ignore_index)
+    loss = checked_pairs("siamese_metric", a, b, same, weight, bias, ignore_index)
     return reduce_rows(loss, reduction, (same != ignore_index).sum())
 
 

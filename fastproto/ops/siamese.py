@@ -309,12 +309,19 @@ def siamese_pairs(
 
     Source: SPCL, arXiv 2208.08819.
     """
-    expect_tensor(a, "siamese_pairs", "a", ("N", "C"))
-    expect_tensor(b, "siamese_pairs", "b", tuple(a.shape), FLOATS, a.device)
-    expect_tensor(same, "siamese_pairs", "same", (a.shape[0],), (torch.bool, *INTEGERS), a.device)
-    _expect_metric(weight, bias, a, "siamese_pairs")
+    return checked_pairs("siamese_pairs", a, b, same, weight, bias, ignore_index)
+
+
+def checked_pairs(
+    op: str, a: Tensor, b: Tensor, same: Tensor, weight: Tensor, bias: Tensor, ignore_index: int
+) -> Tensor:
+    """:func:`siamese_pairs` for a caller ``op``, which errors name."""
+    expect_tensor(a, op, "a", ("N", "C"))
+    expect_tensor(b, op, "b", tuple(a.shape), FLOATS, a.device)
+    expect_tensor(same, op, "same", (a.shape[0],), (torch.bool, *INTEGERS), a.device)
+    _expect_metric(weight, bias, a, op)
     same = same.long()
-    expect_index(same, "siamese_pairs", "same", 2, ignore_index)
+    expect_index(same, op, "same", 2, ignore_index)
     same = torch.where(same == ignore_index, -1, same)
     # The compiler cannot trace an autograd.Function that is given one tensor twice.
     return _Pairs.apply(a, b.view_as(b) if b is a else b, same, weight, bias)

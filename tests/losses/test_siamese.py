@@ -133,6 +133,8 @@ def test_bad_input_is_refused_by_name() -> None:
         siamese_metric_all_pairs(features, features, labels - 2, weight, bias)
     with pytest.raises(ValueError, match="siamese_metric: reduction expected"):
         siamese_metric(features, features, labels, weight, bias, reduction="all")
+    with pytest.raises(ValueError, match=r"^siamese_metric: same expected -1 or 0 to 1, got"):
+        siamese_metric(features, features, labels + 2, weight, bias)
 
 
 def test_views_of_two_dtypes() -> None:
