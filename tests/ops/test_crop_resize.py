@@ -217,7 +217,7 @@ CROPS = torch.tensor([[0, 0, 8, 8]], dtype=torch.int32)
         (U8, CROPS.long(), 8, {}, TypeError, "crops expected an int32 tensor"),
         (U8, CROPS[:, :3], 8, {}, ValueError, r"crops expected \(R, 4\)"),
         (U8, CROPS, 0, {}, ValueError, "size expected a positive int or two, got int 0"),
-        (U8, CROPS, "8", {}, ValueError, "size expected a positive int or two, got 8"),
+        (U8, CROPS, "8", {}, ValueError, "size expected a positive int or two, got str '8'"),
         (U8, CROPS, 8.0, {}, ValueError, "size expected a positive int or two, got float 8.0"),
         (U8, CROPS, (8, 8, 3), {}, ValueError, "size expected a positive int or two, got tuple"),
         (U8, CROPS, (8.0, 8), {}, ValueError, "size expected a positive int or two, got tuple"),
