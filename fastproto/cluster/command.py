@@ -168,7 +168,7 @@ def write(folder: Path, kmeans: KMeans, summary: dict[str, Any]) -> None:
         arrays = {"centers": kmeans.cluster_centers_, "labels": kmeans.labels_, "concentration": kmeans.concentration_}
         centers, labels, phi = (value.cpu().numpy() for value in arrays.values())
         for name, values in zip(arrays, (centers, labels, phi), strict=True):
-            np.save(part / f"{name}.npy", values)
+            _save(part / f"{name}.npy", values)
         with open(part / "clusters.png", "wb") as file:
             picture.draw(file, centers, kmeans.counts_.cpu().numpy(), phi, kmeans.history_)
         (part / SUMMARY).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
@@ -180,6 +180,16 @@ def write(folder: Path, kmeans: KMeans, summary: dict[str, Any]) -> None:
             os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _save(path: Path, values: np.ndarray) -> None:
+    try:
+        np.save(path, values)
+    except OSError as error:
+        if error.filename:
+            raise
+        # On a full disk numpy says how many numbers it wrote, and no more.
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def _centers(name: str, count: int, dim: int) -> Tensor:

@@ -50,8 +50,9 @@ def kmeans_assign(
         metric: "l2" for the smallest squared distance, "ip" for the largest inner product.
         precision: "exact": a label differs from the float64 one only where two distances differ by less than float32
             rounding. "fast" trusts the 16-bit screen: the squared distance to the centre may exceed the smallest by
-            2^-9 of the product of both lengths, measured from a point amid the centres (D up to 256). The distance
-            that is returned is that of the label in either case.
+            2^-9 of the product of both lengths, measured from a point amid the centres (D up to 256; beyond, by
+            √(D / 256) times that), an inner product fall short of the largest by half as much. The distance that is
+            returned is that of the label in either case.
 
     Returns:
         Labels (N,) int64, ties to the lowest index, and distances (N,) float32: squared L2 or the inner product.

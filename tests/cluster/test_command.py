@@ -206,6 +206,14 @@ def test_nothing_is_left_where_writing_fails(
     for out in (tmp_path / "a" / "b", tmp_path / "empty"):
         assert cluster(path, out) == 1
         assert one_line(capsys) == "No space left on device"
+
+    def short(*arguments: object) -> None:
+        raise OSError("20 requested and 7 written")
+
+    monkeypatch.setattr(command.np, "save", short)
+    assert cluster(path, tmp_path / "a") == 1
+    said = one_line(capsys)
+    assert said.startswith("cannot write ") and said.endswith("centers.npy: 20 requested and 7 written")
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["empty", "x.npy"]
 
 
