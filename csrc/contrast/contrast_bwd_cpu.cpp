@@ -107,7 +107,7 @@ inline void symmetric_row(const Contrast& args, const Block& block, int64_t j, c
 template <int M, typename Product>
 void key_tile(const Contrast& args, const Block& block, int64_t first, const float* y, const float* scale, Product& product,
               float* scores, float* dy, double* db) {
-  product.template scores<M>(y, block.across, block.padded, args.D, scores);
+  compute_scores<M>(product, y, block.across, block.padded, args.D, scores);
   float keep[M];
   const Hit *hit = block.hits.data(), *const last = hit + block.hits.size();
   while (hit < last && hit->key < first) ++hit;

@@ -118,7 +118,7 @@ template <int M, typename Product>
 void row_tile(const Contrast& args, const Block& block, int64_t first, const float* x, const float* inverse, Product& product,
               float* scores, Segment& segment) {
   constexpr int64_t LD = Product::LD;
-  product.template scores<M>(x, block.across, block.padded, args.D, scores);
+  compute_scores<M>(product, x, block.across, block.padded, args.D, scores);
   constexpr int PADDED = (M + LANES - 1) / LANES * LANES;
   alignas(64) float before[PADDED] = {}, max[PADDED], shrink[PADDED], sum[PADDED];
   Vec lanes[M];

@@ -38,10 +38,6 @@ template <typename Number> struct VectorProduct : VectorFactors<Number> {
     if (along) pack_pairs_along<Number>(rows, count, D, padded, along);
   }
 
-  template <int M> void scores(const float* left, const float* across, int64_t padded, int64_t D, float* scores) {
-    for (int64_t j = 0; j < padded; j += NR)
-      this->template product<M>(left, across + j * Factors::words(D), padded, D, scores + j, LD);
-  }
   // A row of scores has become one of weights: as the left factor takes it, times scale[j] where scores were scaled.
   void finish_weights(float* row, const float* scale, int64_t padded) const {
     if constexpr (SCALE_SCORES)
@@ -81,10 +77,6 @@ template <int PIECES> struct AmxProduct : AmxFactors<PIECES> {
       pack_pairs_along<BFloat16>(pieces + p * count * words, count, 2 * words, padded, along + p * padded * words);
   }
 
-  template <int M> void scores(const float* left, const float* across, int64_t padded, int64_t D, float* scores) {
-    for (int64_t j = 0; j < padded; j += NR)
-      this->template product<M>(left, across + j * Factors::words(D), padded, D, scores + j, LD);
-  }
   void finish_weights(float* row, const float* scale, int64_t padded) const {
     for (int64_t j = 0; j < padded; j += NR) {
       Vec low = load(row + j), high = load(row + j + LANES);
@@ -108,6 +100,13 @@ template <int PIECES> struct AmxProduct : AmxFactors<PIECES> {
 };
 
 #endif
+
+// Scores of M left rows, LD apart.
+template <int M, typename Product>
+void compute_scores(Product& product, const float* left, const float* across, int64_t padded, int64_t D, float* scores) {
+  for (int64_t j = 0; j < padded; j += NR)
+    product.template product<M>(left, across + j * Product::words(D), padded, D, scores + j, Product::LD);
+}
 
 template <typename T> struct Chosen {
   typedef T Product;
