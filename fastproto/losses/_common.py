@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -66,11 +67,16 @@ def expect_temperature(
     expect(1e-8 <= size < math.inf, op, "temperature", f"{expected}, finite", temperature)
 
 
+def widest(*tensors: Tensor) -> torch.dtype:
+    """The dtype for what is computed of these: at least float32, and float64 where one of them is."""
+    return functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
+
+
 def inverse(divisor: float | Tensor, *beside: Tensor) -> float | Tensor:
-    """1 / τ or 1 / φ. That of a tensor is at least float32, and float64 where rows or keys beside it are."""
+    """1 / τ or 1 / φ; of a tensor in the widest dtype of it and of the rows and keys beside it."""
     if not isinstance(divisor, Tensor):
         return 1 / float(divisor)
-    return (divisor.double() if any(x.dtype == torch.float64 for x in beside) else widen(divisor)).reciprocal()
+    return divisor.to(widest(divisor, *beside)).reciprocal()
 
 
 def inverse_temperature(temperature: float | Tensor, keys: int, *beside: Tensor) -> float | Tensor:

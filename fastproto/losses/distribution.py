@@ -185,14 +185,16 @@ def cross_correlation(x0: Tensor, x1: Tensor, *, mask: Tensor | None = None) -> 
     """
     expect_views(x0, x1, "cross_correlation", ("x0", "x1"))
     expect_mask(mask, x0, "cross_correlation")
+    count = _count(x0, mask)
+    divisor = _at_least_one(count)
     dtype = torch.promote_types(x0.dtype, x1.dtype)
-    z0, z1 = (_standardise(x.to(dtype), mask) for x in (x0, x1))
+    z0, z1 = (_standardise(x.to(dtype), mask, divisor) for x in (x0, x1))
     with torch.autocast(x0.device.type, enabled=False):
-        r_dd = z0.T @ z1 / _count(x0, mask)
+        r_dd = z0.T @ z1 / divisor
     loss = (1 - r_dd.diagonal()).square().sum() + OFF_DIAGONAL * _off_diagonal(r_dd).square().sum()
-    if mask is None:
-        return loss if x0.shape[0] > 1 else loss * 0
-    return torch.where(mask.sum() > 1, loss, 0)
+    if isinstance(count, Tensor):
+        return torch.where(count > 1, loss, 0)
+    return loss if count > 1 else loss * 0
 
 
 def covariance(x: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -225,9 +227,10 @@ def covariance(x: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """
     expect_tensor(x, "covariance", "x", ("N", "D"))
     expect_mask(mask, x, "covariance")
-    centred = _centre(x, mask)
+    count = _count(x, mask)
+    centred = _centre(x, mask, _at_least_one(count))
     with torch.autocast(x.device.type, enabled=False):
-        covariance_dd = centred.T @ centred / _count(x, mask, less=1)
+        covariance_dd = centred.T @ centred / _at_least_one(count - 1)
     return _off_diagonal(covariance_dd).square().sum() / max(x.shape[1], 1)
 
 
@@ -251,9 +254,13 @@ def expect_mask(mask: Tensor | None, x: Tensor, op: str) -> None:
         expect_tensor(mask, op, "mask", (x.shape[0],), (torch.bool,), x.device)
 
 
-def _count(x: Tensor, mask: Tensor | None, less: int = 0) -> Tensor | int:
-    """How many rows count, less so many; at least 1."""
-    return max(x.shape[0] - less, 1) if mask is None else (mask.sum() - less).clamp(min=1)
+def _count(x: Tensor, mask: Tensor | None) -> Tensor | int:
+    """How many rows count."""
+    return x.shape[0] if mask is None else mask.sum()
+
+
+def _at_least_one(count: Tensor | int) -> Tensor | int:
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -261,10 +268,10 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where(mask[:, None], x, 0)
 
 
-def _centre(x: Tensor, mask: Tensor | None) -> Tensor:
+def _centre(x: Tensor, mask: Tensor | None, count: Tensor | int) -> Tensor:
     """Rows that count minus their mean; the others are 0."""
     x = _masked(widen(x), mask)
-    return _masked(x - x.sum(0) / _count(x, mask), mask)
+    return _masked(x - x.sum(0) / count, mask)
 
 
 def _off_diagonal(square_dd: Tensor) -> Tensor:
@@ -273,9 +280,9 @@ def _off_diagonal(square_dd: Tensor) -> Tensor:
     return square_dd.flatten()[1:].view(max(size - 1, 0), size + 1)[:, :-1]
 
 
-def _standardise(x: Tensor, mask: Tensor | None) -> Tensor:
-    centred = _centre(x, mask)
-    return centred / (centred.square().sum(0) / _count(x, mask) + VARIANCE_EPS).sqrt()
+def _standardise(x: Tensor, mask: Tensor | None, count: Tensor | int) -> Tensor:
+    centred = _centre(x, mask, count)
+    return centred / (centred.square().sum(0) / count + VARIANCE_EPS).sqrt()
 
 
 class AlignmentLoss(nn.Module):

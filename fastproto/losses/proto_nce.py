@@ -20,7 +20,7 @@ from fastproto._check import (
     is_integer,
     reads_data,
 )
-from fastproto.losses._common import expect_reduction, inverse, widen
+from fastproto.losses._common import expect_reduction, inverse, widest
 from fastproto.losses._gather import from_first_rank, gather_rows, rank_and_world, sum_over_ranks
 from fastproto.ops.contrast import Contrast, contrast_unchecked
 from fastproto.ops.contrast_sets import contrast_sets
@@ -204,13 +204,12 @@ def _contrast_of_sets(
 
 
 def _concatenated(values: Sequence[float | Tensor], features: Tensor, prototypes: Sequence[Tensor]) -> Tensor:
-    """(ΣK,) from a number or (K,) for each set, in at least float32, in float64 where features or prototypes are."""
-    is_double = any(x.dtype == torch.float64 for x in (features, *prototypes))
-    dtype, parts = torch.float64 if is_double else torch.float32, []
+    """(ΣK,) from a number or (K,) for each set, at least as wide as features and prototypes."""
+    dtype, parts = widest(features, *prototypes), []
     for value, keys in zip(values, prototypes, strict=True):
         if not isinstance(value, Tensor):
             value = torch.full((len(keys),), float(value), dtype=dtype, device=keys.device)
-        parts.append(value.double() if is_double else widen(value))
+        parts.append(value.to(torch.promote_types(value.dtype, dtype)))
     return torch.cat(parts)
 
 
