@@ -40,7 +40,7 @@ def rows(kind: str, n: int, k: int) -> tuple[Tensor, Tensor]:
         case "near-duplicates":
             centers = centers[: k // 64].repeat(64, 1) + 1e-4 * centers
             return centers[torch.randint(k, (n,))] + 1e-4 * x, centers
-    return centers[torch.randint(k, (n,))] + 0.33 * torch.randn(n, D), centers + 0.1 * torch.randn(k, D)
+    return centers[torch.randint(k, (n,))] + 0.33 * x, centers + 0.1 * torch.randn(k, D)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "clustered"])

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from harness import Row, Suite, device_name
+from report import EPOCH
 
 from fastproto.train import loop
 from fastproto.train.build import load_data
@@ -21,7 +22,6 @@ from fastproto.train.config import Config, PrototypeConfig, ViewConfig, config_p
 from fastproto.train.data import Dataset
 from fastproto.train.files import read_log
 
-WORK = "an epoch of MoCo"
 STEP = ("views", "forward", "loss", "backward")
 
 
@@ -62,7 +62,7 @@ def main() -> None:
     shape = f"{len(dataset.train_images)} x 3 x {config.image_size}^2, {encoder}"
     for name, value in seconds.items():
         row = Row(
-            work=WORK, method=name, shape=shape, dtype=config.precision, device=device_name("cpu"),
+            work=EPOCH, method=name, shape=shape, dtype=config.precision, device=device_name("cpu"),
             median_ms=1e3 * value, spread_ms=0.0, rounds=1, ours_is_faster=value / epoch, floor_ms=0.0,
             share_of_floor=0.0, peak_extra_mib=0.0,
         )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -169,7 +170,7 @@ def test_a_report_that_cannot_be_written_is_one_line(
         (["train", "--out", "OUT", "--epochs", "few"], '"epochs": Expected int. Got value: few'),
         (["train", "--out", "OUT", "--prototypes.num", "9"], '"prototypes.num": Expected a list, .*Got value: 9'),
         (["train", "--out", "OUT", "--batch_size", "5000"], "batch_size expected at most the 1437 training images"),
-        (["train", "--out", "OUT", "--prototypes.num", "[5000]"], "num expected at most the 1437 training images"),
+        (["train", "--out", "OUT", "--prototypes.num", "[5000]"], "prototypes.num expected at most the 1437 "),
         (["train", "--out", "OUT", "--views.scale", "[2, 1]"], "ContrastiveCrop: scale expected"),
         (["train", "--out", "OUT", "--optimiser.lr", "1"], "unrecognized arguments: --optimiser.lr"),
         (["train", "--out", "OUT", "--resume"], "folder expected one that holds a run, got OUT"),
@@ -260,7 +261,8 @@ def test_strict_refuses_an_image_that_does_not_decode(
     captured = capsys.readouterr()
     assert captured.err.startswith("fastproto train: data: expected images that decode, got ")
     assert "train/light/3.png" in captured.err
-    assert "; mend or remove it, then go on with: fastproto train --out " in captured.err
+    again = f"fastproto train --out {shlex.quote(arguments[-1])} --resume"
+    assert captured.err.endswith(f"; mend or remove it, then go on with: {again}\n")
 
 
 def test_processes_share_a_run_on_files_of_which_one_is_broken(tmp_path: Path, images: Path) -> None:
