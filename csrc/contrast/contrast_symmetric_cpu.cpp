@@ -8,12 +8,15 @@
 // |s| ≤ |a| ≤ MAX_SCALE takes the place of a running maximum: no e_ij leaves float32.
 //
 // Rows stand in blocks. A task takes a pair of blocks and adds to the sums or gradients of both; a round is a set of pairs
-// that share no block, as in a tournament, so no two tasks of a round write the same place. Blocks and rounds depend on N
-// alone: the same bits for any number of threads.
+// that share no block, as in a tournament. A pair waits until both its blocks have been through the rounds before, so no two
+// tasks write the same place at once, and each is written in the order of the rounds. Blocks and rounds depend on N alone:
+// the same bits for any number of threads.
 #include "contrast.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <thread>
 #include <vector>
 
 #include "../common/float_rows.h"
@@ -28,7 +31,7 @@ namespace FASTPROTO_ISA {
 namespace {
 
 constexpr float MAX_SCALE = 20;
-// Columns of a pair of blocks: full panels of NR, and nearly full tiles of MR rows (126 of 128, 56 or 60 of 64). Small
+// Columns of a pair of blocks at most: full panels of NR, and nearly full tiles of MR rows (126 of 128, 56 or 60 of 64). Small
 // batches take small blocks, for enough pairs to share among threads.
 constexpr int64_t WIDE = 128, NARROW = 64;
 constexpr int64_t LD = WIDE + LANES;  // of W: a power of two would map a column to few of the L1's sets
@@ -41,9 +44,25 @@ struct Blocks {
 
   int64_t begin(int64_t block) const { return block * rows; }
   int64_t size(int64_t block) const { return std::min(N, begin(block) + rows) - begin(block); }
+  int64_t padded(int64_t block) const { return round_up(size(block), NR); }  // at most `columns`
   const float* tall_of(int64_t block) const { return tall.data() + block * rows * D; }
   const float* across_of(int64_t block) const { return across.data() + block * columns * D; }
   const float* along_of(int64_t block) const { return along.data() + block * columns * width; }
+};
+
+// A block's turn in a round: waits for its rounds before, and ends also where a task throws.
+class Round {
+ public:
+  Round(std::atomic<int64_t>& rounds, int64_t round) : rounds_(rounds), round_(round) {
+    while (rounds_.load(std::memory_order_acquire) < round_) std::this_thread::yield();
+  }
+  ~Round() { rounds_.store(round_ + 1, std::memory_order_release); }
+  Round(const Round&) = delete;
+  Round& operator=(const Round&) = delete;
+
+ private:
+  std::atomic<int64_t>& rounds_;
+  const int64_t round_;
 };
 
 void pack(const Contrast& args, int threads, Blocks& blocks) {
@@ -77,25 +96,34 @@ void pack(const Contrast& args, int threads, Blocks& blocks) {
 }
 
 // Every pair of blocks once: in the first round each with itself, then all stand in a circle around the last, turn by one
-// seat a round, and each faces its opposite.
+// seat a round, and each faces its opposite, or nobody.
 template <typename Task> void for_pairs(int64_t count, int threads, Task task) {
-  parallel_for(count, threads, [&](int64_t b) { task(b, b); });
-  const int64_t seats = count + count % 2, circle = seats - 1;
-  for (int64_t round = 0; round < circle && count > 1; ++round)
-    parallel_for(seats / 2, threads, [&](int64_t pair) {
-      const int64_t one = (round + pair) % circle, other = pair == 0 ? circle : (round + circle - pair) % circle;
-      if (std::max(one, other) < count) task(std::min(one, other), std::max(one, other));
-    });
+  const int64_t seats = count + count % 2, circle = seats - 1, pairs = seats / 2;
+  std::vector<std::atomic<int64_t>> rounds(count);  // that a block has been through
+  // Tasks begin in the order of their numbers, and wait for lower ones alone.
+  parallel_for(count + (count > 1 ? circle * pairs : 0), threads, [&](int64_t number) {
+    const bool alone = number < count;
+    const int64_t turn = (number - count) / pairs, pair = (number - count) % pairs;
+    const int64_t one = alone ? number : (turn + pair) % circle;
+    const int64_t other = alone ? number : pair == 0 ? circle : (turn + circle - pair) % circle;
+    const int64_t I = std::min(one, other), J = std::max(one, other), round = alone ? 0 : turn + 1;
+    Round of_one(rounds[I], round);
+    if (J == I) return task(I, I);
+    if (J == count) return;
+    Round of_other(rounds[J], round);
+    task(I, J);
+  });
 }
 
 // e (M rows of block I from `first` on, columns of block J), LD apart.
 template <int M>
 void exponentials(const Blocks& blocks, float shift, int64_t I, int64_t J, int64_t first, float* e) {
-  for (int64_t column = 0; column < blocks.columns; column += NR)
+  const int64_t columns = blocks.padded(J);
+  for (int64_t column = 0; column < columns; column += NR)
     tile_product<M, 1, MR>(blocks.tall_of(I) + first * blocks.D, blocks.across_of(J) + column * blocks.D, blocks.D,
                            e + column, LD, nullptr);
   for (int m = 0; m < M; ++m)
-    for (int64_t j = 0; j < blocks.columns; j += LANES) store(e + m * LD + j, exp(load(e + m * LD + j) - shift));
+    for (int64_t j = 0; j < columns; j += LANES) store(e + m * LD + j, exp(load(e + m * LD + j) - shift));
 }
 
 // Calls visit(j, whether i's target is j, whether j's target is i, whether their group hides them) for row i and those rows j
@@ -128,16 +156,17 @@ struct Special {
 };
 
 // Adds e (M rows of block I from `first` on, columns of block J) to the sums of both blocks. Specials become 0, and `keep`
-// is told of each: row i, row j, whether i and j see it among the others, its place.
-template <int M, typename Keep>
+// is told of each: row i, row j, whether i and j see it among the others, its place. What `change`(m, j, e) makes of the
+// other vectors takes their place.
+template <int M, typename Keep, typename Change>
 void sum_rows(const Contrast& args, const Blocks& blocks, int64_t I, int64_t J, int64_t first, float* e, Sums& sums,
-              Keep keep) {
-  const int64_t size = blocks.size(J), at = blocks.begin(J), i = blocks.begin(I) + first;
+              Keep keep, Change change) {
+  const int64_t size = blocks.size(J), columns = blocks.padded(J), at = blocks.begin(J), i = blocks.begin(I) + first;
   const bool both = I != J;
   float *rest_i = sums.rest.data() + i, *rest_j = sums.rest.data() + at;
   for (int m = 0; m < M; ++m) {
     float* row = e + m * LD;
-    std::fill(row + size, row + blocks.columns, 0.f);
+    std::fill(row + size, row + columns, 0.f);
     for_special(args, blocks, i + m, J, [&](int64_t j, bool i_to_j, bool j_to_i, bool hidden) {
       const float value = row[j - at];
       const bool i_sees = !i_to_j && !hidden, j_sees = !j_to_i && !hidden;
@@ -148,31 +177,37 @@ void sum_rows(const Contrast& args, const Blocks& blocks, int64_t I, int64_t J, 
       keep(i + m, j, i_sees, j_sees, row + j - at);
       row[j - at] = 0;
     });
+  }
+  Vec totals[M] = {};
+  for (int64_t j = 0; j < columns; j += LANES) {
     Vec total{};
-    for (int64_t j = 0; j < blocks.columns; j += LANES) total += load(row + j);
-    rest_i[m] += sum(total);
+#pragma GCC unroll 14
+    for (int m = 0; m < M; ++m) {
+      const Vec v = load(e + m * LD + j);
+      totals[m] += v, total += v;
+      change(m, j, v);
+    }
+    if (!both) continue;
+    if (j + LANES <= size) store(rest_j + j, load(rest_j + j) + total);
+    else for (int64_t l = 0; l < size - j; ++l) rest_j[j + l] += total[l];
   }
-  for (int64_t j = 0; both && j < size; ++j) {
-    float total = 0;
-    for (int m = 0; m < M; ++m) total += e[m * LD + j];
-    rest_j[j] += total;
-  }
+#pragma GCC unroll 14
+  for (int m = 0; m < M; ++m) rest_i[m] += sum(totals[m]);
 }
 
 // What rows i of block I and j of block J have of each other, q_ij + q_ji = e_ij (w_i + w_j) but for groups and without
-// targets: large terms, which add_target brings last, so that the many small ones are not rounded beside them.
+// targets: large terms, which come last, so that the many small ones are not rounded beside them.
 template <int M>
 void weigh_rows(const Contrast& args, const Blocks& blocks, const float* w, int64_t I, int64_t J, int64_t first, float* e,
                 Sums& sums) {
   thread_local std::vector<Special> specials;
   specials.clear();
-  sum_rows<M>(args, blocks, I, J, first, e, sums, [&](int64_t i, int64_t j, bool i_sees, bool j_sees, float* place) {
-    specials.push_back({place, *place * ((i_sees ? w[i] : 0.f) + (j_sees ? w[j] : 0.f))});
-  });
   const float *w_i = w + blocks.begin(I) + first, *w_j = w + blocks.begin(J);
-  for (int m = 0; m < M; ++m)
-    for (int64_t j = 0; j < blocks.columns; j += LANES)
-      store(e + m * LD + j, load(e + m * LD + j) * (w_i[m] + load(w_j + j)));
+  const auto keep = [&](int64_t i, int64_t j, bool i_sees, bool j_sees, float* place) {
+    specials.push_back({place, *place * ((i_sees ? w[i] : 0.f) + (j_sees ? w[j] : 0.f))});
+  };
+  sum_rows<M>(args, blocks, I, J, first, e, sums, keep,
+              [&](int m, int64_t j, Vec v) { store(e + m * LD + j, v * (w_i[m] + load(w_j + j))); });
   for (const Special& special : specials) *special.at = special.weight;
 }
 
@@ -202,7 +237,7 @@ void contrast_fwd_symmetric(const Contrast& args, int threads) {
     float* e = scratch.take(MR * LD);
     for_tiles(blocks.size(I), [&](auto M, int64_t first) {
       exponentials<M.value>(blocks, bound, I, J, first, e);
-      sum_rows<M.value>(args, blocks, I, J, first, e, sums, [](auto...) {});
+      sum_rows<M.value>(args, blocks, I, J, first, e, sums, [](auto...) {}, [](auto...) {});
     });
   });
   for (int64_t i = 0; i < args.N; ++i) {
@@ -228,7 +263,7 @@ void contrast_bwd_symmetric(const Contrast& args, int threads) {
       float* tile = weights + first * LD;
       exponentials<M.value>(blocks, bound, I, J, first, tile);
       weigh_rows<M.value>(args, blocks, w.data(), I, J, first, tile, sums);
-      add_product<M.value, LD, 1>(blocks, tile, J, blocks.columns, dx_i + first * blocks.width);
+      add_product<M.value, LD, 1>(blocks, tile, J, blocks.padded(J), dx_i + first * blocks.width);
     });
     if (I == J) return;
     for_tiles(blocks.size(J), [&](auto M, int64_t first) {
