@@ -58,7 +58,7 @@ def is_number(value: Any) -> bool:
 def expect_positive_ints(op: str, **counts: Any) -> None:
     """Raises ValueError for one that is not an integer of at least 1."""
     for argument, count in counts.items():
-        expect(is_integer(count) and count >= 1, op, argument, "an integer of at least 1", count)
+        expect(is_integer(count) and count >= 1, op, argument, "an integer of at least 1", describe(count))
 
 
 def expect_size(value: Any, op: str, argument: str, expected: str = "a positive int or two") -> tuple[int, int]:

@@ -77,9 +77,10 @@ inline float dot(const float* a, const float* b, int64_t size) {
   for (; i < size; ++i) rest += a[i] * b[i];
   return rest;
 }
-// 1 / |row|; of a zero row a large number, which leaves it zero.
+// 1 / |row|; of shorter rows than SHORTEST_UNIT 1 / that, as in PyTorch's normalize, which leaves a zero row zero.
+constexpr float SHORTEST_UNIT = 1e-12f;
 inline float inverse_length(const float* row, int64_t size) {
-  return 1.f / std::max(std::sqrt(dot(row, row, size)), 1e-12f);
+  return 1.f / std::max(std::sqrt(dot(row, row, size)), SHORTEST_UNIT);
 }
 // out = row · factor; out may be the row.
 inline void scale_row(const float* row, int64_t size, float factor, float* out) {

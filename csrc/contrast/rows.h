@@ -89,9 +89,10 @@ inline void scale_scores(float* row, const float* scale, float factor, int64_t c
   for (int64_t j = 0; j < count; j += LANES) store(row + j, load(row + j) * (load(scale + j) * factor));
 }
 
-// The gradient of a unit row becomes that of the row it was made from: (g − <g, u> u) / |row|.
+// The gradient of a unit row becomes that of the row it was made from: (g − <g, u> u) / |row|, or of one too short, whose
+// length does not count, g / SHORTEST_UNIT.
 inline void through_length(int64_t D, const float* unit, float inverse, float* grad) {
-  const float along = dot(grad, unit, D);
+  const float along = inverse < 1 / SHORTEST_UNIT ? dot(grad, unit, D) : 0.f;
   for (int64_t d = 0; d < D; ++d) grad[d] = (grad[d] - along * unit[d]) * inverse;
 }
 

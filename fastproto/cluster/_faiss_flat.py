@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastproto._check import describe, expect, expect_positive_ints
+from fastproto._check import describe, expect, expect_positive_ints, is_integer
 from fastproto.cluster._rows import Rows, check_rows
 
 
@@ -137,14 +137,21 @@ class IndexFlatIP(FlatIndex):
 
 @dataclass
 class GpuIndexFlatConfig:
-    """Where a GPU index lies. ``useFloat16`` changes nothing: the search is exact."""
+    """Where a GPU index lies. ``useFloat16`` and ``indicesOptions`` change nothing: the search is exact."""
 
     device: int = 0
     useFloat16: bool = False
+    indicesOptions: int = 0
 
 
 class StandardGpuResources:
     """Nothing: torch looks after the GPU's memory."""
+
+    def noTempMemory(self) -> None:
+        """Does nothing."""
+
+    def setTempMemory(self, size: int) -> None:
+        """Does nothing."""
 
 
 class GpuIndexFlatL2(FlatIndex):
@@ -164,7 +171,8 @@ class GpuIndexFlatIP(FlatIndex):
 def cuda(config: GpuIndexFlatConfig, op: str) -> torch.device:
     """The device of a configuration; ValueError where torch does not find it."""
     found = torch.cuda.device_count()
-    expect(0 <= config.device < found, op, "config.device", f"one of the {found} CUDA devices found", config.device)
+    here = is_integer(config.device) and 0 <= config.device < found
+    expect(here, op, "config.device", f"one of the {found} CUDA devices found", describe(config.device))
     return torch.device("cuda", config.device)
 
 

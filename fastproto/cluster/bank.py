@@ -82,7 +82,7 @@ class PrototypeBank(nn.Module):
         expect(bool(sizes), op, "num_prototypes", "at least one size", sizes)
         for size in sizes:
             fits = is_integer(size) and 1 <= size <= num_samples
-            expect(fits, op, "num_prototypes", f"1 ... num_samples = {num_samples}", size)
+            expect(fits, op, "num_prototypes", f"1 ... num_samples = {num_samples}", describe(size))
         expect_temperature(temperature, op)
         expect(isinstance(warm_start, (bool, np.bool_)), op, "warm_start", "True or False", warm_start)
         seed, init = kmeans.pop("seed", 0), kmeans.get("init", "random")

@@ -55,6 +55,7 @@ class PAUCLoss(nn.Module):
         uniform_t: t.
         correlation: "cross" or "covariance".
         gather_distributed: the prototypes are those of the batch of all ranks, and so is the mean of ProtoNCE.
+        num_negatives: of ProtoNCE, see :class:`ProtoNCELoss`; None sums over all K.
 
     Shape:
         query, key: (N, D). prototypes: (K, D). assignments: (N,) int64 or int32, -1 for rows without a prototype.
@@ -94,6 +95,7 @@ class PAUCLoss(nn.Module):
         uniform_t: float = 2.0,
         correlation: str = "cross",
         gather_distributed: bool = False,
+        num_negatives: int | None = None,
     ) -> None:
         super().__init__()
         expect_temperature(temperature, "PAUCLoss")
@@ -110,7 +112,7 @@ class PAUCLoss(nn.Module):
         self.correlation_weight = correlation_weight
         self.gather_distributed = gather_distributed
         self.info_nce = InfoNCELoss(temperature)
-        self.proto_nce = ProtoNCELoss(gather_distributed=gather_distributed)
+        self.proto_nce = ProtoNCELoss(num_negatives, gather_distributed)
         self.align = AlignmentLoss()
         self.uniform = UniformityLoss(uniform_t)
         self.correlation = CorrelationLoss(correlation)

@@ -67,8 +67,9 @@ def proto_nce(
         concentration: φ of at least 1e-8, one number or (K,), with a gradient where it asks for one.
         bias: b (K,), with a gradient where it asks for one.
         normalize: scale the rows of features and prototypes to length 1.
-        num_negatives: r, to sum only over the batch's distinct positives and r other prototypes, drawn uniformly
-            without replacement in each call; None sums over all K.
+        num_negatives: r, to sum only over the batch's distinct positives and r other prototypes, or as many as there
+            are, drawn uniformly without replacement in each call; None sums over all K. The authors' code has a
+            positive in the sum once for every row of the batch that it belongs to, and the row's own so often too.
         generator: draws the negatives; on the features' device. By default torch's own.
         gather_distributed: the mean is over the counted rows of all ranks and the positives are those of all ranks, so
             DDP's mean of the gradients equals one process on the whole batch; negatives are drawn on rank 0. Every
@@ -280,12 +281,13 @@ class ProtoNCELoss(nn.Module):
 
     Args:
         num_negatives: r, to sum only over the batch's distinct positives and r other prototypes, drawn anew in each
-            call; None sums over all K.
+            call, see :func:`fastproto.losses.functional.proto_nce`; None sums over all K.
         gather_distributed: mean and positives over all ranks.
+        ignore_index: the assignment of rows that do not count.
 
     Shape:
         features: (N, D). prototypes: (K, D). concentration: a number or (K,). All float16, bfloat16, float32 or
-        float64. assignments: (N,) int64 or int32, -1 for rows that do not count. Output: scalar of at least float32.
+        float64. assignments: (N,) int64 or int32. Output: scalar of at least float32.
 
     Raises:
         ValueError: shapes, devices or numbers of sets do not fit, an assignment is out of range, or φ is below 1e-8 or
@@ -310,11 +312,13 @@ class ProtoNCELoss(nn.Module):
     Source: PCL, arXiv 2005.04966, Eq. 11.
     """
 
-    def __init__(self, num_negatives: int | None = None, gather_distributed: bool = False) -> None:
+    def __init__(
+        self, num_negatives: int | None = None, gather_distributed: bool = False, ignore_index: int = -1
+    ) -> None:
         super().__init__()
         _expect_num_negatives(num_negatives, "ProtoNCELoss")
-        self.num_negatives = num_negatives
-        self.gather_distributed = gather_distributed
+        self.num_negatives, self.gather_distributed = num_negatives, gather_distributed
+        self.ignore_index = ignore_index
 
     def forward(
         self,
@@ -330,7 +334,9 @@ class ProtoNCELoss(nn.Module):
             concentration,
             num_negatives=self.num_negatives,
             gather_distributed=self.gather_distributed,
+            ignore_index=self.ignore_index,
         )
 
     def extra_repr(self) -> str:
-        return f"num_negatives={self.num_negatives}, gather_distributed={self.gather_distributed}"
+        names = "num_negatives gather_distributed ignore_index"
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names.split())

@@ -164,9 +164,9 @@ def _triton_bwd_keys(
     wide, a = keys.float(), given.float()
     along = (wide * total).sum(1)
     if normalize:
-        length = torch.linalg.vector_norm(wide, dim=1).clamp(min=1e-12)
+        length = torch.linalg.vector_norm(wide, dim=1).clamp(min=reference.SHORTEST)
         a, along = a / length, along / length
-        total.addcmul_(wide, (along / length)[:, None], value=-1)
+        total.addcmul_(wide, torch.where(length > reference.SHORTEST, along / length, 0)[:, None], value=-1)
     return present((total.mul_(a[:, None]), None if scale is None else along, db))
 
 
@@ -212,7 +212,7 @@ def unit_inputs(features: Tensor, keys: Sequence[Tensor], scale: Tensor) -> tupl
     length = torch.empty_like(scale, dtype=torch.float32, memory_format=torch.contiguous_format)
     for y, out in zip(keys, length.split([len(y) for y in keys]), strict=True):
         torch.linalg.vector_norm(y, dim=1, dtype=torch.float32, out=out)
-    return x, keys, scale.float() / length.clamp(min=1e-12)
+    return x, keys, scale.float() / length.clamp(min=reference.SHORTEST)
 
 
 _ARGUMENTS = (

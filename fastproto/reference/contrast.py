@@ -15,6 +15,9 @@ import math
 import torch
 from torch import Tensor
 
+# Rows shorter than this are divided by it, as by torch.nn.functional.normalize: their length has no gradient.
+SHORTEST = 1e-12
+
 
 def contrast_fwd(
     features: Tensor,  # (N, D) float
@@ -108,13 +111,14 @@ def contrast_bwd_keys(
 def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x_i / |x_i| (N, D) and the lengths (N, 1), in at least float32; a zero row stays zero."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=1e-12)
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=SHORTEST)
     return x / length, length
 
 
 def through_length(grad: Tensor, unit: Tensor, length: Tensor) -> Tensor:
-    """The gradient of the rows that ``unit`` was made from: (g - <g, u> u) / |x|."""
-    return (grad - (grad * unit).sum(-1, keepdim=True) * unit) / length
+    """The gradient of the rows that ``unit`` was made from: (g - <g, u> u) / |x|; of rows too short, g / 1e-12."""
+    along = torch.where(length > SHORTEST, (grad * unit).sum(-1, keepdim=True), 0)
+    return (grad - along * unit) / length
 
 
 def _logits(

@@ -55,11 +55,13 @@ class HeadConfig:
         hidden: units of the hidden layer.
         dim: size D of the embedding.
         layers: of the projection head.
+        last_norm: the embedding is normalised over the batch, as in MoCo v3 (moco, pcl, pauc).
     """
 
     hidden: int = 512
     dim: int = 128
     layers: int = 2
+    last_norm: bool = True
 
     def __post_init__(self) -> None:
         _expect_at_least(1, "head", hidden=self.hidden, dim=self.dim, layers=self.layers)
@@ -73,7 +75,8 @@ class ViewConfig:
         size: side of a view in pixels; null: the height of the data's images.
         scale: least and greatest share of the image's area in a crop.
         ratio: least and greatest aspect ratio of a crop.
-        alpha: of the Beta distribution that places guided crops: 1 uniform, less than 1 suppresses the centre.
+        alpha: of the Beta distribution that places guided crops: 1 uniform, less than 1 suppresses the centre. Until
+            there are boxes, crops are uniform.
         augment: what follows the crop: colours as in SimCLR or MoCo v2, or "none".
         jitter: strengths of brightness, contrast, saturation and hue.
         blur: probability of Gaussian blur, one number or one for each view; null: 0.5 for moco, and for simclr above
@@ -117,6 +120,7 @@ class PrototypeConfig:
         n_init: k-means starts, of which the best is kept.
         whiten_dim: dimensions kept when spcl whitens its features by PCA; fewer where the features have fewer.
         temperature: mean of the concentrations.
+        negatives: other prototypes, drawn in each step, that an image is to be told from (pcl, pauc); null: all.
         warm_start: begin a clustering with the centres of the one before; takes fewer iterations to the same objective.
     """
 
@@ -127,6 +131,7 @@ class PrototypeConfig:
     n_init: int = 1
     whiten_dim: int = 256
     temperature: float = 0.2
+    negatives: int | None = None
     warm_start: bool = False
 
     def __post_init__(self) -> None:
@@ -136,6 +141,8 @@ class PrototypeConfig:
         _expect_at_least(1, "prototypes", whiten_dim=self.whiten_dim)
         holds = 0 < self.temperature < math.inf
         expect(holds, "prototypes", "temperature", "a finite number above 0", self.temperature)
+        if self.negatives is not None:
+            _expect_at_least(0, "prototypes", negatives=self.negatives)
 
 
 @dataclass(frozen=True)
@@ -146,11 +153,14 @@ class TargetConfig:
         momentum: share of its own weights that the target keeps at a step.
         momentum_end: the same at the last step, reached along a cosine.
         queue: past keys M that serve as negatives (not byol).
+        symmetric: each view is the query once and the key once, in two passes more; or, as in MoCo v2 and PCL, the
+            first is the query and the second the key (not byol).
     """
 
     momentum: float = 0.99
     momentum_end: float = 0.99
     queue: int = 4096
+    symmetric: bool = True
 
     def __post_init__(self) -> None:
         for name in ("momentum", "momentum_end"):

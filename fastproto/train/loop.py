@@ -154,6 +154,7 @@ def run_epochs(
                     for parameter in method.after_clustering():
                         state.optimizer.state.pop(parameter, None)
             method.train()
+            views.alpha = crop_alpha(config, epoch)
             clustered = prototypes if prototypes is not None and prototypes.ready else None
             order = torch.from_numpy(np.random.default_rng((config.seed, epoch)).permutation(len(images))).to(device)
             shares = order[: steps * config.batch_size].view(steps, config.accumulate, -1)[:, :, rank::world]
@@ -285,6 +286,13 @@ def locates(config: Config, epoch: int) -> bool:
     """Whether boxes are found before this epoch, counted from 0."""
     views = config.views
     return config.crop == "contrastive" and epoch >= max(views.box_warmup, 1) and epoch % views.box_interval == 0
+
+
+def crop_alpha(config: Config, epoch: int) -> float:
+    """What places the crops of this epoch, counted from 0: until there are boxes they are uniform, as in the authors'
+    code (DDP_simclr_ccrop.py)."""
+    guided = config.crop == "simc" or any(locates(config, past) for past in range(epoch + 1))
+    return config.views.alpha if guided else 1.0
 
 
 def clusters(config: Config, epoch: int) -> bool:

@@ -34,7 +34,8 @@ class ContrastiveCrop(nn.Module):
         scale: least and greatest share of the image's area that a crop takes.
         ratio: least and greatest width / height of a crop.
         alpha: of the Beta distribution of a crop's place in the box: 1 uniform, below it avoids the middle. 0.6 in the
-            paper, 0.1 in the released settings for small images.
+            paper, 0.1 in the released settings for small images; 1 there until there are boxes. It may be set anew
+            between epochs.
         views: views of each image.
         augment: "simclr": colour jitter with probability 0.8, gray 0.2, and at sizes above 64 blur of sigma 0.1 to 2
             with probability 0.5; "moco": MoCo v2's, the same with the blur at every size; "none": crop and flip alone.

@@ -91,7 +91,7 @@ def test_repr_names_the_sizes() -> None:
 
 def test_bad_input() -> None:
     sizes = r"num_prototypes expected 1 \.\.\. num_samples = 10, got"
-    for size, got in ((11, "int 11"), (0, "int 0"), (3.0, "float 3.0"), ("3", "3"), (True, "bool True")):
+    for size, got in ((11, "int 11"), (0, "int 0"), (3.0, "float 3.0"), ("3", "str '3'"), (True, "bool True")):
         with pytest.raises(ValueError, match=f"PrototypeBank: {sizes} {got}"):
             PrototypeBank(10, 4, (3, size))
     for value in (5.5, "56", None, True, {5, 6}, torch.tensor(5.5)):

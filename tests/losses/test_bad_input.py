@@ -196,7 +196,7 @@ def test_nan_in_is_nan_out(name: str, argument: str) -> None:
         (lambda: losses.SPCLLoss(3, -1), "SPCLLoss: num_prototypes expected an integer of at least 1, got int -1"),
         (lambda: losses.SPCLLoss(0, 3), "SPCLLoss: feature_dim expected an integer of at least 1, got int 0"),
         (lambda: losses.SPCLLoss(3, 3, metric_weight=math.nan), "SPCLLoss: metric_weight expected a finite number"),
-        (lambda: losses.SiameseMetricLoss("a"), "SiameseMetricLoss: feature_dim expected an integer .*, got a"),
+        (lambda: losses.SiameseMetricLoss("a"), "SiameseMetricLoss: feature_dim expected an integer .*, got str 'a'"),
         (lambda: losses.PAUCLoss(align_weight="x"), "PAUCLoss: align_weight expected a finite number, got str 'x'"),
         (lambda: losses.NTXentLoss(math.inf), "NTXentLoss: temperature expected a magnitude .*, finite, got float inf"),
         (lambda: losses.NegativeCosineSimilarity(eps="x"), "NegativeCosineSimilarity: eps expected a number"),

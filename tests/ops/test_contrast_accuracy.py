@@ -207,3 +207,36 @@ def assert_entropy_behind_a_mask(backend: str, mask: float, device: str) -> None
         entropy = contrast(x, y, torch.arange(700, 733, device=device), scale=0.3, bias=bias).entropy
     expected = torch.distributions.Categorical(logits=x @ y[700:].T * 0.3).entropy()
     torch.testing.assert_close(entropy, expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_cpp
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_rows_too_short_to_have_a_direction(backend: str) -> None:
+    assert_short_rows_as_in_pytorch(backend, "cpu")
+
+
+def assert_short_rows_as_in_pytorch(backend: str, device: str) -> None:
+    """Rows shorter than 1e-12 are divided by that, and their gradient is not turned across them."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(rows, 24, generator=generator).to(device) for rows in (33, 70))
+    x[:5] *= torch.tensor([1e-13, 3e-14, 0.0, 2e-12, 1e-15], device=device)[:, None]
+    y[:5] *= torch.tensor([3e-13, 1e-14, 0.0, 1e-12, 1e-15], device=device)[:, None]
+    targets = torch.randint(70, (33,), generator=generator).to(device)
+
+    def gradients(loss: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [rows.to(dtype).requires_grad_() for rows in (x, y)]
+        return list(torch.autograd.grad(loss(*leaves), leaves))
+
+    def ours(x: Tensor, y: Tensor) -> Tensor:
+        with fastproto.backend(backend):
+            to_keys = contrast(x, y, targets, scale=2.0, normalize=True, divisor=1, stats=False).loss
+            return to_keys + nt_xent(x[:32], y[:32], temperature=0.5, reduction="sum")
+
+    def plain(x: Tensor, y: Tensor) -> Tensor:
+        to_keys = F.cross_entropy(F.normalize(x, dim=1) @ F.normalize(y, dim=1).T * 2, targets, reduction="sum")
+        z, others = F.normalize(torch.cat([x[:32], y[:32]]), dim=1), torch.eye(64, dtype=torch.bool, device=device)
+        scores = (z @ z.T * 2).masked_fill(others, -torch.inf)
+        return to_keys + F.cross_entropy(scores, torch.arange(64, device=device).roll(32), reduction="sum")
+
+    for got, right in zip(gradients(ours, torch.float32), gradients(plain, torch.float64), strict=True):
+        assert ((got.double() - right).norm(dim=1) <= 1e-5 * right.norm(dim=1)).all()

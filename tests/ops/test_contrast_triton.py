@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from interpreter import run_interpreted
 from ops import test_contrast_kernels, test_contrast_sets
-from ops.test_contrast_accuracy import assert_entropy_behind_a_mask
+from ops.test_contrast_accuracy import assert_entropy_behind_a_mask, assert_short_rows_as_in_pytorch
 from ops.test_contrast_kernels import LEAVES, assert_close, op_arguments, problem, run
 from torch import Tensor
 
@@ -388,6 +388,11 @@ def test_gradients_of_huge_equal_scores_are_finite(symmetric: bool) -> None:
 def test_entropy_behind_a_large_finite_mask() -> None:
     for mask in (-1e38, torch.finfo(torch.float32).min / 2):
         assert_entropy_behind_a_mask("triton", mask, DEVICE)
+
+
+@on_gpu
+def test_rows_too_short_to_have_a_direction() -> None:
+    assert_short_rows_as_in_pytorch("triton", DEVICE)
 
 
 @on_gpu

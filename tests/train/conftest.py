@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("jsonargparse")
 
-from fastproto.train import data
+from fastproto.train import data, loop
 from fastproto.train.config import (
     Config,
     EncoderConfig,
@@ -54,3 +54,11 @@ def tiny_config() -> Config:
         target=TargetConfig(momentum=0.9, momentum_end=1.0, queue=40),
         optimizer=OptimizerConfig(lr=0.05, warmup=0.5),
     )
+
+
+@pytest.fixture
+def no_evaluation(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What stands for every evaluation of the loop."""
+    scores = {"knn20": 0.25, "knn200": 0.25, "linear": 0.25}
+    monkeypatch.setattr(loop, "evaluate", lambda encode, dataset, *, device: dict(scores))
+    return scores

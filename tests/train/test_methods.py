@@ -104,6 +104,38 @@ def test_moco_contrasts_query_and_key_with_the_queue(tiny_config: Config) -> Non
     close(method.terms(outputs, None)["contrast"], sum(expected) / 2)
 
 
+@pytest.mark.parametrize("method", QUEUED)
+def test_one_way_the_first_view_asks_and_the_second_answers(tiny_config: Config, method: str) -> None:
+    """As in the authors' MoCo v2 and PCL, whose embedding is no more normalised over the batch than theirs."""
+    one_way = replace(
+        tiny_config,
+        target=replace(tiny_config.target, symmetric=False),
+        head=replace(tiny_config.head, last_norm=False),
+    )
+    built, (view0, view1) = build(one_way, method), two_views()
+    assert not isinstance(list(built.projector)[-1], nn.BatchNorm1d)
+    query, key = built.outputs((view0, view1))
+    close(query, built.projector(built.encoder(view0)))
+    close(key, built.target_projector(built.target_encoder(view1)))
+    queue = built.queue.clone()
+    close(built.terms((query, key), None)["contrast"], info_nce(query, key, queue, 0.2))
+    built.after_step(0.0)
+    close(built.queue[:N], nn.functional.normalize(key, dim=1))
+
+
+def test_pcl_draws_some_of_the_other_prototypes(tiny_config: Config) -> None:
+    method = build(replace(tiny_config, prototypes=replace(tiny_config.prototypes, negatives=2)), "pcl")
+    query = torch.randn(N, D)
+    centers, assignment = nn.functional.normalize(torch.randn(40, D), dim=1), torch.tensor([7, 7, 9, -1, 7, 9])
+    seen = set()
+    for _ in range(8):
+        terms = method.one_way(query, query, Prototypes([centers], [assignment], [torch.full((40,), 0.3)]))
+        seen.add(float(terms["prototype"]))
+    everything = proto_nce(query, Prototypes([centers], [assignment], [torch.full((40,), 0.3)]))
+    assert len(seen) > 1
+    assert max(seen) < everything
+
+
 def test_byol_predicts_the_target_of_the_other_view(tiny_config: Config) -> None:
     method = build(tiny_config, "byol")
     views = two_views()

@@ -123,27 +123,31 @@ class MomentumMethod(Method):
 class QueueMethod(MomentumMethod):
     """A momentum method that contrasts with past keys; its prototypes are clusters of the target's embeddings.
 
-    Each view is the query once and the key once, and the loss is the mean of both ways, and the head ends in a
-    normalisation (both as in MoCo v3, arXiv 2104.02057): runs of few steps need them.
+    By default each view is the query once and the key once, and the loss is the mean of both ways, and the head ends in
+    a normalisation (both as in MoCo v3, arXiv 2104.02057): runs of few steps need them. Not ``target.symmetric``, the
+    first view is the query and the second the key, as in MoCo v2 and PCL.
     """
 
     queue: Tensor
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
-        super().__init__(config, encoder, last_norm=True)
+        super().__init__(config, encoder, last_norm=config.head.last_norm)
+        self.symmetric = config.target.symmetric
         self.register_buffer("queue", F.normalize(torch.randn(config.target.queue, config.head.dim), dim=1))
         self._keys: list[Tensor] = []  # of the parts of a step
 
     def outputs(self, views: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """Embeddings (N, D) of both views, then the target's of both."""
-        keys = [self.target(view) for view in views]
-        self._keys.append(F.normalize(keys[1].float(), dim=1))
-        return *(self.projector(self.encoder(view)) for view in views), *keys
+        """Queries (N, D) of the first view, or of both, then the target's keys of the second, or of both."""
+        ways = 2 if self.symmetric else 1
+        keys = [self.target(view) for view in views[-ways:]]
+        self._keys.append(F.normalize(keys[-1].float(), dim=1))
+        return *(self.projector(self.encoder(view)) for view in views[:ways]), *keys
 
     def terms(self, outputs: tuple[Tensor, ...], prototypes: Prototypes | None) -> dict[str, Tensor]:
-        query0, query1, key0, key1 = outputs
-        one, other = self.one_way(query0, key1, prototypes), self.one_way(query1, key0, prototypes)
-        return {name: (one[name] + other[name]) / 2 for name in one}
+        ways = len(outputs) // 2
+        queries, keys = outputs[:ways], outputs[ways:]
+        found = [self.one_way(query, key, prototypes) for query, key in zip(queries, reversed(keys), strict=True)]
+        return {name: torch.stack([terms[name] for terms in found]).mean() for name in found[0]}
 
     @abstractmethod
     def one_way(self, query: Tensor, key: Tensor, prototypes: Prototypes | None) -> dict[str, Tensor]:

@@ -20,7 +20,12 @@ class PAUC(QueueMethod):
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__(config, encoder)
-        self.loss = PAUCLoss(self.temperature(0.2), correlation=config.loss.correlation, gather_distributed=True)
+        self.loss = PAUCLoss(
+            self.temperature(0.2),
+            correlation=config.loss.correlation,
+            gather_distributed=True,
+            num_negatives=config.prototypes.negatives,
+        )
 
     def one_way(self, query: Tensor, key: Tensor, prototypes: Prototypes | None) -> dict[str, Tensor]:
         if prototypes is None:

@@ -18,7 +18,7 @@ class PCL(QueueMethod):
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__(config, encoder)
         self.contrast = InfoNCELoss(self.temperature(0.2))
-        self.prototype = ProtoNCELoss()
+        self.prototype = ProtoNCELoss(config.prototypes.negatives)
 
     def one_way(self, query: Tensor, key: Tensor, prototypes: Prototypes | None) -> dict[str, Tensor]:
         terms = {"contrast": self.contrast(query, key, self.queue)}
