@@ -24,6 +24,8 @@ LONGEST = 200  # characters of a value that an error shows
 
 def describe(value: Any) -> str:
     """What an error message says of a value: dtype and shape of a tensor or array, type and value of the rest."""
+    if isinstance(value, Tensor) and value.is_nested:
+        return f"a nested {_name(value.dtype)} tensor on {value.device}"
     if isinstance(value, Tensor):
         layout = "" if value.layout == torch.strided else f"{_name(value.layout)} "
         return f"{layout}{_name(value.dtype)} {tuple(value.shape)} on {value.device}"
@@ -95,7 +97,7 @@ def expect_tensor(
     A string in ``shape`` names a size that may be anything: ``("N", 128)`` is any number of rows of 128.
     """
     dtypes = tuple(dtypes)
-    if not isinstance(value, Tensor) or value.dtype not in dtypes or value.layout != torch.strided:
+    if not isinstance(value, Tensor) or value.dtype not in dtypes or value.layout != torch.strided or value.is_nested:
         names = " or ".join(_name(dtype) for dtype in dtypes)
         wanted = f"{'an' if names.startswith('i') else 'a'} {names} tensor {_shape_name(shape)}"
         raise TypeError(f"{op}: {argument} expected {wanted}, got {describe(value)}")

@@ -31,6 +31,8 @@ def set_debug(enabled: bool) -> None:
 def backend(name: str) -> Iterator[None]:
     """Forces every op inside the ``with`` block to one backend: "reference", "cpp", "triton" or "cuda".
 
+    It holds for the whole process: blocks of several threads must not overlap, as the last to end would leave its own.
+
     Kernels that compute in float32 leave float64 to the reference. So do the Triton kernels of the contrast where plain
     matrix products serve better: rows of more than 256 columns, and at most 4 Mi scores.
 

@@ -130,7 +130,9 @@ class PrototypeBank(nn.Module):
         rows = Rows(features, group=self.kmeans_options.get("process_group"))
         expect(rows.total == self.num_samples, op, "features", f"{self.num_samples} rows in all", f"{rows.total}")
         for index in range(len(self.num_prototypes)):
-            warm = {"init": self._buffer("centers", index)} if self.warm_start and self.ready else {}
+            # There are none yet, or a bank without them gave its state.
+            known = self.warm_start and self.ready and bool(self._buffer("centers", index).any())
+            warm = {"init": self._buffer("centers", index)} if known else {}
             try:
                 kmeans = self._kmeans(index, **warm).fit(features)
             except ValueError as error:

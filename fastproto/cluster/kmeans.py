@@ -35,6 +35,17 @@ SHARED = (
 TRANSFORM_ELEMENTS = 1 << 20
 
 
+def parameters_of(estimator: type) -> dict[str, inspect.Parameter]:
+    """The constructor's arguments by name; where it hands on ``**options``, those of the class that takes them too."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in (base for base in estimator.__mro__ if "__init__" in vars(base)):
+        _, *given = inspect.signature(vars(base)["__init__"]).parameters.values()
+        found |= {p.name: p for p in given if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in found}
+        if all(p.kind != p.VAR_KEYWORD for p in given):
+            break
+    return found
+
+
 def kmeans_assign(
     x: Tensor,  # (N, D) float
     centers: Tensor,  # (K, D) float
@@ -289,7 +300,7 @@ class KMeans:
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The constructor's arguments by name, as scikit-learn asks for them; ``deep`` adds none."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        return {name: getattr(self, name) for name in parameters_of(type(self))}
 
     def set_params(self, **params: Any) -> KMeans:
         """Changes some of the constructor's arguments, all or none; what was fitted stays until the next fit."""
@@ -310,8 +321,8 @@ class KMeans:
         return Tags("clusterer", TargetTags(required=False), TransformerTags())
 
     def __repr__(self) -> str:
-        defaults = inspect.signature(type(self)).parameters
-        shown = {name: value for name, value in self.get_params().items() if value is not defaults[name].default}
+        defaults = {name: parameter.default for name, parameter in parameters_of(type(self)).items()}
+        shown = {name: value for name, value in self.get_params().items() if value is not defaults[name]}
         texts = {name: describe(x) if isinstance(x, (Tensor, np.ndarray)) else repr(x) for name, x in shown.items()}
         return f"{type(self).__name__}({', '.join(f'{name}={text}' for name, text in texts.items())})"
 

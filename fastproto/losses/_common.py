@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,10 +26,16 @@ def unit(x: Tensor) -> Tensor:
 
 def join_rows(x0: Tensor, x1: Tensor) -> Tensor:
     """The rows of both. Outside of autocast, whose concatenation refuses half precision of the other kind."""
-    if x0.dtype == x1.dtype == torch.float32 or not torch.is_autocast_enabled(x0.device.type):
+    if x0.dtype == x1.dtype == torch.float32:
         return torch.cat([x0, x1])
-    with torch.autocast(x0.device.type, enabled=False):
+    with without_autocast(x0):
         return torch.cat([x0, x1])
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Switches autocast off, where the tensor's device knows it."""
+    known = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if known else nullcontext()
 
 
 def reduce_rows(loss: Tensor, reduction: str, counted: Tensor | None = None) -> Tensor:
@@ -50,7 +57,7 @@ def expect_reduction(reduction: str, op: str) -> None:
 def expect_temperature(
     temperature: float | Tensor, op: str, *, signed: bool = False, device: torch.device | None = None
 ) -> None:
-    """A number or a tensor () of at least 1e-8; with ``signed`` its magnitude, as lightly wants it.
+    """A number or a tensor () or (1,) of at least 1e-8; with ``signed`` its magnitude, as lightly wants it.
 
     Without a device it is a module's, whose tensor has to be a parameter, to go where the module goes.
     """
@@ -58,7 +65,9 @@ def expect_temperature(
     if isinstance(temperature, Tensor):
         if device is None:
             expect_type(temperature, nn.Parameter, op, "temperature", wanted)
-        expect_tensor(temperature, op, "temperature", (), FLOATS, device)
+        # (1,) too: FSDP2 shards no parameter ().
+        shape = (1,) if temperature.shape == (1,) else ()
+        expect_tensor(temperature, op, "temperature", shape, FLOATS, device)
         if not reads_data(temperature):
             return
         temperature = temperature.item()

@@ -21,6 +21,7 @@ from fastproto.losses._common import (
     unit,
 )
 from fastproto.losses._gather import from_first_rank, gather_rows, rank_and_world
+from fastproto.ops._dispatch import once_differentiable
 from fastproto.ops.contrast import contrast_unchecked
 
 
@@ -44,8 +45,8 @@ def nt_xent(
     Args:
         out0, out1: embeddings of the two views (N, D), float16, bfloat16, float32 or float64, not normalised.
         assignments: prototype of each sample (N,) int64 or int32, or ``ignore_index`` for a sample that shares none.
-        temperature: τ, a number or a tensor (), with a gradient where it asks for one. A tensor costs four products of
-            all pairs, as ranks gathered do; a number two.
+        temperature: τ, a number or a tensor () or (1,), with a gradient where it asks for one. A tensor costs four
+            products of all pairs, as ranks gathered do; a number two, but torch.compile compiles each value anew.
         gather_distributed: candidates are the views of all ranks, anchors the local ones; DDP's mean of the gradients
             equals one process on the whole batch. Every rank has the same N.
         reduction: "mean" or "sum" over the 2N local rows, or "none" for the rows (2N,), view 0 first.
@@ -124,7 +125,8 @@ def info_nce(
     Args:
         query, key: embeddings of the two views (N, D), float16, bfloat16, float32 or float64, not normalised.
         queue: earlier keys (M, D), not normalised; M may be 0.
-        temperature: τ, a number or a tensor (), with a gradient where it asks for one: learnt, it costs twice as much.
+        temperature: τ, a number, of which torch.compile compiles each value anew, or a tensor () or (1,), with a
+            gradient where it asks for one: learnt, it costs twice as much.
         reduction: "mean", "sum", or "none" for the rows (N,).
 
     Returns:
@@ -181,12 +183,24 @@ def _against_queue(
         divisor=divisor, more_keys=more,
     )  # fmt: skip
     if key.requires_grad:
-        # Of all keys only the N own ones take a gradient, p_ii - 1 = exp(-L_i) - 1 per logit: a term of value 0 brings
-        # it.
         constant = temperature.detach() if isinstance(temperature, Tensor) else temperature
-        logit = (unit(query.detach()) * unit(key)).sum(1) / constant
-        loss = loss + (logit - logit.detach()) * torch.expm1(-loss.detach())
+        loss = _OwnKeys.apply(loss, (unit(query.detach()) * unit(key)).sum(1) / constant)
     return loss
+
+
+class _OwnKeys(torch.autograd.Function):
+    """The row losses L_i, to which of all keys only the N own ones give a gradient: of a logit, p_ii - 1."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, logit: Tensor) -> Tensor:
+        ctx.save_for_backward(loss, logit)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, kept: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, Tensor]:
+        loss, logit = kept
+        return grad, (grad * torch.expm1(-loss)).to(logit.dtype)
 
 
 class NTXentLoss(nn.Module):
@@ -201,7 +215,7 @@ class NTXentLoss(nn.Module):
     the front, as in lightly.
 
     Args:
-        temperature: τ, a number, or a parameter () that is learnt.
+        temperature: τ, a number, or a parameter () or (1,) that is learnt.
         memory_bank_size: 0 for none, (M, D) for a bank of M rows, or M alone: D is then taken from the first batch.
         gather_distributed: contrast with the views of all ranks; with a bank, enqueue those of all ranks.
 
@@ -218,6 +232,7 @@ class NTXentLoss(nn.Module):
         ValueError: |τ| < 1e-8, a bad bank size, shapes or devices that do not fit, an assignment below -1, assignments
             with a bank, or ranks with another N (data is read on the CPU, on CUDA with ``fastproto.set_debug(True)``).
         TypeError: an argument is not a tensor, or of another dtype.
+        RuntimeError: with a bank, recomputed by a checkpoint that is not reentrant, after it has enqueued.
 
     Example:
         >>> loss_fn = NTXentLoss(temperature=0.1)
@@ -257,7 +272,7 @@ class NTXentLoss(nn.Module):
         self.memory_bank_size = memory_bank_size
         self.gather_distributed = gather_distributed
         self._bank_rows = size[0]
-        self._bank_is_shared = False
+        self._bank_is_shared = self._enqueued = False
         self.register_buffer("bank", None)
         self.register_buffer("bank_ptr", None)
         if size[0] > 0 and len(size) == 2:
@@ -281,6 +296,12 @@ class NTXentLoss(nn.Module):
         assert self.bank_ptr is not None
         expect_tensor(out0, "NTXentLoss", "out0", ("N", self.bank.shape[1]))
         expect_temperature(self.temperature, "NTXentLoss", signed=True, device=out0.device)
+        recomputed = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if recomputed and self._enqueued:
+            raise RuntimeError(
+                "NTXentLoss: recomputed with a memory bank that has gone on since: leave the loss out of the "
+                "checkpoint, or checkpoint with use_reentrant=True"
+            )
         if self.bank.device != out0.device:
             self.bank, self.bank_ptr = self.bank.to(out0.device), self.bank_ptr.to(out0.device)
         training = torch.is_grad_enabled() and out0.requires_grad
@@ -289,6 +310,7 @@ class NTXentLoss(nn.Module):
         loss = reduce_rows(_against_queue(out0, out1, self.bank, self.temperature), "mean")
         if training:
             self._enqueue(unit(out1.detach()))
+        self._enqueued = training and not recomputed
         return loss
 
     def extra_repr(self) -> str:
@@ -362,7 +384,7 @@ class InfoNCELoss(nn.Module):
     Keys and queue get no gradient.
 
     Args:
-        temperature: τ, a number, or a parameter () that is learnt.
+        temperature: τ, a number, or a parameter () or (1,) that is learnt.
 
     Shape:
         query, key: (N, D), queue: (M, D), float16, bfloat16, float32 or float64, none of them normalised. Output:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastproto._check import INTEGERS, NUMBERS, expect, expect_index, expect_tensor, expect_type
-from fastproto.losses._common import expect_reduction, expect_views, reduce_rows, unit, widen
+from fastproto.losses._common import expect_reduction, expect_views, reduce_rows, unit, widen, without_autocast
 from fastproto.ops.uniformity import uniformity_unchecked
 
 # Barlow Twins' weight of the off-diagonal entries, arXiv 2103.03230.
@@ -69,7 +69,7 @@ def batch_prototypes(features: Tensor, assignments: Tensor, *, ignore_index: int
     same_nn = (assignments[:, None] == assignments) & assigned_n
     x_nd = unit(_masked(features, assigned_n))
     # A product and no scatter: sums in a fixed order. Their count cancels in unit().
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features):
         prototypes = unit(same_nn.to(x_nd.dtype) @ x_nd)
     first_n = ~same_nn.tril(-1).any(1) & assigned_n
     return BatchPrototypes(_masked(prototypes, assigned_n), first_n)
@@ -189,7 +189,7 @@ def cross_correlation(x0: Tensor, x1: Tensor, *, mask: Tensor | None = None) -> 
     divisor = _at_least_one(count)
     dtype = torch.promote_types(x0.dtype, x1.dtype)
     z0, z1 = (_standardise(x.to(dtype), mask, divisor) for x in (x0, x1))
-    with torch.autocast(x0.device.type, enabled=False):
+    with without_autocast(x0):
         r_dd = z0.T @ z1 / divisor
     loss = (1 - r_dd.diagonal()).square().sum() + OFF_DIAGONAL * _off_diagonal(r_dd).square().sum()
     if isinstance(count, Tensor):
@@ -229,7 +229,7 @@ def covariance(x: Tensor, *, mask: Tensor | None = None) -> Tensor:
     expect_mask(mask, x, "covariance")
     count = _count(x, mask)
     centred = _centre(x, mask, _at_least_one(count))
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         covariance_dd = centred.T @ centred / _at_least_one(count - 1)
     return _off_diagonal(covariance_dd).square().sum() / max(x.shape[1], 1)
 

@@ -151,8 +151,9 @@ class PAUCLoss(nn.Module):
         sets = [assignments] if isinstance(assignments, Tensor) else assignments
         if self.gather_distributed:
             query, key, sets = gather_rows(query), gather_rows(key), [gather_rows(labels) for labels in sets]
-        align, uniform, correlation = torch.stack([self._of_prototypes(query, key, labels) for labels in sets]).mean(0)
-        return PAUCTerms(info_nce, nce, align, uniform, correlation)
+        of_prototypes = torch.stack([self._of_prototypes(query, key, labels) for labels in sets]).mean(0)
+        terms = torch.unbind_copy(of_prototypes)  # type: ignore[func-returns-value]  # PyTorch's own is wrong
+        return PAUCTerms(info_nce, nce, *terms)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
         return (

@@ -436,6 +436,8 @@ def contrast_unchecked(
         # The compiler cannot trace an autograd.Function that is given one tensor twice.
         keys = keys.view_as(keys) if keys is not None and keys is features else keys
         key_groups = key_groups.view_as(key_groups) if key_groups is not None and key_groups is groups else key_groups
+        if isinstance(divisor, int):  # a number of rows, for each of which the op's number would be compiled anew
+            divisor = torch.scalar_tensor(divisor, dtype=torch.int64, device=features.device)
     options = (normalize, divisor, more_keys, stats)
     out = _Contrast.apply(features, keys, targets, scale, bias, groups, key_groups, *options)
     if stats and ignore_index != -1:

@@ -215,14 +215,15 @@ class _Pairs(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor, b: Tensor, same: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         loss, slope = _pairs_fwd(a, b, same, weight, bias)
         need_pass = any(ctx.needs_input_grad[i] for i in (0, 1, 3))
-        ctx.save_for_backward(slope, *((a, b, same, weight) if need_pass else ()))
+        # β for the way back that refuses to be differentiated again.
+        ctx.save_for_backward(slope, bias, *((a, b, same, weight) if need_pass else ()))
         ctx.dtypes = [tensor.dtype for tensor in (a, b, same, weight, bias)]
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, kept: Sequence[Tensor], grad: Tensor) -> tuple[Tensor | None, ...]:
-        slope, *args = kept
+        slope, _, *args = kept
         need_a, need_b, _, need_w, need_beta = ctx.needs_input_grad
         coefficient = grad * slope
         gradients: list[Tensor | None] = [None] * 5
@@ -249,14 +250,14 @@ class _AllPairs(torch.autograd.Function):
         args = (features, second, images, prototypes, weight, bias)
         mean, slope, share = _all_pairs_fwd(*args)
         need_x, need_second, _, _, need_w, _ = ctx.needs_input_grad
-        ctx.save_for_backward(slope, share, *(args if need_x or need_second or need_w else ()))
+        ctx.save_for_backward(slope, share, bias, *(args if need_x or need_second or need_w else ()))
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in args]
         return mean
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, kept: Sequence[Tensor], grad: Tensor) -> tuple[Tensor | None, ...]:
-        slope, share, *args = kept
+        slope, share, _, *args = kept
         gradients: list[Tensor | None] = [None] * 6
         if args:
             dx, gradients[4] = _all_pairs_bwd(*args, grad * share)
@@ -381,7 +382,8 @@ def siamese_all_pairs(
     images, prototypes = images.long().contiguous(), torch.where(prototypes == ignore_index, -1, prototypes.long())
     # The compiler cannot trace an autograd.Function that is given one tensor twice.
     second = second.view_as(second) if second is features else second
-    return AllPairs(*_AllPairs.apply(features, second, images, prototypes, weight, bias).unbind())
+    means = _AllPairs.apply(features, second, images, prototypes, weight, bias)
+    return AllPairs(*torch.unbind_copy(means))  # type: ignore[misc, func-returns-value]  # PyTorch's own is wrong
 
 
 def _expect_metric(weight: Tensor, bias: Tensor, features: Tensor, op: str) -> None:

@@ -187,3 +187,13 @@ def test_without_a_warm_start_every_update_is_cold() -> None:
     bank.update(features)
     assert "centers_0" not in bank.state_dict()
     assert torch.equal(bank.lookup(torch.arange(200))[1][0], KMeans(9, n_iter=2).fit(features).labels_)
+
+
+def test_a_state_without_centers_starts_a_warm_bank_cold() -> None:
+    x = torch.randn(60, 4)
+    old, warm, fresh = PrototypeBank(60, 4, 5), *(PrototypeBank(60, 4, 5, warm_start=True) for _ in range(2))
+    old.update(x)
+    warm.load_state_dict(old.state_dict(), strict=False)
+    for bank in (warm, fresh):
+        bank.update(x)
+    assert torch.equal(warm.assignments_0, fresh.assignments_0)

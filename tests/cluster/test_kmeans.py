@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -427,3 +428,16 @@ def test_a_negated_view_is_its_numbers() -> None:
     assert x.is_neg()
     ours, plain = KMeans(5).fit(x), KMeans(5).fit(x.resolve_neg())
     assert torch.equal(ours.labels_, plain.labels_) and ours.inertia_ == plain.inertia_
+
+
+def test_a_subclass_that_hands_on_its_options_has_them_as_parameters() -> None:
+    class Mine(KMeans):
+        def __init__(self, n_clusters: int, extra: float = 1.5, **options: Any) -> None:
+            super().__init__(n_clusters, **options)
+            self.extra = extra
+
+    mine = Mine(3, n_iter=7)
+    assert mine.get_params() == KMeans(3, n_iter=7).get_params() | {"extra": 1.5}
+    assert repr(mine) == "Mine(n_clusters=3, n_iter=7)"
+    assert mine.set_params(n_iter=9, extra=2.0).get_params()["n_iter"] == 9
+    assert mine.extra == 2.0
