@@ -148,6 +148,7 @@ class SiameseMetricLoss(nn.Module):
         >>> pair_loss = loss_fn.pairwise(torch.eye(3), torch.eye(3), torch.tensor([1, 1, 0]))
 
     Distributed: pairs are those of a rank's own batch; :class:`SPCLLoss` gathers those of all ranks where asked to.
+    FSDP2 is to shard the loss as a whole: its metric is read, not called.
 
     Memory: "all" grows with N · C, nothing of size (N, N, C), and nothing of size (N, N) is kept; "sampled" holds six
     differences (N/2, C).

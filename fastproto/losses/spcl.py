@@ -64,7 +64,8 @@ class SPCLLoss(nn.Module):
     Distributed: with ``gather_distributed`` DDP's mean of the gradients equals one process on the whole batch. NT-Xent
     sets local rows against the views of all ranks, the cross-entropy is a mean over all ranks' rows, and every rank
     computes the metric of all pairs of the whole batch: on W ranks W² times the pairs of one rank's batch. Every rank
-    has the same N. Without it all terms are of a rank's own batch.
+    has the same N. Without it all terms are of a rank's own batch. FSDP2 is to shard the loss as a whole: classifier
+    and metric are read, not called, so that neither their own sharding nor hooks on them run.
 
     Memory: grows with N · D and N · C; the (2N, 2N) and (N, K) logits exist in the reference backend only, and nothing
     of size (N, N, C) is kept.
