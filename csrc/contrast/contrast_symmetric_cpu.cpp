@@ -50,21 +50,6 @@ struct Blocks {
   const float* along_of(int64_t block) const { return along.data() + block * columns * width; }
 };
 
-// A block's turn in a round: waits for its rounds before, and ends also where a task throws.
-class Round {
- public:
-  Round(std::atomic<int64_t>& rounds, int64_t round) : rounds_(rounds), round_(round) {
-    while (rounds_.load(std::memory_order_acquire) < round_) std::this_thread::yield();
-  }
-  ~Round() { rounds_.store(round_ + 1, std::memory_order_release); }
-  Round(const Round&) = delete;
-  Round& operator=(const Round&) = delete;
-
- private:
-  std::atomic<int64_t>& rounds_;
-  const int64_t round_;
-};
-
 void pack(const Contrast& args, int threads, Blocks& blocks) {
   blocks.N = args.N, blocks.D = args.D, blocks.width = round_up(args.D, NR);
   blocks.columns = args.N < 8 * WIDE ? NARROW : WIDE;
@@ -94,6 +79,21 @@ void pack(const Contrast& args, int threads, Blocks& blocks) {
   blocks.by_target.resize(args.N);
   for (int64_t i = 0; i < args.N; ++i) blocks.by_target[next[args.target[i]]++] = i;
 }
+
+// A block's turn in a round: waits for its rounds before, and ends also where a task throws.
+class Round {
+ public:
+  Round(std::atomic<int64_t>& rounds, int64_t round) : rounds_(rounds), round_(round) {
+    while (rounds_.load(std::memory_order_acquire) < round_) std::this_thread::yield();
+  }
+  ~Round() { rounds_.store(round_ + 1, std::memory_order_release); }
+  Round(const Round&) = delete;
+  Round& operator=(const Round&) = delete;
+
+ private:
+  std::atomic<int64_t>& rounds_;
+  const int64_t round_;
+};
 
 // Every pair of blocks once: in the first round each with itself, then all stand in a circle around the last, turn by one
 // seat a round, and each faces its opposite, or nobody.

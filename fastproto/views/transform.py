@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastproto._check import INTEGERS, INTS, describe, expect, expect_tensor, expect_type
 from fastproto._random import expect_key
-from fastproto.ops.sample_crops import expect_box
+from fastproto.ops.sample_crops import expect_box, expect_crop_options
 from fastproto.views.boxes import BoxBank
 from fastproto.views.contrastive_crop import ContrastiveCrop
 from fastproto.views.files import to_rgb
@@ -20,10 +20,12 @@ from fastproto.views.files import to_rgb
 class ContrastiveCropTransform(nn.Module):
     """The views of ``ContrastiveCrop`` for a single image, for data sets whose images are decoded in workers.
 
-    The boxes and the epoch lie in shared memory: what the training process sets between two epochs reaches workers that
-    were started before, those of ``persistent_workers=True`` too. Set both before the loader's next ``iter``, which
-    starts to prefetch. Not so after ``load_state_dict(..., assign=True)``, which takes new memory. Both stay where they
-    are, on the CPU, if a module that holds the transform is moved to another device or dtype.
+    The boxes, the epoch and α lie in shared memory: what the training process sets between two epochs reaches workers
+    that were started before, those of ``persistent_workers=True`` too. Set them before the loader's next ``iter``,
+    which starts to prefetch. Not so after ``load_state_dict(..., assign=True)``, which takes new memory. They stay
+    where they are, on the CPU, if a module that holds the transform is moved to another device or dtype.
+
+    The paper's crops are uniform until there are boxes: begin with ``alpha=1``, then ``set_alpha``.
 
     Args:
         size: height and width of the views, or one number for both.
@@ -66,6 +68,7 @@ class ContrastiveCropTransform(nn.Module):
     """
 
     epoch: Tensor
+    alpha: Tensor
 
     def __init__(
         self,
@@ -85,6 +88,8 @@ class ContrastiveCropTransform(nn.Module):
         self.crop = ContrastiveCrop(size, **options)
         self.boxes = boxes
         self.register_buffer("epoch", torch.zeros((), dtype=torch.int64, device="cpu"))
+        alpha = torch.tensor(self.crop.alpha, dtype=torch.float64, device="cpu")
+        self.register_buffer("alpha", alpha, persistent=False)
         self.register_load_state_dict_post_hook(_share)
         self.share_memory()
 
@@ -98,7 +103,7 @@ class ContrastiveCropTransform(nn.Module):
         return self
 
     def share_memory(self) -> ContrastiveCropTransform:
-        """Puts boxes and epoch into memory that workers share."""
+        """Puts boxes, epoch and α into memory that workers share."""
         for tensor in self.buffers():
             # What is shared already would be moved where torch's sharing strategy is another one now.
             if tensor.is_cpu and not tensor.is_shared():
@@ -109,6 +114,11 @@ class ContrastiveCropTransform(nn.Module):
         """Sets the epoch that keys the draws, in all workers."""
         _, _, checked = expect_key("ContrastiveCropTransform", self.crop.views, self.crop.seed, epoch)
         self.epoch.fill_(checked)
+
+    def set_alpha(self, alpha: float) -> None:
+        """Sets the α of the crops, in all workers."""
+        *_, checked = expect_crop_options("ContrastiveCropTransform", self.crop.scale, self.crop.ratio, alpha)
+        self.alpha.fill_(checked)
 
     def forward(
         self,
@@ -123,6 +133,7 @@ class ContrastiveCropTransform(nn.Module):
         expect(-(2**63) <= number < 2**63, "ContrastiveCropTransform", "sample_id", "an int of 64 bits", sample_id)
         ids = torch.tensor([number], device="cpu")
         boxes = self.boxes.lookup(ids) if isinstance(self.boxes, BoxBank) else self.boxes
+        self.crop.alpha = float(self.alpha)
         views = self.crop(_to_tensor(image)[None], ids, boxes, int(self.epoch))
         return tuple(view[0] for view in views)
 

@@ -79,6 +79,8 @@ def test_new_boxes_and_epochs_reach_persistent_workers(start: str) -> None:
     for epoch in (0, 1, 2):
         if epoch == 2:
             bank.update(ids, torch.tensor([SIMC_BOX] * 6))
+            transform.set_alpha(0.2)
+            crop.alpha = 0.2
         transform.set_epoch(epoch)
         batches = [views for views, _ in loader]
         expected = crop(images, ids, bank.boxes, epoch)
@@ -117,6 +119,7 @@ def test_memory_stays_shared(change: str) -> None:
         getattr(transform, change)()
     assert transform.boxes.boxes.is_shared()
     assert transform.epoch.is_shared()
+    assert transform.alpha.is_shared()
     assert copy.deepcopy(transform).boxes.boxes.is_shared()
 
 
