@@ -29,7 +29,8 @@ class SPCLLoss(nn.Module):
 
     z are embeddings, h raw backbone features, y the prototypes that k-means gave the images, c a linear classifier of
     the K prototypes, and L_metric the all-pairs form of :class:`SiameseMetricLoss`. The paper draws pairs of images;
-    here the batch is a plain one and all its pairs are taken.
+    here the batch is a plain one and all its pairs are taken. Its loss of a pair is twice this one, but for the metric
+    of different images, which weighs four times as much.
 
     Args:
         feature_dim: C.
@@ -99,6 +100,7 @@ class SPCLLoss(nn.Module):
         self.contrast = NTXentLoss(temperature, gather_distributed=gather_distributed)
         self.metric = SiameseMetricLoss(feature_dim)
         self.classifier = nn.Linear(feature_dim, num_prototypes)
+        self._draw_classifier()
 
     def forward(self, out0: Tensor, out1: Tensor, features0: Tensor, features1: Tensor, assignments: Tensor) -> Tensor:
         terms = self.forward_components(out0, out1, features0, features1, assignments)
@@ -125,11 +127,12 @@ class SPCLLoss(nn.Module):
     def reset_prototypes(self) -> None:
         """A new classifier, for after each clustering: the old ids mean nothing any more.
 
-        The parameters stay the same tensors, so an optimiser keeps them; its momentum of them is not touched. With
+        Weights of deviation 0.01 and no bias, as in the authors' code: it begins by telling nothing apart. The
+        parameters stay the same tensors, so an optimiser keeps them; its momentum of them is not touched. With
         ``gather_distributed`` all ranks call it, and get the first rank's. Without it each draws its own: under DDP,
         which keeps parameters alike but does not make them so, from one seed.
         """
-        self.classifier.reset_parameters()
+        self._draw_classifier()
         if self.gather_distributed:
             for parameter in self.classifier.parameters():
                 from_first_rank(parameter.detach())
@@ -139,6 +142,10 @@ class SPCLLoss(nn.Module):
             f"contrast_weight={self.contrast_weight}, metric_weight={self.metric_weight}, "
             f"prototype_weight={self.prototype_weight}, gather_distributed={self.gather_distributed}"
         )
+
+    def _draw_classifier(self) -> None:
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
 
     def _expect(self, out0: Tensor, out1: Tensor, features0: Tensor, features1: Tensor, assignments: Tensor) -> None:
         """Refuses bad input in this class's name, and before any rank waits for another."""

@@ -139,7 +139,13 @@ def configured_origin(config: Config) -> dict[str, str]:
 def configured_encoder(config: Config, height: int) -> Encoder:
     """A fresh encoder for a run's views; ``height`` is that of its images."""
     chosen = config.encoder
-    return build_encoder(chosen.name, image_size=config.views.size or height, width=chosen.width, stem=chosen.stem)
+    return build_encoder(
+        chosen.name,
+        image_size=config.views.size or height,
+        width=chosen.width,
+        stem=chosen.stem,
+        zero_init=chosen.zero_init,
+    )
 
 
 def check_buildable(config: Config, dataset: data.Dataset, checkpoint: Path | None = None) -> None:
@@ -173,12 +179,14 @@ def check_buildable(config: Config, dataset: data.Dataset, checkpoint: Path | No
 def build_optimizer(config: OptimizerConfig, method: nn.Module) -> torch.optim.Optimizer:
     """The optimiser over all trained parameters; biases and norms, which have one dimension, are not decayed.
 
-    A group whose learning rate the loop leaves alone, as the method asks, has a true "constant".
+    A group whose learning rate the loop leaves alone, as the method asks, has a true "constant"; of LARS it takes plain
+    steps of SGD.
     """
     chosen: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    constant_parts = tuple(f"{part}." for part in getattr(method, "constant_lr", ()))
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
-            key = (parameter.ndim <= 1, name.split(".")[0] in getattr(method, "constant_lr", ()))
+            key = (parameter.ndim <= 1, name.startswith(constant_parts))
             chosen.setdefault(key, []).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": chosen[flat, constant], "weight_decay": 0.0 if flat else config.weight_decay, "constant": constant}
@@ -191,7 +199,9 @@ def build_optimizer(config: OptimizerConfig, method: nn.Module) -> torch.optim.O
 
         # As in SimCLR (arXiv 2002.05709, appendix B.1) only the steps of biases and norms are not scaled. By itself
         # timm's scales no step of what is not decayed, which with a weight decay of 0 is everything.
-        for group, (flat, _) in zip(groups, sorted(chosen), strict=True):
-            group["always_adapt"] = not flat
+        for group, (flat, constant) in zip(groups, sorted(chosen), strict=True):
+            group["always_adapt"] = not flat and not constant
+            if constant:
+                group["momentum"] = 0.0
         return Lars(groups, lr=config.lr, momentum=config.momentum)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)

@@ -36,11 +36,13 @@ class EncoderConfig:
             have their own.
         stem: of torchvision's networks: small keeps the resolution (3x3, no pooling), large is torchvision's (7x7 and
             pooling); auto: small for views up to 64 px.
+        zero_init: of torchvision's networks: the last normalisation of each residual branch starts at 0.
     """
 
     name: str = "resnet18"
     width: int | None = None
     stem: Literal["auto", "small", "large"] = "auto"
+    zero_init: bool = False
 
     def __post_init__(self) -> None:
         if self.width is not None:

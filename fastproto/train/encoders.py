@@ -146,7 +146,9 @@ class TimmTrunk(nn.Module):
         self.train()
 
 
-def build_encoder(name: str, *, image_size: int, width: int | None = None, stem: str = "auto") -> Encoder:
+def build_encoder(
+    name: str, *, image_size: int, width: int | None = None, stem: str = "auto", zero_init: bool = False
+) -> Encoder:
     """A fresh encoder by name.
 
     Args:
@@ -158,20 +160,24 @@ def build_encoder(name: str, *, image_size: int, width: int | None = None, stem:
             have their own.
         stem: "small", of torchvision's networks: 3x3 without pooling; "large": torchvision's own, 7x7 with pooling;
             "auto": small up to 64 px. The others have one stem.
+        zero_init: of torchvision's networks: the last normalisation of each residual branch starts at 0, which leaves
+            the branch out. timm does so by itself.
 
     Raises:
-        ValueError: no encoder has that name; a width below 8, or for a timm network; a stem that it does not have; a
-            network of timm that gives no feature map.
+        ValueError: no encoder has that name; a width below 8, or for a timm network; a stem or zero_init that it does
+            not have; a network of timm that gives no feature map.
     """
     known = f"one of resnet-tiny, {', '.join(RESNETS)}, {TIMM}NAME"
     expect(name == "resnet-tiny" or name in RESNETS or name.startswith(TIMM), "build_encoder", "name", known, name)
     expect(width is None or width >= MIN_WIDTH, "build_encoder", "width", f"at least {MIN_WIDTH}", width)
     expect(stem == "auto" or name in RESNETS, "build_encoder", "stem", f"auto: {name} has its own", stem)
+    expect(not zero_init or name in RESNETS, "build_encoder", "zero_init", f"False: {name} has its own", zero_init)
     if name == "resnet-tiny":
         width = width or TINY_WIDTH
         return Encoder(_tiny_trunk(width), 4 * width)
     if name in RESNETS:
-        return _resnet(name, width or RESNET_WIDTH, small=has_small_stem(name, image_size, stem))
+        small = has_small_stem(name, image_size, stem)
+        return _resnet(name, width or RESNET_WIDTH, small=small, zero_init=zero_init)
     expect(width is None, "build_encoder", "width", f"none: {name} has its own", width)
     trunk = TimmTrunk(name.removeprefix(TIMM), image_size)
     return Encoder(trunk, trunk.num_features)
@@ -182,9 +188,13 @@ def has_small_stem(name: str, image_size: int, stem: str) -> bool:
     return name in RESNETS and (image_size <= SMALL_IMAGE if stem == "auto" else stem == "small")
 
 
-def _resnet(name: str, width: int, *, small: bool) -> Encoder:
+def _resnet(name: str, width: int, *, small: bool, zero_init: bool) -> Encoder:
     block, layers = RESNETS[name]
     network = ResNet(block, layers) if width == RESNET_WIDTH else WideResNet(block, layers, width)
+    for module in network.modules() if zero_init else ():
+        if isinstance(module, (BasicBlock, Bottleneck)):
+            last = module.bn2 if isinstance(module, BasicBlock) else module.bn3
+            nn.init.zeros_(last.weight)
     if small:
         network.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         network.maxpool = nn.Identity()

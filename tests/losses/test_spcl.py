@@ -49,6 +49,8 @@ def test_reset_prototypes_draws_a_new_classifier_in_place() -> None:
     loss_fn.reset_prototypes()
     assert loss_fn.classifier.weight is weight
     assert (weight != before).all()
+    assert 0.005 < float(weight.detach().std()) < 0.02
+    assert not loss_fn.classifier.bias.any()
     assert torch.equal(loss_fn.metric.metric.weight, metric)
 
 

@@ -76,17 +76,24 @@ def test_a_clustering_begins_where_it_is_asked_to(tiny_config: Config, tiny_data
     assert found[1] < found[0]
 
 
-def test_simsiams_predictor_has_groups_of_its_own(tiny_config: Config, tiny_data: Dataset) -> None:
-    config = replace(tiny_config, method="simsiam", optimizer=OptimizerConfig(weight_decay=0.1))
+@pytest.mark.parametrize(("method", "part"), [("simsiam", "predictor."), ("spcl", "loss.classifier.")])
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_what_keeps_its_learning_rate_has_groups_of_its_own(
+    tiny_config: Config, tiny_data: Dataset, method: str, part: str, optimizer: str
+) -> None:
+    """Of LARS they take plain steps of SGD."""
+    config = replace(tiny_config, method=method, optimizer=OptimizerConfig(optimizer, weight_decay=0.1))
     state = build.build_state(config, tiny_data, CPU)
     names = {id(parameter): name for name, parameter in state.method.named_parameters()}
     seen = {}
     for group in state.optimizer.param_groups:
         for parameter in group["params"]:
             seen[names.pop(id(parameter))] = group["constant"], group["weight_decay"], parameter.ndim
+        if optimizer == "lars" and group["constant"]:
+            assert (group["momentum"], group["always_adapt"]) == (0, False)
     assert not names
     for name, (constant, decay, ndim) in seen.items():
-        assert constant == name.startswith("predictor.")
+        assert constant == name.startswith(part)
         assert decay == (0.1 if ndim > 1 else 0)
 
 

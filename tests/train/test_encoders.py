@@ -140,6 +140,19 @@ def test_the_stem_can_be_chosen() -> None:
         build_encoder("resnet-tiny", image_size=32, stem="small")
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_residual_branches_may_start_at_nothing(name: str) -> None:
+    """As torchvision's zero_init_residual: a branch adds nothing, and its first convolution gets no gradient yet."""
+    theirs = getattr(models, name)(zero_init_residual=True).state_dict()
+    for zero_init in (False, True):
+        ours = build_encoder(name, image_size=224, zero_init=zero_init).trunk.state_dict()
+        zeros = {key for key, value in ours.items() if key.endswith("weight") and not value.any()}
+        expected = {key for key, value in theirs.items() if key.endswith("weight") and not value.any()}
+        assert zeros == (expected if zero_init else set())
+    with pytest.raises(ValueError, match="zero_init expected False: resnet-tiny has its own, got bool True"):
+        build_encoder("resnet-tiny", image_size=32, zero_init=True)
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

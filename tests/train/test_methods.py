@@ -369,6 +369,8 @@ def test_spcl_clusters_whitened_features_and_starts_its_classifier_anew(tiny_con
     features = torch.randn(50, C)
     assert torch.equal(method.cluster_space(features), whiten(features, 12))
     assert method.cluster_dim == 12
+    for parameter in method.loss.classifier.parameters():
+        nn.init.ones_(parameter)  # as if it had learnt
     before = [parameter.clone() for parameter in method.loss.classifier.parameters()]
     fresh = method.after_clustering()
     assert [id(parameter) for parameter in fresh] == [

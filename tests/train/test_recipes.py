@@ -117,8 +117,13 @@ def test_a_recipe_builds_what_it_says(method: str, data: str) -> None:
     assert type(state.optimizer).__name__.lower() == config.optimizer.name
     groups = state.optimizer.param_groups
     assert {group["lr"] for group in groups} == {config.optimizer.lr}
+    if config.optimizer.name == "lars":
+        plain = [group for group in groups if group["constant"]]
+        assert not any(group["momentum"] or group["always_adapt"] for group in plain)
+    zero = method == "simsiam" or (data == "imagenet" and method in ("simclr", "byol"))
+    assert config.encoder.zero_init == zero
     assert {group["weight_decay"] for group in groups} == {config.optimizer.weight_decay, 0}
-    assert any(group["constant"] for group in groups) == (method == "simsiam")
+    assert any(group["constant"] for group in groups) == (method in ("simsiam", "spcl"))
     if state.prototypes is not None:
         shapes = [tuple(getattr(state.prototypes, f"prototypes_{g}").shape) for g in range(len(config.prototypes.num))]
         dim = config.prototypes.whiten_dim if config.method == "spcl" else config.head.dim

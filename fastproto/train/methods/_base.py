@@ -39,7 +39,7 @@ class Method(nn.Module, ABC):
 
     clusters = False
     idle_parts = False  # whether a step may leave trained parameters without a gradient
-    constant_lr: tuple[str, ...] = ()  # parts whose learning rate does not fall
+    constant_lr: tuple[str, ...] = ()  # parts whose learning rate neither rises nor falls
     projector: nn.Module
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
@@ -125,7 +125,8 @@ class QueueMethod(MomentumMethod):
 
     By default each view is the query once and the key once, and the loss is the mean of both ways, and the head ends in
     a normalisation (both as in MoCo v3, arXiv 2104.02057): runs of few steps need them. Not ``target.symmetric``, the
-    first view is the query and the second the key, as in MoCo v2 and PCL.
+    first view is the query and the second the key, as in MoCo v2 and PCL. Batches are not shuffled between devices for
+    the keys, as there; with ``sync_norm`` all devices share their statistics.
     """
 
     queue: Tensor

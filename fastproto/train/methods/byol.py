@@ -1,4 +1,7 @@
-"""BYOL (Grill et al., arXiv 2006.07733): predict what a slow copy says of the other view; nothing repels."""
+"""BYOL (Grill et al., arXiv 2006.07733): predict what a slow copy says of the other view; nothing repels.
+
+The target starts as a copy; in the authors' code it starts from weights of its own.
+"""
 
 from __future__ import annotations
 

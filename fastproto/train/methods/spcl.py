@@ -1,7 +1,8 @@
 """SPCL (Mo et al., arXiv 2208.08819): SimCLR, a classifier of prototypes, and a metric of which images share one.
 
 Clusters, metric and classifier see backbone features, only the contrast sees projections. The classifier is drawn anew
-at each clustering, whose ids mean nothing to the old one.
+at each clustering, whose ids mean nothing to the old one, and has until the next to learn: its learning rate does not
+follow the others', and of LARS it takes plain steps of SGD, as in the authors' code (train.py: at twice the rate).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class SPCL(Method):
 
     clusters = True
     idle_parts = True  # metric and classifier, before the first clustering
+    constant_lr = ("loss.classifier",)
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__(config, encoder)
