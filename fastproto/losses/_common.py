@@ -5,13 +5,22 @@ from __future__ import annotations
 import functools
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastproto._check import FLOATS, NUMBERS, expect, expect_tensor, expect_type, reads_data
+
+
+class ContrastStats(NamedTuple):
+    """What ``return_stats`` adds, each (N,), on the device and without a gradient; see ops.contrast.contrast."""
+
+    lse: Tensor
+    entropy: Tensor
+    top1: Tensor
+    positive_logit: Tensor
 
 
 def widen(x: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from fastproto.losses._common import expect_temperature, expect_views, expect_weights
 from fastproto.losses._gather import gather_rows
-from fastproto.losses.contrast import InfoNCELoss
 from fastproto.losses.distribution import (
     AlignmentLoss,
     CorrelationLoss,
@@ -18,6 +17,7 @@ from fastproto.losses.distribution import (
     expect_kind,
     expect_t,
 )
+from fastproto.losses.info_nce import InfoNCELoss
 from fastproto.losses.proto_nce import Concentrations, ProtoNCELoss, Tensors
 
 

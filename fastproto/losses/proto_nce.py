@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from fastproto._check import (
     is_integer,
     reads_data,
 )
-from fastproto.losses._common import expect_reduction, inverse, widest
+from fastproto.losses._common import ContrastStats, expect_reduction, inverse, widest
 from fastproto.losses._gather import from_first_rank, gather_rows, rank_and_world, sum_over_ranks
 from fastproto.ops.contrast import Contrast, contrast_unchecked
 from fastproto.ops.contrast_sets import contrast_sets
@@ -30,15 +30,6 @@ LEAST = 1e-8  # concentration, as the least temperature of the others: 1 / φ mu
 # One prototype set, or one entry per set.
 Tensors = Tensor | Sequence[Tensor]
 Concentrations = float | Tensor | Sequence[float | Tensor]
-
-
-class ProtoNCEStats(NamedTuple):
-    """What ``return_stats`` adds, each (N,), on the device and without a gradient; see ops.contrast.contrast."""
-
-    lse: Tensor
-    entropy: Tensor
-    top1: Tensor
-    positive_logit: Tensor
 
 
 def proto_nce(
@@ -76,7 +67,7 @@ def proto_nce(
             rank has the same N. "sum" and "none" are of the local rows.
         ignore_index: the assignment of rows that do not count.
         reduction: "mean" over the rows that count, "sum", or "none" for the rows (N,), 0 where ignored.
-        return_stats: also return ProtoNCEStats(lse, entropy, top1, positive_logit), each (N,).
+        return_stats: also return ContrastStats(lse, entropy, top1, positive_logit), each (N,).
 
     ``prototypes``, ``assignments`` and ``concentration`` (and ``bias``) may be sequences, one entry per prototype set;
     one number as concentration then holds for all sets. The loss is the mean over sets, the stats are a list.
@@ -130,7 +121,7 @@ def proto_nce(
             loss, *rest = _contrast_sample(features, keys, targets, phi, b, *options, *sample)
         losses.append(loss.sum() if reduction == "sum" else loss)
         if return_stats:
-            of_rows = ProtoNCEStats(*rest)
+            of_rows = ContrastStats(*rest)
             top1 = of_rows.top1 if ignore_index == -1 else torch.where(targets < 0, ignore_index, of_rows.top1)
             stats.append(of_rows._replace(top1=top1))
     loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean(0)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastproto._check import FLOATS, INTEGERS, expect_index, expect_positive_ints, expect_tensor
 from fastproto.losses._common import expect_temperature, expect_views, expect_weights
 from fastproto.losses._gather import from_first_rank, gather_rows
-from fastproto.losses.contrast import NTXentLoss
+from fastproto.losses.nt_xent import NTXentLoss
 from fastproto.losses.proto_nce import proto_nce
 from fastproto.losses.siamese import SiameseMetricLoss
 

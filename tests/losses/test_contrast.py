@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastproto.losses import InfoNCELoss, NTXentLoss, contrast
+from fastproto.losses import InfoNCELoss, NTXentLoss
 from fastproto.losses.functional import info_nce, nt_xent
 
 
@@ -331,7 +331,7 @@ def test_bad_input_is_refused_by_name(call: object, error: type[Exception], mess
 
 
 def test_nt_xent_is_refused_before_ranks_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contrast, "gather_rows", lambda rows: pytest.fail("gathered"))
+    monkeypatch.setattr("fastproto.losses.nt_xent.gather_rows", lambda rows: pytest.fail("gathered"))
     for bad in (torch.tensor([0, -2]), torch.tensor([0]), torch.zeros(2)):
         with pytest.raises((TypeError, ValueError), match="nt_xent: assignments expected"):
             nt_xent(torch.eye(2), torch.eye(2), bad, gather_distributed=True)
@@ -369,3 +369,23 @@ def test_bank_follows_its_input_to_another_device() -> None:
     loss_fn = NTXentLoss(memory_bank_size=(8, 3))
     loss_fn(torch.randn(4, 3, device="meta"), torch.randn(4, 3, device="meta"))
     assert loss_fn.bank.device.type == loss_fn.bank_ptr.device.type == "meta"
+
+
+@pytest.mark.parametrize("with_queue", [False, True])
+def test_info_nce_says_which_key_was_nearest(with_queue: bool) -> None:
+    torch.manual_seed(0)
+    query, key, queue = (torch.randn(n, 7, dtype=torch.float64) for n in (9, 9, 30))
+    query.requires_grad_()
+    scores = F.normalize(query.detach(), dim=1) @ F.normalize(torch.cat([key, queue]), dim=1).T / 0.3
+    others = torch.eye(9, dtype=torch.bool).logical_not() if with_queue else torch.zeros(9, 9, dtype=torch.bool)
+    scores[:, :9].masked_fill_(others, -torch.inf)
+    scores = scores if with_queue else scores[:, :9]
+    arguments = (query, key, queue if with_queue else None)
+    loss, stats = info_nce(*arguments, temperature=0.3, return_stats=True)
+    torch.testing.assert_close(loss, info_nce(*arguments, temperature=0.3))
+    assert torch.equal(stats.top1, scores.argmax(1))
+    torch.testing.assert_close(stats.positive_logit, scores.diagonal())
+    torch.testing.assert_close(stats.lse, scores.logsumexp(1))
+    torch.testing.assert_close(stats.entropy, torch.distributions.Categorical(logits=scores).entropy())
+    loss.backward()
+    assert query.grad is not None
