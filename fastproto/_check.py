@@ -24,9 +24,9 @@ LONGEST = 200  # characters of a value that an error shows
 
 def describe(value: Any) -> str:
     """What an error message says of a value: dtype and shape of a tensor or array, type and value of the rest."""
-    if isinstance(value, Tensor) and value.is_nested:
-        return f"a nested {_name(value.dtype)} tensor on {value.device}"
     if isinstance(value, Tensor):
+        if value.is_nested:
+            return f"a nested {_name(value.dtype)} tensor on {value.device}"
         layout = "" if value.layout == torch.strided else f"{_name(value.layout)} "
         return f"{layout}{_name(value.dtype)} {tuple(value.shape)} on {value.device}"
     if isinstance(value, np.ndarray):

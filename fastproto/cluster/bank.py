@@ -130,8 +130,8 @@ class PrototypeBank(nn.Module):
         rows = Rows(features, group=self.kmeans_options.get("process_group"))
         expect(rows.total == self.num_samples, op, "features", f"{self.num_samples} rows in all", f"{rows.total}")
         for index in range(len(self.num_prototypes)):
-            # There are none yet, or a bank without them gave its state.
-            known = self.warm_start and self.ready and bool(self._buffer("centers", index).any())
+            # All 0 before the first update, and where a bank without centres gave its state.
+            known = self.warm_start and bool(self._buffer("centers", index).any())
             warm = {"init": self._buffer("centers", index)} if known else {}
             try:
                 kmeans = self._kmeans(index, **warm).fit(features)

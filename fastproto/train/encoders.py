@@ -83,9 +83,11 @@ class Block(nn.Module):
 class WideResNet(ResNet):
     """torchvision's with another number of channels than 64 in its first stage, the other stages in proportion."""
 
-    def __init__(self, block: type[BasicBlock | Bottleneck], layers: list[int], width: int) -> None:
+    def __init__(
+        self, block: type[BasicBlock | Bottleneck], layers: list[int], width: int, *, zero_init_residual: bool
+    ) -> None:
         self._width = width
-        super().__init__(block, layers)
+        super().__init__(block, layers, zero_init_residual=zero_init_residual)
         self.conv1 = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.bn1 = nn.BatchNorm2d(width)
@@ -190,11 +192,10 @@ def has_small_stem(name: str, image_size: int, stem: str) -> bool:
 
 def _resnet(name: str, width: int, *, small: bool, zero_init: bool) -> Encoder:
     block, layers = RESNETS[name]
-    network = ResNet(block, layers) if width == RESNET_WIDTH else WideResNet(block, layers, width)
-    for module in network.modules() if zero_init else ():
-        if isinstance(module, (BasicBlock, Bottleneck)):
-            last = module.bn2 if isinstance(module, BasicBlock) else module.bn3
-            nn.init.zeros_(last.weight)
+    if width == RESNET_WIDTH:
+        network = ResNet(block, layers, zero_init_residual=zero_init)
+    else:
+        network = WideResNet(block, layers, width, zero_init_residual=zero_init)
     if small:
         network.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         network.maxpool = nn.Identity()

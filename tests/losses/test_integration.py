@@ -71,13 +71,8 @@ def bank_gradient(reentrant: bool | None) -> Tensor:
     for _ in range(2):  # a bank that holds what an earlier step put there
         x0, x1 = encoder(torch.randn(6, 8)), encoder(torch.randn(6, 8))
         found = loss(x0, x1) if reentrant is None else checkpoint(loss, x0, x1, use_reentrant=reentrant)
-        (gradient,) = torch.autograd.grad(found, encoder.weight) if reentrant is None else [backward(found, encoder)]
-    return gradient
-
-
-def backward(loss: Tensor, encoder: nn.Linear) -> Tensor:
-    encoder.weight.grad = None
-    loss.backward()
+        encoder.weight.grad = None
+        found.backward()
     assert encoder.weight.grad is not None
     return encoder.weight.grad
 
@@ -115,8 +110,7 @@ def test_keys_of_a_bank_have_the_gradient_of_the_formula() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tensors_without_data_give_shapes(dtype: torch.dtype) -> None:
-    x, queue, labels = (torch.empty(4, 8, device="meta", dtype=dtype) for _ in range(2)), None, None
-    x0, x1 = x
+    x0, x1 = torch.empty(2, 4, 8, device="meta", dtype=dtype)
     queue, labels = torch.empty(9, 8, device="meta"), torch.empty(4, device="meta", dtype=torch.int64)
     found = [
         functional.nt_xent(x0, x1),

@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from torch import nn
 
 from fastproto.train import loop
 from fastproto.train.config import Config, OptimizerConfig, PrototypeConfig, ViewConfig
 from fastproto.train.data import Dataset
 
 
+def watch_views(monkeypatch: pytest.MonkeyPatch, what: Callable[[nn.Module, tuple[Any, ...]], Any]) -> list[Any]:
+    """What there is to be seen of every call of the views, their module and its arguments, as a run goes on."""
+    seen: list[Any] = []
+    build_views = loop.build_views
+
+    def watched(config: Config, dataset: Dataset) -> nn.Module:
+        views = build_views(config, dataset)
+        views.register_forward_pre_hook(lambda module, args: seen.append(what(module, args)))
+        return views
+
+    monkeypatch.setattr(loop, "build_views", watched)
+    return seen
+
+
 @pytest.mark.usefixtures("no_evaluation")
 def test_every_epoch_sees_other_images_in_another_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_config: Config, tiny_data: Dataset
 ) -> None:
-    seen: list[tuple[int, list[int]]] = []
-    build_views = loop.build_views
-
-    def watched(config: Config, dataset: Dataset) -> torch.nn.Module:
-        views = build_views(config, dataset)
-        views.register_forward_pre_hook(lambda module, args: seen.append((args[3], args[1].tolist())))
-        return views
-
-    monkeypatch.setattr(loop, "build_views", watched)
+    seen = watch_views(monkeypatch, lambda module, args: (args[3], args[1].tolist()))
     loop.train(replace(tiny_config, method="simclr", epochs=3), tiny_data, tmp_path)
     assert [epoch for epoch, _ in seen] == [0, 0, 1, 1, 2, 2]
     orders = [seen[2 * epoch][1] + seen[2 * epoch + 1][1] for epoch in range(3)]
@@ -41,15 +49,7 @@ def test_every_epoch_sees_other_images_in_another_order(
 def test_the_crops_of_a_run_are_uniform_until_there_are_boxes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_config: Config, tiny_data: Dataset
 ) -> None:
-    seen: list[tuple[int, float]] = []
-    build_views = loop.build_views
-
-    def watched(config: Config, dataset: Dataset) -> torch.nn.Module:
-        views = build_views(config, dataset)
-        views.register_forward_pre_hook(lambda module, args: seen.append((args[3], module.alpha)))
-        return views
-
-    monkeypatch.setattr(loop, "build_views", watched)
+    seen = watch_views(monkeypatch, lambda module, args: (args[3], module.alpha))
     views = replace(tiny_config.views, alpha=0.3, box_warmup=2)
     loop.train(replace(tiny_config, method="simclr", views=views, epochs=3), tiny_data, tmp_path)
     assert seen == [(0, 1.0), (0, 1.0), (1, 1.0), (1, 1.0), (2, 0.3), (2, 0.3)]
