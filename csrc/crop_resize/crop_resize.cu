@@ -45,7 +45,7 @@ template <int C, int T, bool planar> struct FixedTaps {
   __device__ __forceinline__ FixedTaps(const Image& image, const uint8_t* crop, int width, const Window<float> (&windows)[kPair])
       : stride_c(image.stride_c), stride_w(planar ? 1 : image.stride_w), stride_h(static_cast<int>(image.stride_h)) {
     const int left = min(min(windows[0].first, windows[1].first), width - T);
-    const float inverse = __fdividef(1, windows[0].support);
+    const float inverse = windows[0].slope;
 #pragma unroll
     for (int k = 0; k < kPair; ++k) {
       float sum = 0;
@@ -77,11 +77,11 @@ template <int C> struct AnyTaps {
   const uint8_t* first[kPair];
   int64_t stride_c, stride_w;
   int stride_h, count[kPair];
-  float place[kPair], inverse, inverse_sum[kPair];  // of the first pixel, from the window's centre; of the support
+  float place[kPair], inverse, inverse_sum[kPair];  // of the first pixel, from the window's centre; 1 / support
 
   __device__ __forceinline__ AnyTaps(const Image& image, const uint8_t* crop, int, const Window<float> (&windows)[kPair])
       : stride_c(image.stride_c), stride_w(image.stride_w), stride_h(static_cast<int>(image.stride_h)) {
-    inverse = __fdividef(1, windows[0].support);
+    inverse = windows[0].slope;
     for (int k = 0; k < kPair; ++k) {
       first[k] = crop + windows[k].first * stride_w;
       place[k] = windows[k].first + 0.5f - windows[k].centre;

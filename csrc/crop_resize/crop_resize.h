@@ -57,9 +57,9 @@ struct CropResize {
   int64_t views() const { return !index && R % images.count == 0 ? R / images.count : 1; }
 };
 
-// Pixels first … first + count − 1 of a crop's side carry the weight of output position i.
+// Pixels first … first + count − 1 of a crop's side carry the weight of output position i, which falls by `slope` a pixel.
 template <typename T> struct Window {
-  T centre, support;
+  T centre, slope;
   int first, count;
 };
 
@@ -70,12 +70,12 @@ template <typename T> FASTPROTO_HD inline Window<T> window(int i, int side, int 
   const T low = centre - support + T(0.5), high = centre + support + T(0.5);
   const int first = low > 0 ? static_cast<int>(low) : 0;
   const int last = high < side ? static_cast<int>(high) : side;
-  return {centre, support, first, last - first};
+  return {centre, 1 / support, first, last - first};
 }
 
-// Weight of pixel first + k, not yet divided by the sum of the window's weights.
+// Weight of pixel first + k, not yet divided by the sum of the window's weights; 0 outside of the window.
 template <typename T> FASTPROTO_HD inline T window_weight(const Window<T>& window, int k) {
-  const T distance = (static_cast<T>(window.first + k) + T(0.5) - window.centre) / window.support;
+  const T distance = (static_cast<T>(window.first + k) + T(0.5) - window.centre) * window.slope;
   const T weight = 1 - (distance < 0 ? -distance : distance);
   return weight > 0 ? weight : 0;
 }

@@ -28,34 +28,37 @@ namespace fastproto {
 namespace FASTPROTO_ISA {
 namespace {
 
-// The window of every output position of one side, and its weights, which sum to 1. All windows are as wide as the widest,
-// moved inwards at the edge, with weights of 0 for what is not theirs: loops of one length are foreseen by the CPU.
+// f(taps), of the usual numbers as a constant: a loop of known length has no counter, and no end to be foreseen.
+template <typename F> inline void with_taps(int taps, F&& f) {
+  switch (taps) {
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    default: return f(taps);
+  }
+}
+
+// Where the window of every output position of one side begins, and its weights, which sum to 1. All windows are as wide as
+// the widest, moved inwards at the edge, with weights of 0 for what is not theirs: loops of one length are foreseen by the CPU.
 struct Taps {
-  std::vector<Window<float>> windows;
   std::vector<int> first;      // (out_side,)
   std::vector<float> weights;  // (out_side, count)
   int count = 0;
 
-  // A window is computed once and kept: another rounding of the same expression could begin one pixel earlier.
   void build(int side, int out_side, bool antialias) {
-    windows.resize(out_side);
-    Window<float>* all = windows.data();
-    int widest = 0;
-    for (int i = 0; i < out_side; ++i) {
-      all[i] = window<float>(i, side, out_side, antialias);
-      widest = std::max(widest, all[i].count);
-    }
-    count = widest;
+    count = 0;
+    for (int i = 0; i < out_side; ++i) count = std::max(count, window<float>(i, side, out_side, antialias).count);
     first.resize(out_side);
-    weights.assign(static_cast<size_t>(out_side) * count, 0.f);
-    for (int i = 0; i < out_side; ++i) {
-      const Window<float> here = all[i];
-      first[i] = std::min(here.first, side - widest);
-      float* own = weights.data() + static_cast<size_t>(i) * widest + (here.first - first[i]);
-      float sum = 0;
-      for (int k = 0; k < here.count; ++k) sum += own[k] = window_weight(here, k);
-      for (int k = 0; k < here.count; ++k) own[k] /= sum;
-    }
+    weights.resize(static_cast<size_t>(out_side) * count);
+    with_taps(count, [&](auto taps) {
+      for (int i = 0; i < out_side; ++i) {
+        Window<float> here = window<float>(i, side, out_side, antialias);
+        first[i] = here.first = std::min(here.first, side - taps);
+        float *own = weights.data() + static_cast<size_t>(i) * taps, sum = 0;
+        for (int k = 0; k < taps; ++k) sum += own[k] = window_weight(here, k);
+        for (int k = 0; k < taps; ++k) own[k] *= 1 / sum;
+      }
+    });
   }
 };
 
@@ -76,7 +79,8 @@ inline Vec load_bytes(const uint8_t* p) {
 }
 
 // line[x] = Σ_k weights[k] · pixels[k, x], x < span
-inline void vertical(const uint8_t* pixels, int64_t stride_h, int64_t stride_w, const float* weights, int taps,
+template <typename Count>
+inline void vertical(const uint8_t* pixels, int64_t stride_h, int64_t stride_w, const float* weights, Count taps,
                      int64_t span, float* line) {
   int64_t x = 0;
   // The last vector ends where the line does: some of its pixels are computed twice.
@@ -124,26 +128,31 @@ void some_rows(const CropResize& args, const uint8_t* origin, const Image& image
   const int64_t w = round_up(args.w, LANES), line = round_up(span, LANES);
   float *lines = scratch.lines.take(LANES * line), *turned = scratch.turned.take(LANES * line);
   float *out = scratch.out.take(LANES * w), *out_rows = scratch.out_rows.take(LANES * w);
-  for (int l = 0; l < LANES; ++l) {
-    const int64_t row = std::min(i + l, args.h - 1);
-    const Taps& taps = scratch.rows;
-    vertical(origin + taps.first[row] * image.stride_h, image.stride_h, channels > 1 ? 1 : image.stride_w,
-             taps.weights.data() + row * taps.count, taps.count, span, lines + l * line);
-  }
-  for (int64_t x = 0; x < span; x += LANES) transpose_square(lines + x, line, turned + x * LANES, LANES);
-  // Values of their own: the compiler would have to look whether a store of a pixel has changed those in `scratch`.
-  const int count = scratch.columns.count, *first = scratch.columns.first.data();
-  const float* all_weights = scratch.columns.weights.data();
-  for (int channel = 0; channel < channels; ++channel) {
-    const Vec scale = splat(args.scale[c + channel]), offset = splat(args.offset[c + channel]);
-    for (int64_t j = 0; j < args.w; ++j) {
-      const int64_t source = mirrored ? args.w - 1 - j : j;
-      const float* weights = all_weights + source * count;
-      const float* pixels = turned + (int64_t(first[source]) * channels + channel) * LANES;
-      Vec sum{};
-      for (int k = 0; k < count; ++k) sum += weights[k] * load(pixels + k * channels * LANES);
-      store(out + j * LANES, sum * scale + offset);
+  with_taps(scratch.rows.count, [&](auto taps) {
+    const int* first = scratch.rows.first.data();
+    const float* weights = scratch.rows.weights.data();
+    for (int l = 0; l < LANES; ++l) {
+      const int64_t row = std::min(i + l, args.h - 1);
+      vertical(origin + first[row] * image.stride_h, image.stride_h, channels > 1 ? 1 : image.stride_w,
+               weights + row * taps, taps, span, lines + l * line);
     }
+  });
+  for (int64_t x = 0; x < span; x += LANES) transpose_square(lines + x, line, turned + x * LANES, LANES);
+  for (int channel = 0; channel < channels; ++channel) {
+    with_taps(scratch.columns.count, [&](auto taps) {
+      // Values of their own: the compiler would have to look whether a store of a pixel has changed those in `scratch`.
+      const int* first = scratch.columns.first.data();
+      const float* weights = scratch.columns.weights.data();
+      const Vec scale = splat(args.scale[c + channel]), offset = splat(args.offset[c + channel]);
+      const int64_t step = channels * LANES, last = args.w - 1;
+      for (int64_t j = 0; j <= last; ++j) {
+        const int64_t source = mirrored ? last - j : j;
+        const float *own = weights + source * taps, *pixels = turned + first[source] * step + channel * LANES;
+        Vec sum{};
+        for (int k = 0; k < taps; ++k) sum += own[k] * load(pixels + k * step);
+        store(out + j * LANES, sum * scale + offset);
+      }
+    });
     for (int64_t j = 0; j < args.w; j += LANES) transpose_square(out + j * LANES, LANES, out_rows + j, w);
     for (int64_t l = 0; l < std::min<int64_t>(LANES, args.h - i); ++l) {
       Out* row = static_cast<Out*>(args.out) + r * args.stride_r + (c + channel) * args.stride_c + (i + l) * args.stride_h;
