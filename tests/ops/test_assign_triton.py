@@ -11,8 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from host_waits import no_host_waits
-from interpreter import run_interpreted
-from ops.test_contrast_triton import DEVICE, INTERPRETED, assert_captured, gpu_alone, on_gpu
+from interpreter import DEVICE, INTERPRETED, assert_captured, gpu_alone, on_gpu, run_interpreted
 from torch import Tensor
 
 import fastproto

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter import run_interpreted
+from interpreter import DEVICE, INTERPRETED, on_gpu, run_interpreted
 from ops.test_contrast_accuracy import assert_as_exact_as_plain_float32
 from ops.test_contrast_kernels import assert_close, problem, run
-from ops.test_contrast_triton import DEVICE, INTERPRETED, _small_tiles, on_gpu  # noqa: F401
+from ops.test_contrast_triton import _small_tiles  # noqa: F401
 from torch import Tensor
 
 import fastproto

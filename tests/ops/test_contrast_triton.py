@@ -12,29 +12,16 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreter import run_interpreted
+from interpreter import DEVICE, HALVES, INTERPRETED, on_gpu, run_interpreted
 from ops import test_contrast_kernels, test_contrast_sets
 from ops.test_contrast_accuracy import assert_entropy_behind_a_mask, assert_short_rows_as_in_pytorch
-from ops.test_contrast_kernels import LEAVES, assert_close, op_arguments, problem, run
+from ops.test_contrast_kernels import assert_close, op_arguments, problem, run
 from torch import Tensor
 
 import fastproto
-from fastproto import _settings
 from fastproto.ops.contrast import contrast, contrast_unchecked
-from fastproto.ops.contrast_sets import contrast_sets
 
-INTERPRETED = _settings.triton_interpreted
-DEVICE = "cpu" if INTERPRETED else "cuda"
-HALVES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
 SHAPES = [(1, 1, 24), (33, 507, 130), (1, 507, 96), (33, 3, 17), (40, 70, 24)]
-
-
-def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
-    """Marks a test for the GPU, unless the interpreter stands in for it."""
-    return test if INTERPRETED else pytest.mark.gpu(test)
-
-
-gpu_alone = pytest.mark.skipif(INTERPRETED, reason="of no meaning under the interpreter")
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests of this file run here themselves")
@@ -415,95 +402,3 @@ def test_ops_are_sound() -> None:
         several = test_contrast_sets.sets_problem(9, (11, 3), 5, DEVICE)
         several["features"].nan_to_num_(1.0)
         torch.library.opcheck(torch.ops.fastproto.contrast_sets_fwd.default, (*several.values(), True, True))
-
-
-@on_gpu
-@gpu_alone
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize("d", [64, 128, 200, 256, 384, 1024])
-def test_every_tile_of_the_table(dtype: torch.dtype, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastproto.ops.contrast.FEW_SCORES", 0)  # else PyTorch's products take wide rows
-    arguments = {
-        name: value.to(dtype).float() if value.is_floating_point() else value
-        for name, value in problem(300, 1000, d, device=DEVICE).items()
-    }
-    ours, exact = run("triton", arguments, dtype), run("reference", arguments, torch.float64)
-    assert_close(ours[:5] + exact[5:], exact, 4e-6)
-    assert_close(exact[:5] + ours[5:], exact, max(2 * torch.finfo(dtype).eps, 4e-6))
-
-
-@on_gpu
-@gpu_alone
-@pytest.mark.filterwarnings("ignore")  # what the compiler has to say of a GPU
-def test_compiles_as_one_graph() -> None:
-    arguments = problem(300, 1000, 128, device=DEVICE)
-    leaves = [arguments[name].requires_grad_() for name in LEAVES]
-    ours, theirs = torch.compile(contrast, fullgraph=True)(**arguments), contrast(**arguments)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b)
-    gradients = (torch.autograd.grad(rows.loss.sum(), leaves) for rows in (ours, theirs))
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def assert_captured(step: Callable[[], list[Tensor]], *inputs: Tensor) -> None:
-    """Replayed on new numbers in the same places: nothing was decided on the host."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        for value in inputs:
-            value.copy_(value.flip(0))
-    graph.replay()
-    assert all(map(torch.equal, captured, step()))
-
-
-@on_gpu
-@gpu_alone
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-def test_is_captured_into_a_cuda_graph(dtype: torch.dtype) -> None:
-    arguments = {
-        name: value.to(dtype) if value.is_floating_point() else value
-        for name, value in problem(300, 1000, 128, device=DEVICE).items()
-    }
-    leaves = [arguments[name].requires_grad_() for name in LEAVES]
-
-    def step() -> list[Tensor]:
-        rows = contrast(**arguments)
-        return [*(row.detach() for row in rows), *torch.autograd.grad(rows.loss.sum(), leaves)]
-
-    assert_captured(step, arguments["features"], arguments["targets"])
-
-
-@on_gpu
-@gpu_alone
-def test_several_sets_are_captured_into_a_cuda_graph() -> None:
-    x, ys, *rest = test_contrast_sets.sets_problem(256, (300, 1000, 700), 128, DEVICE).values()
-    leaves = [y.requires_grad_() for y in (x, *ys)]
-
-    def step() -> list[Tensor]:
-        loss = contrast_sets(x, ys, *rest, normalize=True, divisor=torch.full((3,), 2.0, device=DEVICE))
-        return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
-
-    x.data.nan_to_num_(1.0)
-    assert_captured(step, x)
-
-
-@on_gpu
-@gpu_alone
-def test_addresses_beyond_two_to_the_31() -> None:
-    """Keys of 4.3 GB, of which the last rows matter alone."""
-    k, d = (1 << 31) // 64 + 1000, 64
-    keys = torch.zeros(k, d, dtype=torch.bfloat16, device=DEVICE)
-    keys[-1], keys[-2] = 0.25, -0.25
-    features = torch.full((3, d), 1.0, dtype=torch.bfloat16, device=DEVICE)
-    rows = contrast(features, keys, torch.tensor([k - 1, k - 2, -1], device=DEVICE))
-    lse = math.log(k - 2 + math.exp(16) + math.exp(-16))
-    expected = torch.tensor([lse - 16, lse + 16, 0.0], device=DEVICE)
-    torch.testing.assert_close(rows.loss, expected, rtol=1e-4, atol=1e-4)
-    assert rows.top1.tolist() == [k - 1, k - 1, -1]
