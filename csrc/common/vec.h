@@ -6,6 +6,10 @@
 #include <cstring>
 #include <utility>
 
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
 namespace fastproto {
 namespace FASTPROTO_ISA {
 
@@ -46,8 +50,21 @@ template <int HALF = LANES / 2, typename Step> inline float fold(Vec v, Step ste
 inline float sum(Vec v) {
   return fold(v, [](Vec a, Vec b) { return a + b; });
 }
-// Of numbers: of a NaN and a number the second.
+// a > b ? a : b, and a < b ? a : b: of a NaN and a number the second. By the instructions that do just that: where one of the
+// two is known, g++ 12 makes four of a comparison and masks.
+#if defined(__AVX512F__)
+inline Vec larger(Vec a, Vec b) { return (Vec)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
+inline Vec smaller(Vec a, Vec b) { return (Vec)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+inline Vec larger(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
+inline Vec smaller(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b); }
+#elif defined(__SSE2__)
+inline Vec larger(Vec a, Vec b) { return (Vec)_mm_max_ps((__m128)a, (__m128)b); }
+inline Vec smaller(Vec a, Vec b) { return (Vec)_mm_min_ps((__m128)a, (__m128)b); }
+#else
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
+#endif
 // NaN where any lane is.
 inline float largest(Vec v) {
   return fold(v, [](Vec a, Vec b) { return (b > a) | (b != b) ? b : a; });

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) colour_kernel(const Photometric args
     double total = 0;
     for (uint32_t p = threadIdx.x; p < pixels; p += kThreads) {
       Pixel<C, float> x = read_pixel<C, In>(args, n, p);
-      for (int s = 0; s < program.contrast; ++s) apply<C, float>(program.steps[s], 0, x);
+      for (int s = 0; s < program.contrast; ++s) apply<C, float>(program.steps[s], 0, [&](auto change) { change(x); });
       total += luma<C, float>(x);
     }
     // No thread writes before all have read: out may be images.
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) colour_kernel(const Photometric args
   const bool waits = blurs(args, n);
   for (uint32_t p = threadIdx.x; p < pixels; p += kThreads) {
     Pixel<C, float> x = read_pixel<C, In>(args, n, p);
-    for (int s = 0; s < program.count; ++s) apply<C, float>(program.steps[s], mean, x);
+    for (int s = 0; s < program.count; ++s) apply<C, float>(program.steps[s], mean, [&](auto change) { change(x); });
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       if (waits) {

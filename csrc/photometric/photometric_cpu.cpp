@@ -81,12 +81,19 @@ float run(const Photometric& args, const Program& program, int first, int last, 
   double total = 0;
   for (int64_t begin = 0; begin < pixels; begin += BLOCK) {
     Vec block_sum{};
-    for (int64_t p = begin; p < std::min(begin + BLOCK, pixels); p += LANES) {
-      Pixel<C, Vec> x;
-      for (int c = 0; c < C; ++c) x.channel[c] = load(planes + c * plane + p);
-      for (int s = first; s < last; ++s) apply<C, Vec>(program.steps[s], mean, x);
-      if (MEAN) block_sum += luma<C, Vec>(x);
-      for (int c = 0; c < C; ++c) store(planes + c * plane + p, x.channel[c]);
+    for (int64_t p = begin; p < std::min(begin + BLOCK, pixels); p += WIDE) {
+      Pixel<C, Vec> some[WIDE / LANES];
+      const auto at = [&](int v, int c) { return planes + c * plane + p + v * LANES; };
+      for (int v = 0; v < 4; ++v)
+        for (int c = 0; c < C; ++c) some[v].channel[c] = load(at(v, c));
+      for (int s = first; s < last; ++s)
+        apply<C, Vec>(program.steps[s], mean, [&](auto change) {
+          for (auto& x : some) change(x);
+        });
+      for (int v = 0; v < 4; ++v) {
+        if (MEAN) block_sum += luma<C, Vec>(some[v]);
+        for (int c = 0; c < C; ++c) store(at(v, c), some[v].channel[c]);
+      }
     }
     total += sum(block_sum);
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "photometric.h"
 
@@ -60,8 +61,14 @@ template <int C> FASTPROTO_PIXEL Program program_of(const Photometric& args, int
   return program;
 }
 
-template <typename V> FASTPROTO_PIXEL V lower(V a, V b) { return a < b ? a : b; }
-template <typename V> FASTPROTO_PIXEL V higher(V a, V b) { return a > b ? a : b; }
+template <typename V> FASTPROTO_PIXEL V lower(V a, V b) {
+  if constexpr (std::is_same_v<V, float>) return a < b ? a : b;
+  else return smaller(a, b);
+}
+template <typename V> FASTPROTO_PIXEL V higher(V a, V b) {
+  if constexpr (std::is_same_v<V, float>) return a > b ? a : b;
+  else return larger(a, b);
+}
 template <typename V> FASTPROTO_PIXEL V clamp(V x) { return lower(V{} + 1.f, higher(V{}, x)); }
 
 template <int C, typename V> struct Pixel {
@@ -97,20 +104,18 @@ template <typename V> FASTPROTO_PIXEL void turn_hue(Pixel<3, V>& x, float turn) 
   x.channel[2] = clamp<V>(2.f - higher(-from_blue, from_blue)) * chroma + low;
 }
 
-template <int C, typename V> FASTPROTO_PIXEL void apply(const Step& step, float mean, Pixel<C, V>& x) {
+// each(change) is to call change(pixel) for every Pixel<C, V> at hand: a step is looked up once for all of them.
+template <int C, typename V, typename Each> FASTPROTO_PIXEL void apply(const Step& step, float mean, Each each) {
+  using P = Pixel<C, V>&;
+  const float factor = step.factor;
   switch (step.kind) {
-    case BRIGHTNESS: blend<C, V>(x, step.factor, V{}); break;
-    case CONTRAST: blend<C, V>(x, step.factor, V{} + mean); break;
-    case SATURATION: blend<C, V>(x, step.factor, luma(x)); break;
-    default:
-      if constexpr (C == 3) {
-        if (step.kind == HUE) {
-          turn_hue(x, step.factor);
-        } else {
-          const V gray = luma(x);
-          for (int c = 0; c < C; ++c) x.channel[c] = gray;
-        }
-      }
+    case BRIGHTNESS: return each([=](P x) { blend<C, V>(x, factor, V{}); });
+    case CONTRAST: return each([=](P x) { blend<C, V>(x, factor, V{} + mean); });
+    case SATURATION: return each([=](P x) { blend<C, V>(x, factor, luma(x)); });
+  }
+  if constexpr (C == 3) {
+    if (step.kind == HUE) return each([=](P x) { turn_hue(x, factor); });
+    each([](P x) { x.channel[0] = x.channel[1] = x.channel[2] = luma(x); });
   }
 }
 
