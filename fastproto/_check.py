@@ -19,6 +19,7 @@ INTS = (int, np.integer)
 NUMBERS = (*INTS, float, np.floating)
 # Not public. Of a subclass that takes over ops, or of a transform, fake, or under a mode that sees all ops.
 _is_like_a_subclass = getattr(torch._C, "_dispatch_isTensorSubclassLike", lambda tensor: False)
+NONE_IGNORED: Any = object()  # in place of an ignore_index
 LONGEST = 200  # characters of a value that an error shows
 
 
@@ -109,26 +110,36 @@ def expect_tensor(
         raise ValueError(f"{op}: {argument} expected {_shape_name(shape)}{where}, got {describe(value)}")
 
 
+def expect_ignore_index(ignore_index: Any, op: str) -> None:
+    expect_type(ignore_index, INTS, op, "ignore_index", "an int")
+    expect(-(2**63) <= ignore_index < 2**63, op, "ignore_index", "an integer of 64 bits", ignore_index)
+
+
 def expect_index(
-    index: Tensor, op: str, argument: str, size: int | None, ignore_index: int | None = None
+    index: Tensor, op: str, argument: str, size: int | None, ignore_index: Any = NONE_IGNORED
 ) -> int | None:
     """Raises ValueError where an entry (N,) is neither ``ignore_index`` nor in 0…size-1, if its data may be read now.
 
-    ``size`` None sets no upper end, ``ignore_index`` None lets none pass. Returns how many entries are not
-    ``ignore_index``, where it has counted them.
+    ``size`` None sets no upper end. Returns how many entries are not ``ignore_index``, where it has counted them.
     """
-    if ignore_index is not None:
-        expect_type(ignore_index, INTS, op, "ignore_index", "an int")
-        expect(-(2**63) <= ignore_index < 2**63, op, "ignore_index", "an integer of 64 bits", ignore_index)
+    ignores = ignore_index is not NONE_IGNORED
+    if ignores:
+        expect_ignore_index(ignore_index, op)
     if not index.numel() or not reads_data(index):
         return None
     # What is ignored counts as 0.
-    low, high, count = _range_of(index, 0 if ignore_index is None else ignore_index)
+    low, high, count = _range_of(index, ignore_index if ignores else 0)
     if low < 0 or (size is not None and high >= size):
-        ignored = "" if ignore_index is None else f"{ignore_index} or "
+        ignored = f"{ignore_index} or " if ignores else ""
         inside = "at least 0" if size is None else f"0 to {size - 1}"
         expect(False, op, argument, ignored + inside, f"values from {low} to {high}")
-    return None if ignore_index is None else count
+    return count if ignores else None
+
+
+def without_ignored(labels: Tensor, ignore_index: int) -> Tensor:
+    """Labels as int64, with -1 in place of ``ignore_index``, of which an int32 would be compared with the low bits."""
+    labels = labels.long()
+    return labels if ignore_index == -1 else torch.where(labels == ignore_index, -1, labels)
 
 
 def _range_of(index: Tensor, ignore_index: int) -> tuple[int, int, int | None]:
@@ -140,6 +151,7 @@ def _range_of(index: Tensor, ignore_index: int) -> tuple[int, int, int | None]:
         return _native.cpp.index_range(*where, index.dtype == torch.int64, ignore_index)
     low, high = map(int, index.aminmax())
     if low < 0 or low == ignore_index or high == ignore_index:
+        index = index.long()
         low, high = map(int, torch.where(index == ignore_index, 0, index).aminmax())
     return low, high, None
 

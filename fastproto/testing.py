@@ -40,14 +40,16 @@ def assert_matches_single_process(
     Args:
         loss_fn: a module or function that can be pickled; it is called with ``inputs`` and returns a scalar. The
             parameters of a module are replicated.
-        inputs: tensors, which are split by rows over the ranks; ``nn.Parameter``s, which are replicated; lists and
-            tuples of these; the rest is passed as it is. Gradients are compared for those that require one.
+        inputs: tensors, at least one, which are split by rows over the ranks; ``nn.Parameter``s, which are replicated;
+            lists, tuples and dicts of these; the rest is passed as it is. Gradients are compared for those that
+            require one.
         world_size: number of processes; it divides the number of rows.
         rtol, atol: tolerances of torch.testing.assert_close.
 
     Raises:
-        AssertionError: loss, a gradient or a buffer differs, or is not everywhere; the message names it.
-        ValueError: the rows do not divide by ``world_size``, or that is below 1; the loss is no scalar.
+        AssertionError: loss, a gradient or a buffer differs, is NaN, or is not everywhere; the message names it.
+        ValueError: no tensor to split, rows that do not divide by ``world_size``, or that is below 1; the loss is no
+            scalar.
         TypeError: ``inputs`` is a tensor and not a sequence of them, or the loss is not a tensor.
         torch.multiprocessing.ProcessRaisedException: with what ``loss_fn`` raised on the first rank that failed.
 
@@ -63,11 +65,11 @@ def assert_matches_single_process(
     expect_type(inputs, (list, tuple), OP, "inputs", "a list or tuple")
     expect_type(world_size, int, OP, "world_size", "an int of at least 1")
     expect(world_size >= 1, OP, "world_size", "an int of at least 1", world_size)
-    tensors = _tensors(inputs)
-    for name, value in tensors.items():
-        if _is_split(value):
-            fits = value.dim() > 0 and value.shape[0] % world_size == 0
-            expect(fits, OP, name, f"rows divisible by {world_size}", value)
+    split = {name: value for name, value in _tensors(inputs).items() if _is_split(value)}
+    expect(len(split) > 0, OP, "inputs", "at least one tensor to split over the ranks", inputs)
+    for name, value in split.items():
+        fits = value.dim() > 0 and value.shape[0] % world_size == 0
+        expect(fits, OP, name, f"rows divisible by {world_size}", value)
     with torch.random.fork_rng(devices=[]):
         expected = _loss_and_gradients(loss_fn, _leaves(inputs))
     with tempfile.TemporaryDirectory() as folder:
@@ -78,10 +80,11 @@ def assert_matches_single_process(
             places = ["in one process", f"on rank {rank}"]
             here, there = places if name in expected else reversed(places)
             raise AssertionError(f"{name}: {here}, but not {there}")
-    split = {name for name, value in tensors.items() if _is_split(value)}
     compare = partial(torch.testing.assert_close, rtol=rtol, atol=atol)
     for name, value in expected.items():
         parts = [rank[name] for rank in ranks]
+        if value.isnan().any():
+            raise AssertionError(f"{name}: NaN in one process")
         if name.startswith(BUFFER):
             for rank, part in enumerate(parts):
                 compare(part, value, msg=partial("{} on rank {}: {}".format, name, rank))
@@ -97,14 +100,17 @@ def _is_split(value: Any) -> bool:
 
 def _tensors(value: Any, name: str = "inputs") -> dict[str, Tensor]:
     """The tensors of an input, by name."""
-    if isinstance(value, (list, tuple)):
-        parts = (_tensors(part, f"{name}[{position}]") for position, part in enumerate(value))
+    if isinstance(value, (list, tuple, dict)):
+        places = value.items() if isinstance(value, dict) else enumerate(value)
+        parts = (_tensors(part, f"{name}[{place!r}]") for place, part in places)
         return {name: tensor for part in parts for name, tensor in part.items()}
     return {name: value} if isinstance(value, Tensor) else {}
 
 
 def _leaves(value: Any, rank: int = 0, world_size: int = 1) -> Any:
     """One rank's own copy of an input."""
+    if isinstance(value, dict):
+        return {key: _leaves(part, rank, world_size) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [_leaves(part, rank, world_size) for part in value]
     if not _is_split(value):

@@ -70,13 +70,13 @@ def expect_temperature(
 
     Without a device it is a module's, whose tensor has to be a parameter, to go where the module goes.
     """
-    wanted = "a number or a parameter ()" if device is None else "a number or a tensor ()"
+    wanted = "a number or a parameter () or (1,)" if device is None else "a number or a tensor () or (1,)"
     if isinstance(temperature, Tensor):
         if device is None:
             expect_type(temperature, nn.Parameter, op, "temperature", wanted)
         # (1,) too: FSDP2 shards no parameter ().
-        shape = (1,) if temperature.shape == (1,) else ()
-        expect_tensor(temperature, op, "temperature", shape, FLOATS, device)
+        expect(temperature.shape in ((), (1,)), op, "temperature", wanted, temperature)
+        expect_tensor(temperature, op, "temperature", tuple(temperature.shape), FLOATS, device)
         if not reads_data(temperature):
             return
         temperature = temperature.item()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastproto._check import INTEGERS, NUMBERS, expect, expect_index, expect_tensor, expect_type
+from fastproto._check import INTEGERS, NUMBERS, expect, expect_index, expect_tensor, expect_type, without_ignored
 from fastproto.losses._common import expect_reduction, expect_views, reduce_rows, unit, widen, without_autocast
 from fastproto.ops.uniformity import uniformity_unchecked
 
@@ -65,7 +65,7 @@ def batch_prototypes(features: Tensor, assignments: Tensor, *, ignore_index: int
     expect_tensor(features, "batch_prototypes", "features", ("N", "D"))
     expect_tensor(assignments, "batch_prototypes", "assignments", (features.shape[0],), INTEGERS, features.device)
     expect_index(assignments, "batch_prototypes", "assignments", None, ignore_index)
-    assigned_n = assignments != ignore_index
+    assigned_n = without_ignored(assignments, ignore_index) >= 0
     same_nn = (assignments[:, None] == assignments) & assigned_n
     x_nd = unit(_masked(features, assigned_n))
     # A product and no scatter: sums in a fixed order. Their count cancels in unit().
@@ -242,7 +242,8 @@ def expect_alpha(alpha: float, op: str) -> None:
 
 def expect_t(t: float, op: str, argument: str = "t") -> None:
     expect_type(t, NUMBERS, op, argument, "a number")
-    expect(0 < t < math.inf, op, argument, "a positive number, finite", t)
+    # Beyond float32 it is infinite there.
+    expect(0 < t <= torch.finfo(torch.float32).max, op, argument, "a positive number that float32 can hold", t)
 
 
 def expect_kind(kind: str, op: str, argument: str = "kind") -> None:
@@ -342,7 +343,7 @@ class UniformityLoss(nn.Module):
 
     Distributed: pairs are those of a rank's own batch.
 
-    Memory: grows with N · D; with N² on the reference backend.
+    Memory: grows with N · D; with N² on the reference backend, which float64 takes everywhere.
 
     Source: Wang and Isola, arXiv 2005.10242, section 4.1.
     """

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastproto._check import INTEGERS, INTS, expect, expect_index, expect_tensor, expect_type, is_integer
+from fastproto._check import INTEGERS, INTS, describe, expect, expect_index, expect_tensor, expect_type, is_integer
 from fastproto.losses._common import (
     expect_reduction,
     expect_temperature,
@@ -62,7 +62,7 @@ def nt_xent(
             ``fastproto.set_debug(True)``).
 
     Memory: grows with N · D, gathered with that of all ranks. The logits of all pairs of rows exist in the reference
-    backend only.
+    backend only, which float64 takes everywhere.
 
     Example:
         >>> out0, out1 = torch.eye(2), torch.eye(2)
@@ -75,6 +75,7 @@ def nt_xent(
     n, device = out0.shape[0], out0.device
     expect_temperature(temperature, "nt_xent", signed=True, device=device)
     expect_reduction(reduction, "nt_xent")
+    expect_type(gather_distributed, bool, "nt_xent", "gather_distributed", "True or False")
     if assignments is not None:
         expect_tensor(assignments, "nt_xent", "assignments", (n,), INTEGERS, device)
         expect_index(assignments, "nt_xent", "assignments", None, ignore_index)
@@ -116,8 +117,8 @@ class NTXentLoss(nn.Module):
     Without a bank, A(i) is as in :func:`fastproto.losses.functional.nt_xent`. With a bank, row i of ``out0`` sees its
     own row of ``out1`` (with a gradient, unlike in :class:`InfoNCELoss`) and the bank. The bank starts with random unit
     rows. After each use in training, where ``out0`` requires a gradient, the unit rows of ``out1`` replace its oldest
-    rows; evaluation leaves it alone. What would go past the end of the bank is dropped, and the next batch starts at
-    the front, as in lightly.
+    rows; evaluation leaves it alone. A row that is NaN goes in too, and losses are NaN until it is replaced. What would
+    go past the end of the bank is dropped, and the next batch starts at the front, as in lightly.
 
     Args:
         temperature: τ, a number, or a parameter () or (1,) that is learnt.
@@ -152,7 +153,8 @@ class NTXentLoss(nn.Module):
     or with a bank of its own: in a module that DDP wraps, give (M, D) and DDP ``broadcast_buffers=False``, or before
     every step it puts the first rank's bank in place of the others.
 
-    Memory: grows with N · D, gathered with that of all ranks, and M · D. Logits exist in the reference backend only.
+    Memory: grows with N · D, gathered with that of all ranks, and M · D. Logits exist in the reference backend only,
+    which float64 takes everywhere.
 
     Source: SimCLR, arXiv 2002.05709, Eq. 1; the bank: MoCo, arXiv 1911.05722, section 3.2.
     """
@@ -172,7 +174,8 @@ class NTXentLoss(nn.Module):
         size = tuple(memory_bank_size) if isinstance(memory_bank_size, Sequence) else (memory_bank_size,)
         valid = len(size) in (1, 2) and all(is_integer(entry) and entry >= 0 for entry in size)
         valid = valid and (size[-1] > 0 or size[0] == 0)
-        expect(valid, "NTXentLoss", "memory_bank_size", "0, M or (M, D)", memory_bank_size)
+        expect(valid, "NTXentLoss", "memory_bank_size", "0, M or (M, D)", describe(memory_bank_size))
+        expect_type(gather_distributed, bool, "NTXentLoss", "gather_distributed", "True or False")
         self.temperature = temperature
         self.memory_bank_size = memory_bank_size
         self.gather_distributed = gather_distributed
@@ -195,11 +198,8 @@ class NTXentLoss(nn.Module):
         expect_views(out0, out1, "NTXentLoss", ("out0", "out1"))
         expected = "None with a memory bank, whose rows have none"
         expect(assignments is None, "NTXentLoss", "assignments", expected, assignments)
-        if self.bank is None:
-            self._start_bank(out0.shape[1], out0.device)
-        assert self.bank is not None
-        assert self.bank_ptr is not None
-        expect_tensor(out0, "NTXentLoss", "out0", ("N", self.bank.shape[1]))
+        if self.bank is not None:
+            expect_tensor(out0, "NTXentLoss", "out0", ("N", self.bank.shape[1]))
         expect_temperature(self.temperature, "NTXentLoss", signed=True, device=out0.device)
         recomputed = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if recomputed and self._enqueued:
@@ -207,6 +207,11 @@ class NTXentLoss(nn.Module):
                 "NTXentLoss: recomputed with a memory bank that has gone on since: leave the loss out of the "
                 "checkpoint, or checkpoint with use_reentrant=True"
             )
+        # All is checked by now: what is refused leaves no bank of its width.
+        if self.bank is None:
+            self._start_bank(out0.shape[1], out0.device)
+        assert self.bank is not None
+        assert self.bank_ptr is not None
         if self.bank.device != out0.device:
             self.bank, self.bank_ptr = self.bank.to(out0.device), self.bank_ptr.to(out0.device)
         training = torch.is_grad_enabled() and out0.requires_grad
@@ -270,8 +275,13 @@ class NTXentLoss(nn.Module):
         names = {prefix + name for name in ("bank", "bank_ptr")}
         saved = state_dict.get(prefix + "bank")
         if self._bank_rows > 0 and saved is not None:
-            if len(saved) != self._bank_rows:
-                error_msgs.append(f"size mismatch for {prefix}bank: {len(saved)} rows saved, {self._bank_rows} wanted")
+            if saved.dim() != 2 or len(saved) != self._bank_rows:
+                shape, wanted = tuple(saved.shape), f"({self._bank_rows}, D)"
+                error_msgs.append(f"size mismatch for {prefix}bank: {shape} saved, {wanted} wanted")
+                return
+            pointer = state_dict.get(prefix + "bank_ptr")
+            if pointer is not None and not pointer.is_meta and not 0 <= int(pointer) < self._bank_rows:
+                error_msgs.append(f"{prefix}bank_ptr: {int(pointer)} saved, 0 to {self._bank_rows - 1} wanted")
                 return
             if self.bank is None:  # one that has seen no batch takes the width of the saved one
                 self._start_bank(saved.shape[1], saved.device)

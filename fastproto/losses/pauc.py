@@ -80,7 +80,7 @@ class PAUCLoss(nn.Module):
     Without, the prototypes that the batch spans are those of a rank's own batch.
 
     Memory: grows with (N + M + K) · D, D² for "cross" and "covariance", and N² for the batch's prototypes; the (N, M)
-    and (N, K) logits exist in the reference backend only.
+    and (N, K) logits exist in the reference backend only, which float64 takes everywhere.
 
     Source: PAUC, arXiv 2210.10194; its parts: MoCo, arXiv 1911.05722; PCL, arXiv 2005.04966; Wang and Isola,
     arXiv 2005.10242; Barlow Twins, arXiv 2103.03230; VICReg, arXiv 2105.04906.

@@ -13,12 +13,15 @@ from fastproto._check import (
     FLOATS,
     INTEGERS,
     NUMBERS,
+    describe,
     expect,
+    expect_ignore_index,
     expect_index,
     expect_tensor,
     expect_type,
     is_integer,
     reads_data,
+    without_ignored,
 )
 from fastproto.losses._common import ContrastStats, expect_reduction, inverse, widest
 from fastproto.losses._gather import from_first_rank, gather_rows, rank_and_world, sum_over_ranks
@@ -61,10 +64,11 @@ def proto_nce(
         num_negatives: r, to sum only over the batch's distinct positives and r other prototypes, or as many as there
             are, drawn uniformly without replacement in each call; None sums over all K. The authors' code has a
             positive in the sum once for every row of the batch that it belongs to, and the row's own so often too.
-        generator: draws the negatives; on the features' device. By default torch's own.
+        generator: draws the negatives; on the features' device. By default torch's own, or where compiled the
+            compiler's.
         gather_distributed: the mean is over the counted rows of all ranks and the positives are those of all ranks, so
-            DDP's mean of the gradients equals one process on the whole batch; negatives are drawn on rank 0. Every
-            rank has the same N. "sum" and "none" are of the local rows.
+            DDP's mean of the gradients equals one process on the whole batch; negatives are drawn on rank 0, and with
+            them every rank has the same N. "sum" and "none" are of the local rows.
         ignore_index: the assignment of rows that do not count.
         reduction: "mean" over the rows that count, "sum", or "none" for the rows (N,), 0 where ignored.
         return_stats: also return ContrastStats(lse, entropy, top1, positive_logit), each (N,).
@@ -81,7 +85,8 @@ def proto_nce(
             infinite (tensors are read on the CPU, on CUDA with ``fastproto.set_debug(True)``), or an unknown reduction.
 
     Memory: grows with (N + K) · D, with negatives (N + r) · D in place of K · D; frozen prototypes get no gradient and
-    nothing of their size is computed for one. The (N, K) logits exist in the reference backend only.
+    nothing of their size is computed for one. The (N, K) logits exist in the reference backend only,
+    which float64 takes everywhere.
 
     Example:
         >>> features, prototypes = torch.eye(2), torch.eye(2)
@@ -95,6 +100,8 @@ def proto_nce(
     """
     expect_tensor(features, "proto_nce", "features", ("N", "D"))
     expect_reduction(reduction, "proto_nce")
+    expect_type(normalize, bool, "proto_nce", "normalize", "True or False")
+    expect_type(gather_distributed, bool, "proto_nce", "gather_distributed", "True or False")
     _expect_num_negatives(num_negatives, "proto_nce")
     expect_type(generator, (torch.Generator, type(None)), "proto_nce", "generator", "a torch.Generator or None")
     sets = _sets(prototypes, assignments, concentration, bias)
@@ -103,7 +110,7 @@ def proto_nce(
         return _contrast_of_sets(features, sets, normalize, gather_distributed, ignore_index, reduction)
     losses, stats = [], []
     for (keys, labels, phi, b), count in zip(sets, counts, strict=True):
-        targets = labels.long() if ignore_index == -1 else torch.where(labels == ignore_index, -1, labels.long())
+        targets = without_ignored(labels, ignore_index)
         divisor: float | Tensor | None = None
         if reduction == "mean" and count is not None and not gather_distributed:
             divisor = max(count, 1)
@@ -171,8 +178,8 @@ def _expect_set(features: Tensor, keys: Any, labels: Any, phi: Any, bias: Any, i
 
 
 def _expect_num_negatives(num_negatives: int | None, op: str) -> None:
-    fits = num_negatives is None or (is_integer(num_negatives) and num_negatives >= 0)
-    expect(fits, op, "num_negatives", "None or an integer of at least 0", num_negatives)
+    fits = num_negatives is None or (is_integer(num_negatives) and 0 <= num_negatives < 2**63)
+    expect(fits, op, "num_negatives", "None or an integer of at least 0", describe(num_negatives))
 
 
 def _contrast_of_sets(
@@ -185,8 +192,7 @@ def _contrast_of_sets(
 ) -> Tensor:
     """The mean over the sets, from one pass: what is small is concatenated, the prototypes are not."""
     prototypes, labels, concentrations, biases = zip(*sets, strict=True)
-    targets = torch.stack([one.long() for one in labels])
-    targets = targets if ignore_index == -1 else torch.where(targets == ignore_index, -1, targets)
+    targets = torch.stack([without_ignored(one, ignore_index) for one in labels])
     divisor = _divisor(targets, gather_distributed) if reduction == "mean" else None
     scale = _concatenated(concentrations, features, prototypes).reciprocal()
     has_bias = any(b is not None for b in biases)
@@ -298,7 +304,8 @@ class ProtoNCELoss(nn.Module):
     Prototypes are the same on every rank; with ``num_negatives`` N is, too. Without it the mean is that of a rank's own
     rows.
 
-    Memory: grows with (N + K) · D. The (N, K) logits exist in the reference backend only.
+    Memory: grows with (N + K) · D. The (N, K) logits exist in the reference backend only, which float64 takes
+    everywhere.
 
     Source: PCL, arXiv 2005.04966, Eq. 11.
     """
@@ -308,6 +315,8 @@ class ProtoNCELoss(nn.Module):
     ) -> None:
         super().__init__()
         _expect_num_negatives(num_negatives, "ProtoNCELoss")
+        expect_type(gather_distributed, bool, "ProtoNCELoss", "gather_distributed", "True or False")
+        expect_ignore_index(ignore_index, "ProtoNCELoss")
         self.num_negatives, self.gather_distributed = num_negatives, gather_distributed
         self.ignore_index = ignore_index
 

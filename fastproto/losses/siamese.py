@@ -52,7 +52,7 @@ def siamese_metric(
     """
     expect_reduction(reduction, "siamese_metric")
     loss = checked_pairs("siamese_metric", a, b, same, weight, bias, ignore_index)
-    return reduce_rows(loss, reduction, (same != ignore_index).sum())
+    return reduce_rows(loss, reduction, (same.long() != ignore_index).sum())
 
 
 def siamese_metric_all_pairs(

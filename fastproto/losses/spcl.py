@@ -68,8 +68,8 @@ class SPCLLoss(nn.Module):
     has the same N. Without it all terms are of a rank's own batch. FSDP2 is to shard the loss as a whole: classifier
     and metric are read, not called, so that neither their own sharding nor hooks on them run.
 
-    Memory: grows with N · D and N · C; the (2N, 2N) and (N, K) logits exist in the reference backend only, and nothing
-    of size (N, N, C) is kept.
+    Memory: grows with N · D and N · C; the (2N, 2N) and (N, K) logits exist in the reference backend only,
+    which float64 takes everywhere, and nothing of size (N, N, C) is kept.
 
     Source: SPCL, arXiv 2208.08819.
     """
@@ -145,7 +145,8 @@ class SPCLLoss(nn.Module):
 
     def _draw_classifier(self) -> None:
         nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)
+        if self.classifier.bias is not None:  # in a layer put in place of ours
+            nn.init.zeros_(self.classifier.bias)
 
     def _expect(self, out0: Tensor, out1: Tensor, features0: Tensor, features1: Tensor, assignments: Tensor) -> None:
         """Refuses bad input in this class's name, and before any rank waits for another."""

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from fastproto import _native
-from fastproto._check import FLOATS, INTEGERS, NUMBERS, expect, expect_index, expect_tensor, expect_type
+from fastproto._check import (
+    FLOATS,
+    INTEGERS,
+    NUMBERS,
+    expect,
+    expect_index,
+    expect_tensor,
+    expect_type,
+    without_ignored,
+)
 from fastproto.ops._dispatch import DTYPE_CODES, Op, contiguous_rows, once_differentiable
 from fastproto.reference import contrast as reference
 
@@ -429,7 +438,7 @@ def contrast_unchecked(
     rows, the scale is a number, there is no bias and no row is ignored. s_ij = s_ji then saves one of four products.
     ``more_keys`` follow the keys, of their dtype, where none takes a gradient: the two need not be joined.
     """
-    targets = targets.long() if ignore_index == -1 else torch.where(targets == ignore_index, -1, targets.long())
+    targets = without_ignored(targets, ignore_index)
     if groups is not None and key_groups is not None:
         groups, key_groups = groups.long(), key_groups.long()
     if torch.compiler.is_compiling():

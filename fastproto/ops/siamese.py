@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastproto import _native
-from fastproto._check import FLOATS, INTEGERS, expect_index, expect_tensor
+from fastproto._check import FLOATS, INTEGERS, expect_index, expect_tensor, without_ignored
 from fastproto.ops._dispatch import DTYPE_CODES, Op, contiguous_rows, once_differentiable
 from fastproto.reference import siamese as reference
 
@@ -323,7 +323,7 @@ def checked_pairs(
     _expect_metric(weight, bias, a, op)
     same = same.long()
     expect_index(same, op, "same", 2, ignore_index)
-    same = torch.where(same == ignore_index, -1, same)
+    same = without_ignored(same, ignore_index)
     # The compiler cannot trace an autograd.Function that is given one tensor twice.
     return _Pairs.apply(a, b.view_as(b) if b is a else b, same, weight, bias)
 
@@ -379,7 +379,7 @@ def siamese_all_pairs(
     expect_tensor(prototypes, "siamese_all_pairs", "prototypes", (n,), INTEGERS, device)
     _expect_metric(weight, bias, features, "siamese_all_pairs")
     expect_index(prototypes, "siamese_all_pairs", "prototypes", None, ignore_index)
-    images, prototypes = images.long().contiguous(), torch.where(prototypes == ignore_index, -1, prototypes.long())
+    images, prototypes = images.long().contiguous(), without_ignored(prototypes, ignore_index)
     # The compiler cannot trace an autograd.Function that is given one tensor twice.
     second = second.view_as(second) if second is features else second
     means = _AllPairs.apply(features, second, images, prototypes, weight, bias)

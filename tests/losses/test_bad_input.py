@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastproto
 from fastproto import losses
 from fastproto.losses import functional
+from fastproto.ops.contrast import contrast
 
 N, D, C, K, M = 6, 4, 5, 3, 7
 TENSORS: dict[str, Callable[[], Any]] = {
@@ -206,3 +209,21 @@ def test_nan_in_is_nan_out(name: str, argument: str) -> None:
 def test_what_a_loss_is_made_with_is_checked_at_once(make: Callable[[], Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         make()
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_an_int32_is_not_compared_with_the_low_bits_of_ignore_index(reference: bool) -> None:
+    x, labels = torch.randn(4, 3), torch.tensor([0, 1, 0, 1], dtype=torch.int32)
+    metric, ignored = (torch.ones(3), torch.tensor(1.0)), {"ignore_index": 1 << 32}
+    calls = {
+        "proto_nce": lambda of: functional.proto_nce(x, x, of, **ignored),
+        "two sets": lambda of: functional.proto_nce(x, [x, x], [of, of], **ignored),
+        "contrast": lambda of: contrast(x, x, of, **ignored).loss,
+        "nt_xent": lambda of: functional.nt_xent(x, x + 1, of, **ignored),
+        "batch_prototypes": lambda of: functional.batch_prototypes(x, of, **ignored).mask,
+        "siamese_metric": lambda of: functional.siamese_metric(x, x + 1, of, *metric, **ignored),
+        "all pairs": lambda of: functional.siamese_metric_all_pairs(x, x + 1, of, *metric, **ignored),
+    }
+    with fastproto.backend("reference") if reference else nullcontext():
+        for name, call in calls.items():
+            torch.testing.assert_close(call(labels), call(labels.long()), rtol=0, atol=0, msg=name)

@@ -107,7 +107,8 @@ class Apart(nn.Module):
         self.fails = fails
         self.bank = NTXentLoss(0.2, (8, D))
 
-    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+    def forward(self, views: dict[str, Tensor]) -> Tensor:
+        out0, out1 = views["out0"], views["out1"]
         if dist.is_initialized():
             with pytest.raises(ValueError, match=r"gather_distributed: the batch expected as many rows on every rank"):
                 gather_rows(out0[dist.get_rank() :])
@@ -126,7 +127,7 @@ class Apart(nn.Module):
 )
 def test_without_gathering_the_batches_are_apart(fails: str, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
-        assert_matches_single_process(Apart(fails), (rows(6, D), rows(6, D)))
+        assert_matches_single_process(Apart(fails), ({"out0": rows(6, D), "out1": rows(6, D)},))
 
 
 class Slow(Exception):
@@ -185,6 +186,10 @@ def test_bad_input_is_refused_by_name() -> None:
         assert_matches_single_process(InfoNCELoss(), (rows(3, 4), rows(3, 4)))
     with pytest.raises(ValueError, match=r"inputs\[1\]\[0\] expected rows divisible by 2, got float64 \(3, 4\)"):
         assert_matches_single_process(InfoNCELoss(), (rows(4, 4), [rows(3, 4)]))
+    with pytest.raises(ValueError, match=r"inputs\[0\]\['key'\] expected rows divisible by 2, got float64 \(3, 4\)"):
+        assert_matches_single_process(InfoNCELoss(), ({"key": rows(3, 4)},))
+    with pytest.raises(ValueError, match="inputs expected at least one tensor to split over the ranks, got list"):
+        assert_matches_single_process(InfoNCELoss(), [nn.Parameter(rows(4, 4))])
     with pytest.raises(TypeError, match="inputs expected a list or tuple"):
         assert_matches_single_process(InfoNCELoss(), rows(3, 4))
     with pytest.raises(ValueError, match="world_size expected an int of at least 1, got int 0"):

@@ -316,6 +316,9 @@ def integers(*values: int) -> Tensor:
         ({"concentration": torch.tensor([1, math.inf, 1])}, ValueError, "expected .*, finite, got values from 1"),
         ({"concentration": torch.ones(2)}, ValueError, r"concentration expected \(3,\) on cpu, got float32 \(2,\)"),
         ({"bias": torch.ones(2)}, ValueError, r"proto_nce: bias expected \(3,\) on cpu, got float32 \(2,\)"),
+        ({"num_negatives": 10**30}, ValueError, "proto_nce: num_negatives expected None or an integer of at least 0"),
+        ({"ignore_index": None}, TypeError, "proto_nce: ignore_index expected an int, got NoneType None"),
+        ({"normalize": "no"}, TypeError, "proto_nce: normalize expected True or False, got str 'no'"),
         ({"num_negatives": -1}, ValueError, "proto_nce: num_negatives expected None or an integer of at least 0"),
         ({"reduction": "max"}, ValueError, "proto_nce: reduction expected"),
         ({"prototypes": [torch.ones(3, 4)]}, TypeError, "proto_nce: assignments expected a list of 1 tensors"),
@@ -335,6 +338,8 @@ def test_bad_input_is_refused_by_name(changes: Problem, error: type[Exception], 
     arguments = {"features": torch.ones(2, 4), "prototypes": torch.ones(3, 4), "assignments": integers(0, 1)} | changes
     with pytest.raises(error, match=message):
         proto_nce(**arguments)
+    with pytest.raises(TypeError, match="ProtoNCELoss: ignore_index expected an int, got str 'a'"):
+        ProtoNCELoss(ignore_index="a")
     with pytest.raises(ValueError, match="ProtoNCELoss: num_negatives expected None or an integer"):
         ProtoNCELoss(num_negatives=-1)
 
