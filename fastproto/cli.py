@@ -206,7 +206,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     from fastproto._check import expect
     from fastproto.train.evaluate import KNN, Metric, add_evaluation, read_evaluations
     from fastproto.train.evaluate import evaluate as measure
-    from fastproto.train.run import load_run
+    from fastproto.train.run import is_own, load_run
 
     about = "Evaluate the encoder of a run. Without --knn, --linear and --linear-sgd the first two."
     parser = Parser("fastproto eval", description=about)
@@ -232,8 +232,8 @@ def evaluate(arguments: Sequence[str]) -> int:
         for metric, accuracy in found.items():
             name, _, rate = metric.partition("/")
             print(f"{f'  lr {rate}' if rate else METRICS[name]:16}{100 * accuracy:7.1f}%")
-        own = run.checkpoint.resolve().parent == (given.run / "checkpoints").resolve()
-        add_evaluation(given.run, run.checkpoint.stem if own else str(run.checkpoint), given.labels, found)
+        name = run.checkpoint.stem if is_own(given.run, run.checkpoint) else str(run.checkpoint)
+        add_evaluation(given.run, name, given.labels, found)
     except (ValueError, OSError) as error:
         return fail("fastproto eval", error)
     return 0

@@ -180,7 +180,7 @@ def build_optimizer(config: OptimizerConfig, method: nn.Module) -> torch.optim.O
     """The optimiser over all trained parameters; biases and norms, which have one dimension, are not decayed.
 
     A group whose learning rate the loop leaves alone, as the method asks, has a true "constant"; of LARS it takes plain
-    steps of SGD.
+    steps of SGD without decay.
     """
     chosen: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     constant_parts = tuple(f"{part}." for part in getattr(method, "constant_lr", ()))
@@ -201,7 +201,7 @@ def build_optimizer(config: OptimizerConfig, method: nn.Module) -> torch.optim.O
         # timm's scales no step of what is not decayed, which with a weight decay of 0 is everything.
         for group, (flat, constant) in zip(groups, sorted(chosen), strict=True):
             group["always_adapt"] = not flat and not constant
-            if constant:
-                group["momentum"] = 0.0
+            if constant:  # timm's scales every step of what is decayed
+                group.update(momentum=0.0, weight_decay=0.0)
         return Lars(groups, lr=config.lr, momentum=config.momentum)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)

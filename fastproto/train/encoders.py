@@ -110,7 +110,11 @@ class TimmTrunk(nn.Module):
         settings: Any = timm.get_pretrained_cfg(name)
         self.options: dict[str, Any] = {"img_size": image_size} if settings.fixed_input_size else {}
         try:
-            network: Any = timm.create_model(name, num_classes=0, global_pool="", **self.options)
+            try:
+                network: Any = timm.create_model(name, num_classes=0, global_pool="", **self.options)
+                self.options["global_pool"] = ""
+            except AssertionError:  # of a network that refuses to be without; its last features lie before its pooling
+                network = timm.create_model(name, num_classes=0, **self.options)
             self.network, self.num_features = network, int(network.num_features)
             self._freeze_unused(image_size)
         except Exception as error:  # networks refuse in their own ways

@@ -133,7 +133,7 @@ network.load_state_dict(torch.load("torchvision.pt"))""",
     "timm": """import timm, torch
 from safetensors.torch import load_file
 
-network = timm.create_model("$timm", num_classes=0, global_pool=""$options)
+network = timm.create_model("$timm", num_classes=0$options)
 ${stem}network.load_state_dict(load_file("timm.safetensors"))
 # network.forward_features(images) is the last feature map; network(images) may put untrained layers behind it""",
     "safetensors": """from fastproto.train.encoders import build_encoder
@@ -158,7 +158,7 @@ def card(run: Trained, kinds: list[str]) -> str:
     name, (height, across) = config.encoder.name, run.size
     size = config.views.size or height
     small = has_small_stem(name, size, config.encoder.stem)
-    options = getattr(run.encoder.trunk, "options", {})
+    options = getattr(run.encoder.trunk, "options", {"global_pool": ""})
     fields = {
         "name": name,
         "timm": name.removeprefix(TIMM),

@@ -115,7 +115,7 @@ def load_trained(folder: Path | str, checkpoint: Path | None = None) -> Trained:
         raise ValueError(f"checkpoint: {checkpoint} does not fit the run's encoder {config.encoder.name}") from error
     before, log, result = saved["before"], saved["log"], read_result(folder)
     # Neighbours may have been asked at the end of an epoch; all metrics are known of the last.
-    after = result.get("after", {}) if saved["epoch"] == config.epochs else {}
+    after = result.get("after", {}) if is_own(folder, checkpoint) and saved["epoch"] == config.epochs else {}
     after = after or (log[-1] if log and saved["step"] == 0 else {})
     return Trained(
         path=folder,
@@ -128,6 +128,11 @@ def load_trained(folder: Path | str, checkpoint: Path | None = None) -> Trained:
         epoch=saved["epoch"],
         scores={metric: (before[metric], score) for metric, score in after.items() if metric in before},
     )
+
+
+def is_own(folder: Path, checkpoint: Path) -> bool:
+    """Whether a checkpoint is one that the run itself keeps."""
+    return checkpoint.resolve().parent == (folder / "checkpoints").resolve()
 
 
 def _read(folder: Path, checkpoint: Path | None) -> tuple[Path, dict[str, Any]]:

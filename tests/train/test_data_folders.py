@@ -15,17 +15,20 @@ from train._files import write_image
 from fastproto.train.data import load
 
 
-def test_folder_with_train_and_val(tmp_path: Path) -> None:
+def test_folder_with_train_and_val(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     wide = write_image(tmp_path / "train" / "cat" / "b.png", 8, 12, 1)
     write_image(tmp_path / "train" / "cat" / "deep" / "a.PNG", 8, 8, 2)
     write_image(tmp_path / "train" / "ant" / "1.png", 20, 9, 3)
     write_image(tmp_path / "val" / "cat" / "1.png", 8, 8, 4)
     (tmp_path / "train" / "cat" / "Thumbs.db").write_bytes(b"no image")
     (tmp_path / "train" / ".cache").mkdir()
+    write_image(tmp_path / "train" / "cat" / ".checkpoints" / "a.png", 8, 8, 5)
+    (tmp_path / "train" / "ant" / "._1.png").write_bytes(b"of another system")
     (tmp_path / "train" / "notes.txt").write_text("no class")
     data = load(f"imagefolder:{tmp_path}", image_size=8)
     assert data.classes == ("ant", "cat")
     assert data.train_labels.tolist() == [0, 1, 1]
+    assert caplog.messages == [f"left out of {tmp_path / 'train'}: 1 not named as images, such as cat/Thumbs.db"]
     assert data.test_labels.tolist() == [1]
     assert data.train_images.shape == (3, 3, 8, 8)
     # Shorter side as it is: the middle eight columns of twelve, byte for byte.

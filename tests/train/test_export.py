@@ -130,7 +130,7 @@ def test_the_card_knows_all_files_the_scores_and_the_pixels(make_run) -> None:
 
 
 def test_another_checkpoint_has_its_own_weights_and_scores_and_no_data_are_read(
-    make_run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run("resnet-tiny", 8)
     state = build.build_state(run.config, run.dataset, CPU)
@@ -149,6 +149,15 @@ def test_another_checkpoint_has_its_own_weights_and_scores_and_no_data_are_read(
     assert [float(found[which][0].mean()) for which in (False, True)] == [0.75, 0.5]
     assert "Nothing is known of the accuracy of these weights." in found[False][1]
     assert "| knn20 | 25.0 % | 37.5 % |" in found[True][1]
+    # Of another run at its end: what this one's result says is not said of it.
+    state.epoch, state.step, state.log = run.config.epochs, 0, [{"epoch": 9.0, "knn20": 0.5, "loss": 2.0}]
+    (run.path / "result.json").write_text('{"after": {"knn20": 0.75}}')
+    for folder, score in ((run.path, 75), (tmp_path / "other", 50)):
+        folder.mkdir(exist_ok=True)
+        path = state.save(folder, keep=3)
+        assert cli.main(["export", str(run.path), "--to", "safetensors", "--checkpoint", str(path)]) == 0
+        text = Path(capsys.readouterr().out.strip()).with_name(CARD).read_text()
+        assert f"| knn20 | 25.0 % | {score}.0 % |" in text
     assert cli.main(["export", str(run.path), "--to", "safetensors", "--checkpoint", "elsewhere.pt"]) == 2
     assert "checkpoint expected a file, such as" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,12 @@ from fastproto._check import expect
 from fastproto.train.data.dataset import Encoded
 from fastproto.views.files import read_content
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+log = logging.getLogger("fastproto")
+
+IMAGE_SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif"),
+    *(".tiff", ".webp"),
+)
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
 Split = tuple[Encoded, Encoded, tuple[str, ...]]  # for training, for testing, names of the classes
@@ -99,9 +105,15 @@ def _files_by_class(folder: Path, class_list: Path | None) -> dict[str, list[str
         missing = sorted(chosen - set(labels))
         expect(not missing, "load", "class_list", f"folders in {folder}", f"{missing[:3]} in {class_list}")
         labels = sorted(chosen)
-    files = {label: _images_under(folder, label) for label in labels}
-    for label, names in files.items():
-        expect(bool(names), "load", "imagefolder", "images in every class", f"none in {folder / label}")
+    files: dict[str, list[str]] = {}
+    others: list[str] = []
+    for label in labels:
+        images, rest = _files_under(folder, label)
+        expect(bool(images), "load", "imagefolder", "images in every class", f"none in {folder / label}")
+        files[label] = images
+        others += rest
+    if others:
+        log.warning("left out of %s: %d not named as images, such as %s", folder, len(others), others[0])
     return files
 
 
@@ -116,14 +128,18 @@ def _read_class_list(file: Path) -> set[str]:
     return classes
 
 
-def _images_under(folder: Path, label: str) -> list[str]:
+def _files_under(folder: Path, label: str) -> tuple[list[str], list[str]]:
+    """The files that are named as images, in order, and the others; of neither those that are hidden."""
     # A million files: os.walk asks the directories alone.
-    found = []
+    images: list[str] = []
+    others: list[str] = []
     for place, folders, names in os.walk(folder / label, onerror=_refuse, followlinks=True):
-        folders[:] = [name for name in folders if not _circles(Path(place, name))]
+        folders[:] = [name for name in folders if name[0] != "." and not _circles(Path(place, name))]
         inside = os.path.relpath(place, folder).replace(os.sep, "/")
-        found += [f"{inside}/{name}" for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
-    return sorted(found)
+        for name in names:
+            if name[0] != ".":
+                (images if name.lower().endswith(IMAGE_SUFFIXES) else others).append(f"{inside}/{name}")
+    return sorted(images), sorted(others)
 
 
 def _circles(folder: Path) -> bool:

@@ -78,7 +78,7 @@ def load(
     good = image_size is None or (is_integer(image_size) and image_size >= 1)
     expect(good, "load", "image_size", "an integer of at least 1", image_size)
     expect(is_integer(workers) and workers >= 0, "load", "workers", "an integer of at least 0", workers)
-    expect(class_list is None or in_folders, "load", "class_list", "none: only folders have one", class_list)
+    expect(class_list is None or in_folders, "load", "class_list", "none: only folders have one", str(class_list))
     expect(test_shards is None or kind == "shards", "load", "test_shards", "none: only shards have them", test_shards)
     if name == "digits" or name in DOWNLOADS:
         own = f"none: the images of {name} have a size of their own, views.size is that of their views"

@@ -2,7 +2,8 @@
 
 Clusters, metric and classifier see backbone features, only the contrast sees projections. The classifier is drawn anew
 at each clustering, whose ids mean nothing to the old one, and has until the next to learn: its learning rate does not
-follow the others', and of LARS it takes plain steps of SGD, as in the authors' code (train.py: at twice the rate).
+follow the others', and of LARS it takes plain steps of SGD without decay, as in the authors' code (train.py: at twice
+the rate).
 """
 
 from __future__ import annotations
