@@ -112,9 +112,10 @@ def crop_resize(
 ) -> Tensor:
     """Cuts crops out of images, resizes them bilinearly as torchvision's ``resized_crop`` does, and normalises them.
 
-    ``out[r, c] = (resize(image[index_r][c] cut to crop_r) / 255 − mean_c) / std_c``, mirrored where ``flip[r]``. The
-    resized values are exact to float32; torchvision rounds them to 8 bits, so the two lie within one level of each
-    other where no side is longer than 10 000. There is no gradient: the pixels are integers.
+    ``out[r, c] = (resize(image[index_r][c] cut to crop_r) / 255 − mean_c) / std_c``, mirrored where ``flip[r]``. Places
+    are float32's, which moves a value by up to 0.01 level where a side is 500 pixels and 0.25 where it is 10 000;
+    torchvision rounds to 8 bits, so up to there the two lie within one level of each other. There is no gradient: the
+    pixels are integers.
 
     Args:
         images: uint8, (N, C, H, W) or (N, H, W, C) with C ≤ 4, or a list of (C, H, W) of any sizes. A 4-D shape that
@@ -192,12 +193,15 @@ def _image_batches(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
             expect_tensor(image, "crop_resize", f"images[{n}]", (len(first), "H", "W"), (torch.uint8,), first.device)
         batches = [image[None] for image in images]
     channels = batches[0].shape[1]
-    expect(0 < channels <= MAX_CHANNELS, "crop_resize", "images", f"1 to {MAX_CHANNELS} channels", batches[0])
+    wanted = f"1 to {MAX_CHANNELS} channels" + ("" if isinstance(images, Tensor) else " in front of H and W")
+    got = images if isinstance(images, Tensor) else images[0]
+    expect(0 < channels <= MAX_CHANNELS, "crop_resize", "images", wanted, got)
     return batches
 
 
 def expect_places(op: str, out: Tensor) -> None:
-    """Refuses a tensor to write into of which several numbers stand in one place."""
+    """Refuses a tensor to write into of which several numbers stand in one place, or that has a gradient."""
+    expect(not out.requires_grad, op, "out", "a tensor without a gradient", "one that requires it")
     spread = all(stride > 0 or size < 2 for size, stride in zip(out.shape, out.stride(), strict=True))
     expect(spread, op, "out", "a place for every number", f"strides {tuple(out.stride())} of shape {tuple(out.shape)}")
 

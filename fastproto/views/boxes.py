@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +17,8 @@ SIMC_BOX = (0.25, 0.25, 0.75, 0.75)
 class BoxBank(nn.Module):
     """One box (h0, w0, h1, w1) per image of a data set, as fractions of its sides; at first the whole image.
 
-    The boxes are a buffer: they move with ``to``, are saved in ``state_dict``, and reach the workers of a DataLoader
-    after ``share_memory()``, which ``ContrastiveCropTransform`` calls. ``update`` writes in place.
+    The boxes are a buffer: they move with ``to`` but stay float32, are saved in ``state_dict``, and reach the workers
+    of a DataLoader after ``share_memory()``, which ``ContrastiveCropTransform`` calls. ``update`` writes in place.
 
     Args:
         num_samples: M, images in the data set.
@@ -49,6 +51,14 @@ class BoxBank(nn.Module):
         expect_positive_ints("BoxBank", num_samples=num_samples)
         self.register_buffer("boxes", torch.tensor(FULL_BOX, dtype=torch.float32).repeat(int(num_samples), 1))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BoxBank:
+        """Moves the boxes, and leaves them float32: rounded with the half precision of a module, crops would change."""
+        boxes = self.boxes
+        super()._apply(fn, recurse)
+        if self.boxes.dtype != boxes.dtype:
+            self.boxes = boxes.to(self.boxes.device)
+        return self
+
     @torch.no_grad()
     def update(
         self,
@@ -58,7 +68,7 @@ class BoxBank(nn.Module):
         """Writes the boxes of some samples. Where an id comes twice, one of its boxes stays."""
         self._expect_ids(sample_ids)
         expect_boxes("BoxBank", boxes, sample_ids.shape[0], self.boxes.device)
-        self.boxes.index_copy_(0, sample_ids.long(), boxes.to(self.boxes.dtype))
+        self.boxes.index_copy_(0, sample_ids.long(), boxes.to(self.boxes.dtype, copy=True))
 
     def lookup(
         self,

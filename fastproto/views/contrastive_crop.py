@@ -56,7 +56,7 @@ class ContrastiveCrop(nn.Module):
         sample_ids: (N,) int64 or int32, the samples' places in the data set
         boxes: (N, 4) fractions (h0, w0, h1, w1), e.g. of a ``BoxBank``; one such tuple for all, e.g. ``SIMC_BOX``; None
         epoch: int, the key of the epoch; another one gives other views
-        output: ``views`` tensors (N, C, h, w)
+        output: ``views`` tensors (N, C, h, w), of one memory: clone a view that is to outlive the others
 
     Raises:
         TypeError, ValueError: from the constructor for options out of range; from ``forward`` for images that are not
@@ -178,7 +178,8 @@ class ContrastiveCrop(nn.Module):
             sizes = integers([image.shape[1:] for image in images], first.device)
         expect_tensor(sample_ids, op, "sample_ids", (count,), INTEGERS, first.device)
         good = 1 <= channels <= 4 if self.augment == "none" else channels in (1, 3)
-        expect(good, op, "images", "1 to 4 channels" if self.augment == "none" else "1 or 3 channels", first)
+        wanted = "1 to 4" if self.augment == "none" else "1 or 3"
+        expect(good, op, "images", f"{wanted} channels in front of H and W", first)
         for argument, values in (("mean", self.mean), ("std", self.std)):
             good = values is None or len(values) == channels
             expect(good, op, argument, f"{channels} numbers, one per channel of images", values)

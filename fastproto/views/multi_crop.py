@@ -67,6 +67,15 @@ class MultiCrop(nn.Module):
             small_size, scale=small_scale, views=small_views, first_view=first_small, **options
         )
 
+    @property
+    def alpha(self) -> float:
+        """α of all views; it may be set anew between epochs."""
+        return self.large.alpha
+
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        self.large.alpha = self.small.alpha = alpha
+
     def forward(
         self,
         images: Tensor | Sequence[Tensor],  # (N, C, H, W) uint8, or N × (C, H, W)

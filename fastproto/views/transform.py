@@ -119,6 +119,7 @@ class ContrastiveCropTransform(nn.Module):
         """Sets the α of the crops, in all workers."""
         *_, checked = expect_crop_options("ContrastiveCropTransform", self.crop.scale, self.crop.ratio, alpha)
         self.alpha.fill_(checked)
+        self.crop.alpha = checked  # what it shows of itself
 
     def forward(
         self,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from fastproto.views import SIMC_BOX, BoxBank
 
@@ -35,6 +36,25 @@ def test_boxes_with_a_gradient_and_no_boxes() -> None:
     assert not bank.boxes.requires_grad
     bank.update(torch.empty(0, dtype=torch.int64), torch.zeros(0, 4))
     assert bank.lookup(torch.empty(0, dtype=torch.int64)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "float"])
+def test_boxes_keep_their_digits_in_a_module_of_another_dtype(cast: str) -> None:
+    module = nn.ModuleDict({"encoder": nn.Linear(2, 2), "bank": BoxBank(4)})
+    bank = module["bank"]
+    bank.update(torch.arange(4), torch.rand(4, 2).sort(1).values.repeat_interleave(2, 1)[:, [0, 2, 1, 3]])
+    before = bank.boxes.clone()
+    assert getattr(module, cast)()["bank"] is bank
+    assert bank.boxes.dtype == torch.float32 and torch.equal(bank.boxes, before)
+    assert module.to("meta")["bank"].boxes.is_meta
+
+
+def test_update_with_rows_of_its_own() -> None:
+    bank = BoxBank(4)
+    bank.update(torch.arange(2), torch.tensor([[0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0]]))
+    expected = bank.boxes.flip(0)
+    bank.update(torch.tensor([3, 2, 1, 0]), bank.boxes)
+    assert torch.equal(bank.boxes, expected)
 
 
 def test_is_saved() -> None:

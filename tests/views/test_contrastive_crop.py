@@ -203,7 +203,7 @@ IMAGES, IDS = images_of(2), torch.arange(2)
     [
         (TypeError, r"ContrastiveCrop: images expected a uint8 tensor .*, got float32", (IMAGES / 255, IDS)),
         (ValueError, r"ContrastiveCrop: images expected \(N, C, H, W\), got uint8 \(3, 40, 36\)", (IMAGES[0], IDS)),
-        (ValueError, "ContrastiveCrop: images expected 1 or 3 channels, got", (IMAGES[:, :2], IDS)),
+        (ValueError, "ContrastiveCrop: images expected 1 or 3 channels in front of H and W, got", (IMAGES[:, :2], IDS)),
         (ValueError, "ContrastiveCrop: images expected H and W of at least 1", (IMAGES[..., :0], IDS)),
         (ValueError, r"ContrastiveCrop: sample_ids expected \(2,\) on cpu, got int64 \(1,\)", (IMAGES, IDS[:1])),
         (ValueError, "ContrastiveCrop: sample_ids expected .* on cpu, got .* on meta", (IMAGES, IDS.to("meta"))),
@@ -220,7 +220,7 @@ IMAGES, IDS = images_of(2), torch.arange(2)
         (ValueError, r"images\[1\] expected \(3, H, W\) on cpu, got uint8 \(1,", ([IMAGES[0], IMAGES[0, :1]], IDS)),
         (ValueError, r"images\[1\] expected H and W of at least 1", ([IMAGES[0], IMAGES[0, :, :0]], IDS)),
         (ValueError, r"images\[1\] expected .* on cpu, got .* on meta", ([IMAGES[0], IMAGES[0].to("meta")], IDS)),
-        (ValueError, "ContrastiveCrop: images expected 1 or 3 channels, got uint8", ([IMAGES[0, :2]] * 2, IDS)),
+        (ValueError, "images expected 1 or 3 channels in front of H and W, got uint8", ([IMAGES[0, :2]] * 2, IDS)),
         (ValueError, r"ContrastiveCrop: sample_ids expected \(1,\) on cpu, got int64 \(2,\)", ([IMAGES[0]], IDS)),
     ],
 )

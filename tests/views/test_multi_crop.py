@@ -81,6 +81,11 @@ def test_options_reach_all_views() -> None:
         assert view.is_contiguous(memory_format=torch.channels_last)
     crop = MultiCrop(20, 8, views=1, small_views=1, first_view=4)
     assert (crop.large.first_view, crop.small.first_view) == (4, 5)
+    images, ids, options = images_of(2), torch.arange(2), {"augment": "none"}
+    crop, expected = MultiCrop(20, 8, **options), MultiCrop(20, 8, alpha=0.1, **options)
+    crop.alpha = 0.1
+    assert crop.alpha == 0.1
+    assert all(map(torch.equal, crop(images, ids), expected(images, ids)))
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def test_new_boxes_and_epochs_reach_persistent_workers(start: str) -> None:
             bank.update(ids, torch.tensor([SIMC_BOX] * 6))
             transform.set_alpha(0.2)
             crop.alpha = 0.2
+            assert "alpha=0.2" in repr(transform)
         transform.set_epoch(epoch)
         batches = [views for views, _ in loader]
         expected = crop(images, ids, bank.boxes, epoch)
@@ -182,8 +183,8 @@ def test_epoch_and_boxes_are_saved() -> None:
         (ValueError, "sample_ids expected 0 to 2, got values from 3 to 3", (images_of(1)[0], 3)),
         (ValueError, "sample_ids expected 0 to 2, got values from -1 to -1", (images_of(1)[0], -1)),
         (ValueError, r"image expected \(C, H, W\), got uint8 \(1, 3, 30, 32\)", (images_of(1), 0)),
-        (ValueError, "images expected 1 or 3 channels, got", (images_of(1, channels=2)[0], 0)),
-        (ValueError, "images expected 1 or 3 channels, got", (images_of(1)[0].permute(1, 2, 0), 0)),
+        (ValueError, "images expected 1 or 3 channels in front of H and W, got", (images_of(1, channels=2)[0], 0)),
+        (ValueError, "images expected 1 or 3 channels in front of H and W, got", (images_of(1)[0].permute(1, 2, 0), 0)),
         (ValueError, "images expected H and W of at least 1", (images_of(1)[0][:, :0], 0)),
         (TypeError, "image expected a PIL image or a uint8 tensor", (None, 0)),
     ],
