@@ -69,11 +69,11 @@ class ClusteringParameters:
             n_iter=self.niter,
             n_init=self.nredo,
             init=STARTS[self.init_method] if init is None else init,
-            spherical=self.spherical,
+            spherical=bool(self.spherical),  # of C++, where 1 is true
             tol=self.early_stop_threshold,
             max_points_per_cluster=self.max_points_per_centroid,
             seed=self.seed,
-            progress=self.verbose,
+            progress=bool(self.verbose),
             **options,
         )
 

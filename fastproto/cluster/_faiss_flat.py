@@ -80,8 +80,11 @@ class FlatIndex:
         self.vectors = torch.zeros(0, self.d, dtype=torch.float32, device=self.device)
 
     def add(self, x: np.ndarray) -> None:
-        """Appends the vectors (N, d)."""
-        fresh = torch.from_numpy(float32(x, "faiss_compat.IndexFlat.add", self.d).copy())
+        """Appends the vectors (N, d). ValueError for another shape, NaN or infinity."""
+        op = "faiss_compat.IndexFlat.add"
+        fresh = torch.from_numpy(float32(x, op, self.d).copy())
+        if not fresh.isfinite().all():
+            Rows(fresh).refuse(op)
         self.vectors = torch.cat([self.vectors, fresh.to(self.device)])
 
     def search(self, x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

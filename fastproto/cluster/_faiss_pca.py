@@ -51,6 +51,7 @@ class PCAMatrix:
         """Learns the directions of the vectors (N, d_in). ValueError for another shape, NaN or infinity."""
         op = "faiss_compat.PCAMatrix.train"
         vectors = torch.tensor(float32(x, op, self.d_in), device="cpu")
+        expect(len(vectors) > 0, op, "x", "at least one vector", x)
         mean, variances, directions = principal_directions(vectors, self.d_in, op)
         eigenvalues, directions = variances * len(vectors), directions[:, : self.d_out]
         scale = power(eigenvalues[: self.d_out], self.eigen_power) if self.eigen_power else 1

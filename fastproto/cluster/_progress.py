@@ -24,6 +24,9 @@ def progress(iterations: int, n_clusters: int, *, shown: bool) -> Iterator[Calla
             bar.update()
 
         yield show
+        # Fits that converged took fewer.
+        bar.total = bar.n
+        bar.refresh()
 
 
 def _tqdm() -> Any:

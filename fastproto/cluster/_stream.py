@@ -111,4 +111,6 @@ def _fill(buffer: Tensor, piece: Array) -> Tensor:
 
 
 def _shareable(x: np.ndarray) -> bool:
-    return x.flags.c_contiguous and x.flags.writeable and x.dtype.isnative and min(x.strides) >= 0
+    # Of no rows or one NumPy calls any stride contiguous; those of a record's field torch may not take.
+    whole = all(stride >= 0 and stride % x.itemsize == 0 for stride in x.strides)
+    return x.flags.c_contiguous and x.flags.writeable and x.flags.aligned and x.dtype.isnative and whole

@@ -54,6 +54,10 @@ class Search:
         self._tried_in_full += len(x) * len(centers)
         return assign(x, centers, self.metric, self.exact)
 
+    def add_tried(self, pairs: int) -> None:
+        """Counts pairs that another search has computed."""
+        self._tried_in_full += pairs
+
     def forget(self) -> None:
         """Frees the bounds, which only a search of the same rows could use."""
         self._tried_in_full, self.bounds = self.tried, {}

@@ -59,7 +59,7 @@ class Kmeans:
             the last one changed nothing.
         iteration_stats: for each of them a dict of obj, time, imbalance_factor and nsplit, None before ``train``.
         index: the centroids, with ``index.search(x, k)``.
-        cp: the parameters, which may be set before ``train``.
+        cp: the parameters, which may be set before ``train``, but for ``spherical``, which the index is made for.
 
     Raises:
         TypeError: a parameter that faiss does not have.

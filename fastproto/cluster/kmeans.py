@@ -140,10 +140,10 @@ class KMeans:
         concentration_: (K,), see ``fastproto.cluster.concentration``, at its default temperature: of the rows,
             whatever their weights, as ``counts_``.
         n_iter_: iterations of the kept fit.
-        n_distances_: pairs of a row and a centre whose distance was computed, over all fits: N · K an iteration, and
-            as many to assign the rows in the end. In exact fits with float32 or half precision rows on the CPU bounds
-            exclude some of them; for these each pass but a fit's first computes the distance to the row's own centre
-            beside, so that where nothing can be excluded it is N · (K + 1).
+        n_distances_: pairs of a row of this process and a centre whose distance was computed, over all fits: N · K an
+            iteration, and as many to assign the rows in the end. In exact fits with float32 or half precision rows on
+            the CPU bounds exclude some of them; for these each pass but a fit's first computes the distance to the
+            row's own centre beside, so that where nothing can be excluded it is N · (K + 1).
         history_: list of the objective that each of its iterations found, before moving the centres; training rows.
 
     Raises:
@@ -164,6 +164,8 @@ class KMeans:
     Source: Lloyd, "Least squares quantization in PCM", 1982; starts by Arthur and Vassilvitskii, SODA 2007; defaults
     and empty clusters as in faiss.
     """
+
+    _fitted_metric: str | None = None
 
     def __init__(
         self,
@@ -245,6 +247,7 @@ class KMeans:
             rows, self.cluster_centers_, searches[-1]
         )
         self.n_distances_ = sum(search.tried for search in searches)
+        self._fitted_metric = self._metric
         return self
 
     def predict(self, x: Array) -> Tensor:
@@ -270,7 +273,7 @@ class KMeans:
         weights = check_weights(sample_weight, op, x.shape[0])
         found = self._nearest(rows, op)[1].double()
         total = float((found if weights is None else found * weights.to(found.device)).sum())
-        return total if self.spherical else -total
+        return total if (self._fitted_metric or self._metric) == "ip" else -total
 
     def transform(self, x: Array) -> Tensor:
         """Euclidean distances (N, K) from every row to every centre, where ``x`` (N, D) lies.
@@ -362,7 +365,11 @@ class KMeans:
         return Rows(x, device=self.device, chunk_rows=self.chunk_rows)
 
     def _nearest(self, rows: Rows, op: str) -> tuple[Tensor, Tensor]:
-        return rows.nearest(self.cluster_centers_, "ip" if self.spherical else "l2", op)
+        return rows.nearest(self.cluster_centers_, self._fitted_metric or self._metric, op)
+
+    @property
+    def _metric(self) -> str:
+        return "ip" if self.spherical else "l2"
 
     def _training_rows(self, rows: Rows, op: str) -> Rows:
         most = rows.total if self.max_points_per_cluster is None else self.n_clusters * self.max_points_per_cluster
@@ -379,7 +386,7 @@ class KMeans:
         return training
 
     def _search(self) -> Search:
-        return Search("ip" if self.spherical else "l2", self.precision == "exact")
+        return Search(self._metric, self.precision == "exact")
 
     def _train(self, rows: Rows, op: str, searches: list[Search]) -> tuple[Tensor, list[Report], Assignment | None]:
         """The best centres of ``n_init`` fits to the rows, the way there, and of several fits where the rows belong.
@@ -411,6 +418,8 @@ class KMeans:
                     ahead=rows.device.type == "cuda" and self.engine == "fastproto",
                     watch=watch,
                 )
+                if theirs is not None:
+                    searches[-1].add_tried(rows.local * self.n_clusters * len(reports))
                 found = None
                 if runs > 1:
                     found = assign_all(rows, centers, searches[-1])

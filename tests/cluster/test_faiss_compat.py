@@ -268,8 +268,10 @@ def test_too_few_points_are_warned_about() -> None:
 
 
 def test_verbose_shows_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    Kmeans(24, 5, niter=2, verbose=True).train(clustered(500))
+    Kmeans(24, 5, niter=2, verbose=1).train(clustered(500))
     assert "k-means, 5 clusters" in capsys.readouterr().err
+    fit = KMeans(5, n_iter=50, progress=True).fit(clustered(500))
+    assert fit.n_iter_ < 50 and f"{fit.n_iter_}/{fit.n_iter_}" in capsys.readouterr().err.rpartition("\r")[2]
 
 
 def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,6 +284,13 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
                 kind(24, size)
         with pytest.raises(ValueError, match=r"faiss_compat.IndexFlat: d expected an integer of at least 1, got"):
             compat.IndexFlatL2(size)
+    index, bad = compat.IndexFlatL2(24), x[:9].copy()
+    bad[[4, 7], 1] = np.nan, np.inf
+    with pytest.raises(ValueError, match=r"IndexFlat.add: x expected finite rows, got 2 with .* at index 4"):
+        index.add(bad)
+    assert index.ntotal == 0
+    with pytest.raises(ValueError, match=r"PCAMatrix.train: x expected at least one vector, got .* \(0, 24\)"):
+        compat.PCAMatrix(24, 2).train(x[:0])
     with pytest.raises(ValueError, match=r"Kmeans.reset: k expected an integer of at least 1, got str 'a'"):
         Kmeans(24, 5).reset("a")
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'iterations'"):
@@ -370,6 +379,7 @@ def test_engine_faiss_runs_the_same_estimator(weighted: bool, spherical: bool, i
     if not weighted:
         np.testing.assert_allclose(theirs.history_, ours.history_, rtol=1e-3)
     assert theirs.cluster_centers_.dtype == torch.float32
+    assert theirs.n_distances_ == 33 * (50 * 33 * theirs.n_iter_ + 2000)
 
 
 def test_engine_faiss_refuses_what_it_cannot() -> None:

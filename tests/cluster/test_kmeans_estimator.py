@@ -49,6 +49,16 @@ def test_what_was_fitted_stays_until_the_next_fit() -> None:
     assert kmeans.fit(ROWS).transform(ROWS).shape == (120, 5)
 
 
+def test_the_metric_of_a_fit_stays_until_the_next() -> None:
+    x = torch.randn(300, 8) + 3
+    fitted = KMeans(5).fit(x)
+    score = fitted.score(x)
+    fitted.set_params(spherical=True)
+    assert torch.equal(fitted.predict(x), fitted.labels_) and fitted.score(x) == score
+    fitted.fit(x)
+    assert torch.equal(fitted.predict(x), fitted.labels_) and fitted.score(x) > 0
+
+
 def test_bad_parameters_change_nothing() -> None:
     kmeans = KMeans(3).fit(ROWS)
     before, centers = kmeans.get_params(), kmeans.cluster_centers_

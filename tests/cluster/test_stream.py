@@ -111,6 +111,20 @@ def test_sums_over_rows_are_exact_in_any_order() -> None:
     assert Rows(torch.zeros(0, 1)).weighted_sum(torch.zeros(0)) == 0
 
 
+@pytest.mark.parametrize("kinds", [("u1", "f4"), ("i4", "f8"), ("u1,u1,u1", "f4"), ("u1", "f2")])
+def test_rows_of_records_are_copied(kinds: tuple[str, str], tmp_path: Path) -> None:
+    """NumPy calls one such row, or none, contiguous, and torch refuses it."""
+    records = np.zeros(30, [("label", kinds[0]), ("row", kinds[1], (9,))])
+    records["row"] = np.random.default_rng(0).normal(size=(30, 9))
+    records.tofile(tmp_path / "records")
+    mapped = np.memmap(tmp_path / "records", records.dtype, "r+")
+    expected = KMeans(3).fit(records["row"].copy())
+    for x in (records["row"], mapped["row"]):
+        fitted = KMeans(3, chunk_rows=7).fit(x)
+        assert torch.equal(fitted.labels_, expected.labels_)
+        assert torch.equal(fitted.predict(x[:1]), expected.labels_[:1])
+
+
 def test_rows_that_are_copied_come_in_pieces() -> None:
     x = np.zeros((5000, 4096), dtype=np.float32)
     assert Rows(x).chunk_rows == 4096

@@ -210,7 +210,7 @@ CROPS = torch.tensor([[0, 0, 8, 8]], dtype=torch.int32)
         (U8.float(), CROPS, 8, {}, TypeError, r"images expected a uint8 tensor \(N, C, H, W\), got float32"),
         (U8[0], CROPS, 8, {}, ValueError, r"images expected \(N, C, H, W\), got uint8 \(3, 8, 8\)"),
         (U8.repeat(1, 2, 1, 1), CROPS, 8, {}, ValueError, "images expected 1 to 4 channels"),
-        ([U8[0].permute(1, 2, 0)], CROPS, 8, {}, ValueError, r"images expected .* in front of H and W, got uint8 \(8, 8, 3\)"),
+        ([U8[0].permute(1, 2, 0)], CROPS, 8, {}, ValueError, r"images .* in front of H and W, got uint8 \(8, 8, 3\)"),
         ("cat.jpg", CROPS, 8, {}, TypeError, "images expected a uint8 tensor or a list of them, got str"),
         ([], CROPS, 8, {}, ValueError, "images expected at least one image, got an empty list"),
         ([3, U8[0]], CROPS, 8, {}, TypeError, r"images\[0\] expected a uint8 tensor \(C, H, W\), got int 3"),
