@@ -15,6 +15,7 @@ KEYS = {
     "share_of_floor", "peak_extra_mib",
 }  # fmt: skip
 
+ACCURACIES = ("knn20", "knn200", "linear")
 RUN_COLUMNS = {"minutes": "{:.1f}", "clustering_minutes": "{:.1f}", "loss_ms": "{:.1f} ms", "data_wait": "{:.1%}"}
 
 PARTS = ("draws cifar", "draws imagenet", "localize")  # of the views: the README shows the whole
@@ -126,19 +127,24 @@ def runs_markdown() -> str:
             "each other, not beside a paper's figures. Accuracy in % after the last epoch, mean ± deviation over "
             f"seeds; crops: {', '.join(crops)}.",
             "",
-            "| method | seeds | kNN 20 | kNN 200 | linear | minutes | clustering | loss, a step | its memory | views |",
+            "| method | seeds | kNN 20 | kNN 200 | linear | minutes | clustering | loss, a step | its memory "
+            "| data wait |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for method in dict.fromkeys(row["method"] for row in rows):
             by_crop = [[row for row in rows if (row["method"], row["crop"]) == (method, crop)] for crop in crops]
             by_crop = [mine for mine in by_crop if mine]
             cells = [method, ", ".join(dict.fromkeys(str(len(mine)) for mine in by_crop))]
-            for metric in ("after/knn20", "after/knn200", "after/linear"):
-                cells.append(", ".join(_mean_and_deviation([100 * row[metric] for row in mine]) for mine in by_crop))
+            for name in ACCURACIES:
+                scores = ([100 * row[f"after/{name}"] for row in mine] for mine in by_crop)
+                cells.append(", ".join(map(_mean_and_deviation, scores)))
             for name, form in RUN_COLUMNS.items():
                 cells.append(", ".join(form.format(statistics.mean(row[name] for row in mine)) for mine in by_crop))
             cells.insert(-1, f"{found['loss_mib'][method]:.0f} MiB" if method in found.get("loss_mib", {}) else "")
             lines.append(f"| {' | '.join(cells)} |")
+        drawn = {row["seed"]: row for row in rows}.values()  # a seed's weights are the same for all
+        start = [_mean_and_deviation([100 * row[f"before/{name}"] for row in drawn]) for name in ACCURACIES]
+        lines.append(f"| {' | '.join(['random weights', str(len(drawn)), *start, *[''] * (len(RUN_COLUMNS) + 1)])} |")
         commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
         lines += ["", f"Trained on {found['device']}, torch {found['versions']['torch']}, commit {commits}."]
         tables.append("\n".join(lines))

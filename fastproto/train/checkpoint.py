@@ -6,10 +6,10 @@ where neighbours are asked on the way, checkpoints/best.pt; and at its end resul
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
-import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +26,8 @@ from fastproto.train.files import write_text, write_whole
 from fastproto.train.lock import is_locked
 from fastproto.train.methods import Method
 from fastproto.views import BoxBank
+
+log = logging.getLogger("fastproto")
 
 # The first line of a run's config.yaml: a folder without it is not ours to overwrite.
 MARK = "# A fastproto run: the configuration it was started with."
@@ -151,7 +153,7 @@ def read_latest(folder: Path) -> tuple[Path, dict[str, Any]]:
         except ValueError as error:
             if not checkpoints:
                 raise
-            warnings.warn(f"{error}; taking {checkpoints[-1]}", stacklevel=3)
+            log.warning("%s; taking %s", error, checkpoints[-1])
 
 
 def resume_point(folder: Path) -> Path | None:
