@@ -1,4 +1,6 @@
-"""Peak memory of ``fastproto cluster`` on a generated file: ``python bench/try_cluster_memory.py --rows 1000000``.
+"""Peak memory of ``fastproto cluster`` on a generated file, into bench/results/MACHINE/cluster_memory.json:
+
+    python bench/try_cluster_memory.py --rows 1000000 --k 1000 --iterations 10
 
 Anonymous memory is what counts: pages of a mapped file can be dropped at any time. The command on a file of K rows says
 what the interpreter and its libraries take. Linux only; the peak is sampled every 5 ms.
@@ -15,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from harness import Row, Suite, device_name
 
 
 def generate(path: Path, rows: int, dim: int) -> None:
@@ -60,6 +63,15 @@ def main() -> None:
         size = large.stat().st_size / 2**20
     print(f"file {size:.0f} MiB; anonymous memory {peak:.0f} MiB, {peak - before:.0f} above that of {given.k} rows")
     print(f"{seconds:.1f} s")
+    suite = Suite("cluster_memory")
+    shape = f"{given.rows} x {given.dim}, K {given.k}, {given.iterations} iterations, a file of {size:.0f} MiB"
+    row = Row(
+        work="cluster a file", method="fastproto", shape=shape, dtype="float32", device=device_name("cpu"),
+        median_ms=1e3 * seconds, spread_ms=0.0, rounds=1, ours_is_faster=1.0, floor_ms=0.0, share_of_floor=0.0,
+        peak_extra_mib=peak - before,
+    )  # fmt: skip
+    suite.rows.append(row)
+    suite.write()
 
 
 if __name__ == "__main__":
