@@ -58,6 +58,12 @@ def is_number(value: Any) -> bool:
     return isinstance(value, NUMBERS) and not isinstance(value, bool)
 
 
+def expect_flags(op: str, **flags: Any) -> None:
+    """Raises ValueError for one that is not True or False, of Python or NumPy."""
+    for argument, flag in flags.items():
+        expect(isinstance(flag, (bool, np.bool_)), op, argument, "True or False", describe(flag))
+
+
 def expect_positive_ints(op: str, **counts: Any) -> None:
     """Raises ValueError for one that is not an integer of at least 1."""
     for argument, count in counts.items():
@@ -137,8 +143,8 @@ def expect_index(
 
 
 def without_ignored(labels: Tensor, ignore_index: int) -> Tensor:
-    """Labels as int64, with -1 in place of ``ignore_index``, of which an int32 would be compared with the low bits."""
-    labels = labels.long()
+    """Labels as int64, with -1 in place of ``ignore_index``."""
+    labels = labels.long()  # first: an int32 tensor is compared with the low 32 bits of a wider number
     return labels if ignore_index == -1 else torch.where(labels == ignore_index, -1, labels)
 
 
@@ -162,9 +168,13 @@ def reads_data(tensor: Tensor) -> bool:
     What a tracer, a compiler or a transform hands round may have no data, and what is read of it would become a
     constant of the trace.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_like_a_subclass(tensor):
-        return False
-    return tensor.is_cpu or _settings.debug
+    return has_data(tensor) and (tensor.is_cpu or _settings.debug)
+
+
+def has_data(tensor: Tensor) -> bool:
+    """Whether there is something to be read, and the number read is not to become a part of a trace."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_like_a_subclass(tensor)
+    return not traced and not tensor.is_meta
 
 
 def _name(kind: torch.dtype | torch.layout) -> str:

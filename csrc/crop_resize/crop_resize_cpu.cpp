@@ -41,22 +41,30 @@ template <typename F> inline void with_taps(int taps, F&& f) {
 // Where the window of every output position of one side begins, and its weights, which sum to 1. All windows are as wide as
 // the widest, moved inwards at the edge, with weights of 0 for what is not theirs: loops of one length are foreseen by the CPU.
 struct Taps {
+  std::vector<Window<float>> windows;
   std::vector<int> first;      // (out_side,)
   std::vector<float> weights;  // (out_side, count)
   int count = 0;
 
   void build(int side, int out_side, bool antialias) {
     count = 0;
-    for (int i = 0; i < out_side; ++i) count = std::max(count, window<float>(i, side, out_side, antialias).count);
+    windows.resize(out_side);
+    Window<float>* all = windows.data();
+    // Once: another rounding of the same expression could begin one pixel earlier.
+    for (int i = 0; i < out_side; ++i) {
+      all[i] = window<float>(i, side, out_side, antialias);
+      count = std::max(count, all[i].count);
+    }
     first.resize(out_side);
     weights.resize(static_cast<size_t>(out_side) * count);
     with_taps(count, [&](auto taps) {
       for (int i = 0; i < out_side; ++i) {
-        Window<float> here = window<float>(i, side, out_side, antialias);
+        Window<float> here = all[i];
         first[i] = here.first = std::min(here.first, side - taps);
         float *own = weights.data() + static_cast<size_t>(i) * taps, sum = 0;
         for (int k = 0; k < taps; ++k) sum += own[k] = window_weight(here, k);
-        for (int k = 0; k < taps; ++k) own[k] *= 1 / sum;
+        const float inverse = 1 / sum;
+        for (int k = 0; k < taps; ++k) own[k] *= inverse;
       }
     });
   }

@@ -22,10 +22,10 @@ namespace fastproto {
 namespace FASTPROTO_ISA {
 namespace {
 
-constexpr int64_t WIDE = 4 * LANES;        // columns that the blur takes at once
+constexpr int64_t WIDE = 4 * LANES;        // pixels that a step of colours and the blur take at once
 constexpr int64_t BLOCK = 64 * LANES;      // pixels whose luma is summed in float32, the blocks' sums in float64
 
-// Floats from one plane to the next: the blur writes whole vectors, past the end too.
+// Floats from one plane to the next: what takes WIDE pixels at once reads and writes past the end too.
 int64_t plane_size(const Photometric& args) { return round_up(args.H * args.W, LANES) + WIDE; }
 
 template <typename In> inline float widen(In x) { return to_float(x); }
@@ -82,15 +82,16 @@ float run(const Photometric& args, const Program& program, int first, int last, 
   for (int64_t begin = 0; begin < pixels; begin += BLOCK) {
     Vec block_sum{};
     for (int64_t p = begin; p < std::min(begin + BLOCK, pixels); p += WIDE) {
-      Pixel<C, Vec> some[WIDE / LANES];
+      constexpr int VECTORS = WIDE / LANES;
+      Pixel<C, Vec> some[VECTORS];
       const auto at = [&](int v, int c) { return planes + c * plane + p + v * LANES; };
-      for (int v = 0; v < 4; ++v)
+      for (int v = 0; v < VECTORS; ++v)
         for (int c = 0; c < C; ++c) some[v].channel[c] = load(at(v, c));
       for (int s = first; s < last; ++s)
         apply<C, Vec>(program.steps[s], mean, [&](auto change) {
           for (auto& x : some) change(x);
         });
-      for (int v = 0; v < 4; ++v) {
+      for (int v = 0; v < VECTORS; ++v) {
         if (MEAN) block_sum += luma<C, Vec>(some[v]);
         for (int c = 0; c < C; ++c) store(at(v, c), some[v].channel[c]);
       }

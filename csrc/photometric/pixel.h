@@ -7,6 +7,10 @@
 
 #include "photometric.h"
 
+#if !defined(__CUDACC__)
+#include "../common/vec.h"
+#endif
+
 #if defined(__CUDACC__)
 #define FASTPROTO_PIXEL __host__ __device__ inline
 #else

@@ -95,7 +95,7 @@ class Stream:
 
 
 def as_tensor(x: Array) -> Tensor:
-    """The array as a tensor, copied only where torch could not share it: read-only, strided, byte-swapped."""
+    """The array as a tensor, copied only where torch could not share it: read-only, strided, not aligned, swapped."""
     if isinstance(x, Tensor):
         return x.detach()
     return torch.from_numpy(x if _shareable(x) else np.array(x, dtype=x.dtype.newbyteorder("="), order="C"))

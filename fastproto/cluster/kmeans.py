@@ -12,7 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastproto._check import describe, expect, expect_positive_ints, expect_tensor, is_integer, is_number, reads_data
+from fastproto._check import (
+    describe,
+    expect,
+    expect_flags,
+    expect_positive_ints,
+    expect_tensor,
+    is_integer,
+    is_number,
+    reads_data,
+)
 from fastproto.cluster import init as start
 from fastproto.cluster._faiss import faiss_lloyd
 from fastproto.cluster._fit import Report, fit_centers
@@ -165,8 +174,6 @@ class KMeans:
     and empty clusters as in faiss.
     """
 
-    _fitted_metric: str | None = None
-
     def __init__(
         self,
         n_clusters: int,
@@ -194,8 +201,7 @@ class KMeans:
             expect_positive_ints(op, chunk_rows=chunk_rows)
         expect(is_integer(seed) and seed >= 0, op, "seed", "an integer of at least 0", seed)
         expect(is_number(tol) and tol >= 0, op, "tol", "a number of at least 0", tol)
-        for name, flag in (("spherical", spherical), ("progress", progress)):
-            expect(isinstance(flag, (bool, np.bool_)), op, name, "True or False", flag)
+        expect_flags(op, spherical=spherical, progress=progress)
         try:
             wanted = torch.device("cpu" if device is None else device)
         except (RuntimeError, TypeError):
@@ -237,6 +243,7 @@ class KMeans:
         training = self._training_rows(rows, op)
         searches: list[Search] = []
         self.cluster_centers_, reports, found = self._train(training, op, searches)
+        self._fitted_metric = self._metric
         self.history_ = [report.objective for report in reports]
         self.n_iter_ = len(reports)
         if training is not rows:
@@ -247,7 +254,6 @@ class KMeans:
             rows, self.cluster_centers_, searches[-1]
         )
         self.n_distances_ = sum(search.tried for search in searches)
-        self._fitted_metric = self._metric
         return self
 
     def predict(self, x: Array) -> Tensor:
@@ -273,7 +279,7 @@ class KMeans:
         weights = check_weights(sample_weight, op, x.shape[0])
         found = self._nearest(rows, op)[1].double()
         total = float((found if weights is None else found * weights.to(found.device)).sum())
-        return total if (self._fitted_metric or self._metric) == "ip" else -total
+        return total if self._fitted_metric == "ip" else -total
 
     def transform(self, x: Array) -> Tensor:
         """Euclidean distances (N, K) from every row to every centre, where ``x`` (N, D) lies.
@@ -365,7 +371,7 @@ class KMeans:
         return Rows(x, device=self.device, chunk_rows=self.chunk_rows)
 
     def _nearest(self, rows: Rows, op: str) -> tuple[Tensor, Tensor]:
-        return rows.nearest(self.cluster_centers_, self._fitted_metric or self._metric, op)
+        return rows.nearest(self.cluster_centers_, self._fitted_metric, op)
 
     @property
     def _metric(self) -> str:

@@ -9,7 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastproto._check import INTEGERS, INTS, describe, expect, expect_index, expect_tensor, expect_type, is_integer
+from fastproto._check import (
+    INTEGERS,
+    INTS,
+    describe,
+    expect,
+    expect_flags,
+    expect_index,
+    expect_tensor,
+    expect_type,
+    has_data,
+    is_integer,
+)
 from fastproto.losses._common import (
     expect_reduction,
     expect_temperature,
@@ -75,7 +86,7 @@ def nt_xent(
     n, device = out0.shape[0], out0.device
     expect_temperature(temperature, "nt_xent", signed=True, device=device)
     expect_reduction(reduction, "nt_xent")
-    expect_type(gather_distributed, bool, "nt_xent", "gather_distributed", "True or False")
+    expect_flags("nt_xent", gather_distributed=gather_distributed)
     if assignments is not None:
         expect_tensor(assignments, "nt_xent", "assignments", (n,), INTEGERS, device)
         expect_index(assignments, "nt_xent", "assignments", None, ignore_index)
@@ -175,7 +186,7 @@ class NTXentLoss(nn.Module):
         valid = len(size) in (1, 2) and all(is_integer(entry) and entry >= 0 for entry in size)
         valid = valid and (size[-1] > 0 or size[0] == 0)
         expect(valid, "NTXentLoss", "memory_bank_size", "0, M or (M, D)", describe(memory_bank_size))
-        expect_type(gather_distributed, bool, "NTXentLoss", "gather_distributed", "True or False")
+        expect_flags("NTXentLoss", gather_distributed=gather_distributed)
         self.temperature = temperature
         self.memory_bank_size = memory_bank_size
         self.gather_distributed = gather_distributed
@@ -280,8 +291,10 @@ class NTXentLoss(nn.Module):
                 error_msgs.append(f"size mismatch for {prefix}bank: {shape} saved, {wanted} wanted")
                 return
             pointer = state_dict.get(prefix + "bank_ptr")
-            if pointer is not None and not pointer.is_meta and not 0 <= int(pointer) < self._bank_rows:
-                error_msgs.append(f"{prefix}bank_ptr: {int(pointer)} saved, 0 to {self._bank_rows - 1} wanted")
+            # Another shape is PyTorch's to refuse.
+            row = int(pointer) if pointer is not None and pointer.shape == () and has_data(pointer) else 0
+            if not 0 <= row < self._bank_rows:
+                error_msgs.append(f"{prefix}bank_ptr: {row} saved, 0 to {self._bank_rows - 1} wanted")
                 return
             if self.bank is None:  # one that has seen no batch takes the width of the saved one
                 self._start_bank(saved.shape[1], saved.device)

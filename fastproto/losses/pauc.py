@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastproto._check import expect_flags
 from fastproto.losses._common import expect_temperature, expect_views, expect_weights
 from fastproto.losses._gather import gather_rows
 from fastproto.losses.distribution import (
@@ -99,6 +100,7 @@ class PAUCLoss(nn.Module):
     ) -> None:
         super().__init__()
         expect_temperature(temperature, "PAUCLoss")
+        expect_flags("PAUCLoss", gather_distributed=gather_distributed)
         expect_t(uniform_t, "PAUCLoss", "uniform_t")
         expect_kind(correlation, "PAUCLoss", "correlation")
         expect_weights(

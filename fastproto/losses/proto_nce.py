@@ -15,6 +15,7 @@ from fastproto._check import (
     NUMBERS,
     describe,
     expect,
+    expect_flags,
     expect_ignore_index,
     expect_index,
     expect_tensor,
@@ -100,8 +101,8 @@ def proto_nce(
     """
     expect_tensor(features, "proto_nce", "features", ("N", "D"))
     expect_reduction(reduction, "proto_nce")
-    expect_type(normalize, bool, "proto_nce", "normalize", "True or False")
-    expect_type(gather_distributed, bool, "proto_nce", "gather_distributed", "True or False")
+    expect_flags("proto_nce", normalize=normalize, gather_distributed=gather_distributed)
+    normalize = bool(normalize)
     _expect_num_negatives(num_negatives, "proto_nce")
     expect_type(generator, (torch.Generator, type(None)), "proto_nce", "generator", "a torch.Generator or None")
     sets = _sets(prototypes, assignments, concentration, bias)
@@ -179,7 +180,7 @@ def _expect_set(features: Tensor, keys: Any, labels: Any, phi: Any, bias: Any, i
 
 def _expect_num_negatives(num_negatives: int | None, op: str) -> None:
     fits = num_negatives is None or (is_integer(num_negatives) and 0 <= num_negatives < 2**63)
-    expect(fits, op, "num_negatives", "None or an integer of at least 0", describe(num_negatives))
+    expect(fits, op, "num_negatives", "None or an integer of at least 0 and 63 bits", describe(num_negatives))
 
 
 def _contrast_of_sets(
@@ -192,7 +193,7 @@ def _contrast_of_sets(
 ) -> Tensor:
     """The mean over the sets, from one pass: what is small is concatenated, the prototypes are not."""
     prototypes, labels, concentrations, biases = zip(*sets, strict=True)
-    targets = torch.stack([without_ignored(one, ignore_index) for one in labels])
+    targets = without_ignored(torch.stack([one.long() for one in labels]), ignore_index)
     divisor = _divisor(targets, gather_distributed) if reduction == "mean" else None
     scale = _concatenated(concentrations, features, prototypes).reciprocal()
     has_bias = any(b is not None for b in biases)
@@ -315,7 +316,7 @@ class ProtoNCELoss(nn.Module):
     ) -> None:
         super().__init__()
         _expect_num_negatives(num_negatives, "ProtoNCELoss")
-        expect_type(gather_distributed, bool, "ProtoNCELoss", "gather_distributed", "True or False")
+        expect_flags("ProtoNCELoss", gather_distributed=gather_distributed)
         expect_ignore_index(ignore_index, "ProtoNCELoss")
         self.num_negatives, self.gather_distributed = num_negatives, gather_distributed
         self.ignore_index = ignore_index

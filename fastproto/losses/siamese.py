@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastproto._check import FLOATS, INTEGERS, expect, expect_index, expect_positive_ints, expect_tensor
+from fastproto._check import (
+    FLOATS,
+    INTEGERS,
+    expect,
+    expect_index,
+    expect_positive_ints,
+    expect_tensor,
+    without_ignored,
+)
 from fastproto.losses._common import expect_reduction, expect_views, reduce_rows
 from fastproto.ops.siamese import checked_pairs, result_dtype, siamese_all_pairs
 
@@ -52,7 +60,7 @@ def siamese_metric(
     """
     expect_reduction(reduction, "siamese_metric")
     loss = checked_pairs("siamese_metric", a, b, same, weight, bias, ignore_index)
-    return reduce_rows(loss, reduction, (same.long() != ignore_index).sum())
+    return reduce_rows(loss, reduction, (without_ignored(same, ignore_index) >= 0).sum())
 
 
 def siamese_metric_all_pairs(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fastproto._check import FLOATS, INTEGERS, expect_index, expect_positive_ints, expect_tensor
+from fastproto._check import FLOATS, INTEGERS, expect_flags, expect_index, expect_positive_ints, expect_tensor
 from fastproto.losses._common import expect_temperature, expect_views, expect_weights
 from fastproto.losses._gather import from_first_rank, gather_rows
 from fastproto.losses.nt_xent import NTXentLoss
@@ -86,6 +86,7 @@ class SPCLLoss(nn.Module):
     ) -> None:
         super().__init__()
         expect_temperature(temperature, "SPCLLoss", signed=True)
+        expect_flags("SPCLLoss", gather_distributed=gather_distributed)
         expect_positive_ints("SPCLLoss", feature_dim=feature_dim, num_prototypes=num_prototypes)
         expect_weights(
             "SPCLLoss",

@@ -169,7 +169,7 @@ def crop_resize(
         out = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
     else:
         expect_tensor(out, "crop_resize", "out", shape, (dtype,), device)
-        expect_places("crop_resize", out)
+        expect_writable("crop_resize", out)
     if reads_data(crops):
         _check_crops(batches, crops, index)
     if crops.shape[0]:
@@ -199,7 +199,7 @@ def _image_batches(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return batches
 
 
-def expect_places(op: str, out: Tensor) -> None:
+def expect_writable(op: str, out: Tensor) -> None:
     """Refuses a tensor to write into of which several numbers stand in one place, or that has a gradient."""
     expect(not out.requires_grad, op, "out", "a tensor without a gradient", "one that requires it")
     spread = all(stride > 0 or size < 2 for size, stride in zip(out.shape, out.stride(), strict=True))

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastproto import _native
 from fastproto._check import FLOATS, INTEGERS, INTS, expect, expect_tensor, expect_type, reads_data
 from fastproto.ops._dispatch import DTYPE_CODES, Op
-from fastproto.ops.crop_resize import expect_places, normalisation
+from fastproto.ops.crop_resize import expect_writable, normalisation
 from fastproto.reference import photometric as reference
 
 # Half of the 48 KiB in which a block of the CUDA kernel keeps weights and a row while it blurs; pixels that it counts.
@@ -303,7 +303,7 @@ def _photometric(
         out = torch.empty_like(images)
     else:
         expect_tensor(out, op, "out", tuple(images.shape), device=images.device)
-        expect_places(op, out)
+        expect_writable(op, out)
         expect(not _overlap(images, out), op, "out", "images themselves or memory of its own", "part of their memory")
     if rows and reads_data(images):
         _expect_ranges(op, jitter, order, sigma)

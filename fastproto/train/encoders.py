@@ -113,7 +113,8 @@ class TimmTrunk(nn.Module):
             try:
                 network: Any = timm.create_model(name, num_classes=0, global_pool="", **self.options)
                 self.options["global_pool"] = ""
-            except AssertionError:  # of a network that refuses to be without; its last features lie before its pooling
+            except AssertionError:
+                # Some networks refuse to be without pooling. Their last features lie before it.
                 network = timm.create_model(name, num_classes=0, **self.options)
             self.network, self.num_features = network, int(network.num_features)
             self._freeze_unused(image_size)

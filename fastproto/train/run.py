@@ -132,7 +132,7 @@ def load_trained(folder: Path | str, checkpoint: Path | None = None) -> Trained:
 
 def is_own(folder: Path, checkpoint: Path) -> bool:
     """Whether a checkpoint is one that the run itself keeps."""
-    return checkpoint.resolve().parent == (folder / "checkpoints").resolve()
+    return checkpoint.parent.resolve() == (folder / "checkpoints").resolve()
 
 
 def _read(folder: Path, checkpoint: Path | None) -> tuple[Path, dict[str, Any]]:

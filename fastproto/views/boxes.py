@@ -68,6 +68,7 @@ class BoxBank(nn.Module):
         """Writes the boxes of some samples. Where an id comes twice, one of its boxes stays."""
         self._expect_ids(sample_ids)
         expect_boxes("BoxBank", boxes, sample_ids.shape[0], self.boxes.device)
+        # A copy: they may be rows of this bank.
         self.boxes.index_copy_(0, sample_ids.long(), boxes.to(self.boxes.dtype, copy=True))
 
     def lookup(

@@ -119,7 +119,8 @@ class ContrastiveCropTransform(nn.Module):
         """Sets the α of the crops, in all workers."""
         *_, checked = expect_crop_options("ContrastiveCropTransform", self.crop.scale, self.crop.ratio, alpha)
         self.alpha.fill_(checked)
-        self.crop.alpha = checked  # what it shows of itself
+        # Shown by repr; in workers forward takes it from the shared memory.
+        self.crop.alpha = checked
 
     def forward(
         self,

@@ -20,7 +20,7 @@ def test_bad_options() -> None:
         ("tol", -0.1, "a number of at least 0, got float -0.1"),
         ("tol", "x", "a number of at least 0, got x"),
         ("seed", True, "an integer of at least 0, got bool True"),
-        ("spherical", "no", "True or False, got no"),
+        ("spherical", "no", "True or False, got str 'no'"),
         ("empty", "drop", '"split" or "keep", got drop'),
         ("precision", "half", '"exact" or "fast", got half'),
         ("engine", "sklearn", '"fastproto" or "faiss", got sklearn'),

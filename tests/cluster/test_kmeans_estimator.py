@@ -49,12 +49,17 @@ def test_what_was_fitted_stays_until_the_next_fit() -> None:
     assert kmeans.fit(ROWS).transform(ROWS).shape == (120, 5)
 
 
-def test_the_metric_of_a_fit_stays_until_the_next() -> None:
+def test_the_metric_of_a_fit_stays_until_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(300, 8) + 3
     fitted = KMeans(5).fit(x)
     score = fitted.score(x)
     fitted.set_params(spherical=True)
     assert torch.equal(fitted.predict(x), fitted.labels_) and fitted.score(x) == score
+    with monkeypatch.context() as patch:  # with new centres, as it assigns
+        patch.setattr("fastproto.cluster.kmeans.assign_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fitted.fit(x)
+    assert fitted.score(x) > 0
     fitted.fit(x)
     assert torch.equal(fitted.predict(x), fitted.labels_) and fitted.score(x) > 0
 

@@ -291,6 +291,8 @@ def test_out_that_overlaps_the_images_is_refused() -> None:
     memory = torch.rand(7, 3, 8, 8)
     with pytest.raises(ValueError, match="out expected images themselves or memory of its own"):
         apply_photometric(memory[:6], sigma=torch.ones(6), out=memory[1:])
+    with pytest.raises(ValueError, match="out expected a tensor without a gradient"):
+        apply_photometric(memory[:6], out=torch.zeros(6, 3, 8, 8, requires_grad=True))
     with pytest.raises(ValueError, match="out expected a place for every number"):
         apply_photometric(memory[:6], out=torch.empty(1, 3, 8, 8).expand(6, -1, -1, -1))
     expected = apply_photometric(memory[:6].clone(), sigma=torch.ones(6))

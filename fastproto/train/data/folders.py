@@ -15,10 +15,7 @@ from fastproto.views.files import read_content
 
 log = logging.getLogger("fastproto")
 
-IMAGE_SUFFIXES = (
-    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif"),
-    *(".tiff", ".webp"),
-)
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
 Split = tuple[Encoded, Encoded, tuple[str, ...]]  # for training, for testing, names of the classes
@@ -53,7 +50,7 @@ def image_folder(folder: Path, class_list: Path | None = None) -> Split:
         tests = [folder / part for part in ("test", "val") if (folder / part).is_dir()]
         expect(bool(tests), "load", "imagefolder", f"{folder / 'test'} or {folder / 'val'}", "neither")
         return _two_folders(folder / "train", tests[0], class_list)
-    files = _files_by_class(folder, class_list)
+    files = _files_by_class(folder, class_list, tell=True)
     train = {label: [name for i, name in enumerate(names) if i % 5 != 4] for label, names in files.items()}
     test = {label: names[4::5] for label, names in files.items()}
     expect(any(test.values()), "load", "imagefolder", "at least 5 images in a class", f"fewer in all of {folder}")
@@ -90,14 +87,17 @@ def tiny_imagenet(root: Path, class_list: Path | None = None) -> Split:
 
 
 def _two_folders(train_folder: Path, test_folder: Path, class_list: Path | None) -> Split:
-    train, test = (_files_by_class(folder, class_list) for folder in (train_folder, test_folder))
+    train, test = (_files_by_class(folder, class_list, tell=True) for folder in (train_folder, test_folder))
     unknown = sorted(test.keys() - train.keys())
     expect(not unknown, "load", "imagefolder", f"the classes of {train_folder}", f"{test_folder} with {unknown}")
     return _encoded(train_folder, train, train), _encoded(test_folder, test, train), tuple(train)
 
 
-def _files_by_class(folder: Path, class_list: Path | None) -> dict[str, list[str]]:
-    """The image files under each subfolder, or under those of the list, as paths within ``folder``, all in order."""
+def _files_by_class(folder: Path, class_list: Path | None, *, tell: bool = False) -> dict[str, list[str]]:
+    """The image files under each subfolder, or under those of the list, as paths within ``folder``, all in order.
+
+    ``tell`` warns of what else is there.
+    """
     labels = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     expect(bool(labels), "load", "imagefolder", "a folder per class", f"none in {folder}")
     if class_list is not None:
@@ -112,7 +112,7 @@ def _files_by_class(folder: Path, class_list: Path | None) -> dict[str, list[str
         expect(bool(images), "load", "imagefolder", "images in every class", f"none in {folder / label}")
         files[label] = images
         others += rest
-    if others:
+    if others and tell:
         log.warning("left out of %s: %d not named as images, such as %s", folder, len(others), others[0])
     return files
 
