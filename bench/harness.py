@@ -54,7 +54,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one piece of work, as it stands in a result file."""
+    """One method on one piece of work, as it stands in a result file; by default timed once, beside no floor."""
 
     work: str
     method: str
@@ -62,12 +62,12 @@ class Row:
     dtype: str
     device: str
     median_ms: float
-    spread_ms: float  # between the quartiles
-    rounds: int
-    ours_is_faster: float  # median of this method over fastproto's
-    floor_ms: float
-    share_of_floor: float
-    peak_extra_mib: float
+    spread_ms: float = 0.0  # between the quartiles
+    rounds: int = 1
+    ours_is_faster: float = 1.0  # median of this method over fastproto's
+    floor_ms: float = 0.0
+    share_of_floor: float = 0.0
+    peak_extra_mib: float = 0.0
 
 
 @dataclass

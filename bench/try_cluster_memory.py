@@ -67,8 +67,7 @@ def main() -> None:
     shape = f"{given.rows} x {given.dim}, K {given.k}, {given.iterations} iterations, a file of {size:.0f} MiB"
     row = Row(
         work="cluster a file", method="fastproto", shape=shape, dtype="float32", device=device_name("cpu"),
-        median_ms=1e3 * seconds, spread_ms=0.0, rounds=1, ours_is_faster=1.0, floor_ms=0.0, share_of_floor=0.0,
-        peak_extra_mib=peak - before,
+        median_ms=1e3 * seconds, peak_extra_mib=peak - before,
     )  # fmt: skip
     suite.rows.append(row)
     suite.write()

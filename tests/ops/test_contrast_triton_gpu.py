@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from interpreter import DEVICE, HALVES, assert_captured, gpu_alone, on_gpu
+from interpreter import DEVICE, HALVES, assert_captured
 from ops import test_contrast_sets
 from ops.test_contrast_kernels import LEAVES, assert_close, problem, run
 from torch import Tensor
@@ -14,9 +14,9 @@ from torch import Tensor
 from fastproto.ops.contrast import contrast
 from fastproto.ops.contrast_sets import contrast_sets
 
+pytestmark = pytest.mark.gpu
 
-@on_gpu
-@gpu_alone
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("d", [64, 128, 200, 256, 384, 1024])
 def test_every_tile_of_the_table(dtype: torch.dtype, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,8 +30,6 @@ def test_every_tile_of_the_table(dtype: torch.dtype, d: int, monkeypatch: pytest
     assert_close(exact[:5] + ours[5:], exact, max(2 * torch.finfo(dtype).eps, 4e-6))
 
 
-@on_gpu
-@gpu_alone
 @pytest.mark.filterwarnings("ignore")  # what the compiler has to say of a GPU
 def test_compiles_as_one_graph() -> None:
     arguments = problem(300, 1000, 128, device=DEVICE)
@@ -44,8 +42,6 @@ def test_compiles_as_one_graph() -> None:
         torch.testing.assert_close(a, b)
 
 
-@on_gpu
-@gpu_alone
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_is_captured_into_a_cuda_graph(dtype: torch.dtype) -> None:
     arguments = {
@@ -61,8 +57,6 @@ def test_is_captured_into_a_cuda_graph(dtype: torch.dtype) -> None:
     assert_captured(step, arguments["features"], arguments["targets"])
 
 
-@on_gpu
-@gpu_alone
 def test_several_sets_are_captured_into_a_cuda_graph() -> None:
     x, ys, *rest = test_contrast_sets.sets_problem(256, (300, 1000, 700), 128, DEVICE).values()
     leaves = [y.requires_grad_() for y in (x, *ys)]
@@ -75,8 +69,6 @@ def test_several_sets_are_captured_into_a_cuda_graph() -> None:
     assert_captured(step, x)
 
 
-@on_gpu
-@gpu_alone
 def test_addresses_beyond_two_to_the_31() -> None:
     """Keys of 4.3 GB, of which the last rows matter alone."""
     k, d = (1 << 31) // 64 + 1000, 64

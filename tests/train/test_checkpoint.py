@@ -277,8 +277,10 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert checkpoint.latest_checkpoint(tmp_path) == newer
     for path in (older, newer):
         path.write_bytes(whole[:1000])
+    caplog.clear()
     with pytest.raises(ValueError, match=rf"checkpoint: {older} is damaged$"):
         checkpoint.check_folder(tmp_path, tiny_config, resume=True, overwrite=False)
+    assert caplog.messages == [f"checkpoint: {newer} is damaged; taking {older}"]
 
 
 def test_a_link_to_no_checkpoint_gives_way_to_the_one_before(
